@@ -1,0 +1,2740 @@
+"""resume-stream keeps what an agent is streaming, so that a reader carries on from where it stopped.
+
+Producers append chunks to the messages of a thread; every chunk is committed to SQLite before it
+is acknowledged, and has a place in the thread's one sequence. Readers follow that sequence by
+cursor. The file reads from top to bottom: settings, records, errors, the store, the buffer, the
+wire formats, the routes, the app, the command line. Each part knows only those above it.
+
+As a library::
+
+    from resume_stream import ChunkBuffer, Settings
+
+    async with ChunkBuffer(Settings(db="answers.db")) as buffer:
+        await buffer.add_chunks("thread-1", "run-1", ["Hello", " world"], complete=True)
+        async for item in buffer.resume_stream("thread-1", "run-1", known_content="Hel"):
+            print(item)
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import codecs
+import contextlib
+import enum
+import fcntl
+import logging
+import os
+import re
+import socket
+import sqlite3
+import sys
+import time
+from collections import Counter
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from collections.abc import Set as AbstractSet
+from contextlib import AbstractAsyncContextManager, aclosing
+from functools import partial
+from http import HTTPStatus
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Annotated, Any, ClassVar, Literal, NewType, Self, TypeVar, cast, get_args, get_type_hints
+from urllib.parse import quote
+
+import aiosqlite
+import msgspec
+import uvicorn
+import uvloop
+from litestar import Litestar, MediaType, Request, Response, Router, delete, get, post, put
+from litestar.di import Provide
+from litestar.exceptions import HTTPException, ValidationException
+from litestar.openapi import OpenAPIConfig
+from litestar.params import Parameter
+from litestar.plugins.problem_details import ProblemDetailsException
+from litestar.response import Stream
+from litestar.types import ExceptionHandlersMap
+
+__version__ = "0.1.0"
+__all__ = [
+    "AccumulatedContent",
+    "Appended",
+    "Chunk",
+    "ChunkBuffer",
+    "MessageEnd",
+    "Problem",
+    "Settings",
+    "Signal",
+    "StoredChunk",
+    "ThreadStatus",
+    "create_app",
+    "router",
+]
+
+T = TypeVar("T")
+log = logging.getLogger("resume_stream")
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------
+
+Duration = NewType("Duration", float)
+Size = NewType("Size", int)
+
+DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+SIZE_UNITS = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
+
+
+def parse_duration(text: str) -> Duration:
+    """Seconds from ``100ms``, ``30s``, ``5m``, ``1h``, ``2d``; a bare number is in seconds.
+
+    Raises ValueError for anything else.
+    """
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?)(ms|s|m|h|d)?", text.strip(), re.ASCII)
+    if match is None:
+        raise ValueError(f"{text!r} is not a duration; write it like 100ms, 30s, 5m or 1h")
+    return Duration(float(match[1]) * DURATION_UNITS[match[2] or "s"])
+
+
+def parse_size(text: str) -> Size:
+    """Bytes from ``64KiB``, ``10MiB``, ``2GiB``; a bare number is in bytes. Raises ValueError."""
+    match = re.fullmatch(r"(\d{1,15})(B|KiB|MiB|GiB)?", text.strip(), re.ASCII)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write it like 64KiB, 10MiB or 2GiB")
+    return Size(int(match[1]) * SIZE_UNITS[match[2] or "B"])
+
+
+def parse_origins(text: str) -> tuple[str, ...]:
+    """The origins of a comma-separated list, as browsers send them (RFC 6454), without a slash."""
+    return tuple(origin.strip().rstrip("/") for origin in text.split(",") if origin.strip())
+
+
+def described(text: str) -> msgspec.Meta:
+    return msgspec.Meta(description=text)
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """How the service runs. Durations are seconds, sizes are bytes.
+
+    Each is also an environment variable (``RESUME_STREAM_IDLE_TIMEOUT``) and a flag of
+    ``resume-stream serve`` (``--idle-timeout``); the flag wins.
+    """
+
+    host: Annotated[str, described("address to listen on")] = "127.0.0.1"
+    port: Annotated[int, described("port to listen on; 0 picks a free one and prints it")] = 8000
+    uds: Annotated[str, described("Unix socket to listen on, in place of host and port")] = ""
+    db: Annotated[str, described("the SQLite file")] = "resume-stream.db"
+    ttl: Annotated[Duration, described("a thread untouched for so long is erased")] = Duration(3600)
+    cleanup_interval: Annotated[Duration, described("how often expired threads are looked for")] = Duration(300)
+    idle_timeout: Annotated[Duration, described("a stream with nothing new for so long ends; 0: never")] = Duration(30)
+    heartbeat: Annotated[Duration, described("a quiet stream sends a comment this often")] = Duration(15)
+    poll_interval: Annotated[
+        Duration, described("the longest that a change by another process (the sqlite3 shell) goes unnoticed")
+    ] = Duration(0.1)
+    producer_timeout: Annotated[Duration, described("a message nobody appends to for so long is aborted; 0: never")] = (
+        Duration(300)
+    )
+    synchronous: Annotated[
+        Literal["FULL", "NORMAL"], described("FULL: what is acknowledged survives a power cut; NORMAL: a crash")
+    ] = "FULL"
+    max_chunk: Annotated[Size, described("largest chunk")] = Size(1024**2)
+    max_body: Annotated[Size, described("largest JSON body")] = Size(10 * 1024**2)
+    max_message: Annotated[Size, described("most text in a message")] = Size(64 * 1024**2)
+    max_db: Annotated[Size, described("largest database file; 0: as large as the disk")] = Size(0)
+    max_readers: Annotated[int, described("most readers at a time")] = 10_000
+
+
+SETTING_TYPES: dict[str, Any] = {
+    name: get_args(hint)[0] for name, hint in get_type_hints(Settings, include_extras=True).items()
+}
+SETTING_PARSERS: dict[Any, Callable[[str], Any]] = {
+    Duration: parse_duration,
+    Size: parse_size,
+    tuple[str, ...]: parse_origins,
+}
+
+
+def parse_setting(name: str, text: str) -> Any:
+    """The value of the setting ``name``. Raises ValueError with one sentence for a person."""
+    kind = SETTING_TYPES[name]
+    if parser := SETTING_PARSERS.get(kind):
+        return parser(text)
+    try:
+        return msgspec.convert(text, kind, strict=False)
+    except msgspec.ValidationError as error:
+        choices = " or ".join(map(str, get_args(kind))) or kind.__name__
+        raise ValueError(f"{text!r} is not {choices}") from error
+
+
+# ---------------------------------------------------------------------------------------------
+# Records
+# ---------------------------------------------------------------------------------------------
+
+Status = Literal["active", "completed", "aborted"]
+
+RESERVED_EVENTS = frozenset({"complete", "timeout", "reset", "gone", "error", "open"})
+CONTROL_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f]")
+MAX_NAME = 200
+
+
+class Record(msgspec.Struct, frozen=True, rename="camel"):
+    """Frozen; camelCase on the wire."""
+
+
+class Chunk(Record, frozen=True, forbid_unknown_fields=True):
+    """A piece of a message, as a producer gives it.
+
+    ``content`` is text, of up to ``max_chunk`` bytes in UTF-8. ``event`` is a name for the SSE
+    ``event`` field, of up to 200 characters, none of them a control character; the names that
+    the service itself uses are refused.
+    """
+
+    content: str
+    event: str | None = None
+
+
+class StoredChunk(Record, frozen=True):
+    """A chunk in its place. ``timestamp`` is ms since 1970, when it was committed."""
+
+    content: str
+    timestamp: int
+    message_id: str
+    seq: int
+    event: str | None = None
+
+
+class MessageEnd(Record, frozen=True):
+    """The end of a message, which takes a place in the sequence as a chunk does."""
+
+    message_id: str
+    status: Status
+    reason: str | None
+    seq: int
+
+
+Entry = StoredChunk | MessageEnd
+
+
+class Signal(enum.Enum):
+    """What a reader is told besides chunks and ends.
+
+    RESET: forget what you have, all of it follows. GONE: the thread was cleared or expired.
+    TIMEOUT: nothing new for ``idle_timeout``. HEARTBEAT: nothing new, and still here.
+    """
+
+    RESET = "reset"
+    GONE = "gone"
+    TIMEOUT = "timeout"
+    HEARTBEAT = "heartbeat"
+
+
+class Cursor(Record, frozen=True):
+    """A place in a thread's sequence: everything up to and with ``seq`` has been read.
+
+    On the wire ``<generation>-<seq>``. A bare ``seq`` names no generation, and so cannot tell a
+    thread from one made again under the same name.
+    """
+
+    seq: int
+    generation: int | None = None
+
+    def __str__(self) -> str:
+        return str(self.seq) if self.generation is None else f"{self.generation}-{self.seq}"
+
+    @classmethod
+    def parse(cls, text: str) -> Cursor:
+        match = re.fullmatch(r"(?:(\d{1,18})-)?(\d{1,18})", text, re.ASCII)
+        if match is None:
+            raise BadRequest(f"{text!r:.80} is not a cursor; send an id as the stream gave it, like 1763829000123-42")
+        return cls(int(match[2]), int(match[1]) if match[1] else None)
+
+
+class Appended(Record, frozen=True):
+    """What a producer is told: ``seq`` is the place of the last thing it asked for.
+
+    ``chunk_count`` counts this message's chunks up to there, so it is the ``index`` of the next.
+    """
+
+    thread_id: str
+    message_id: str
+    seq: int
+    chunk_count: int
+    status: Status
+
+
+class MessageStatus(Record, frozen=True):
+    """One message of a thread; ``last_seq`` is the place of its end once it has ended."""
+
+    message_id: str
+    status: Status
+    reason: str | None
+    chunk_count: int
+    first_seq: int | None
+    last_seq: int | None
+    created_at: int
+    updated_at: int
+
+
+class ThreadSummary(Record, frozen=True):
+    """One thread of a listing. Times are ms since 1970, ``size`` is bytes of text."""
+
+    thread_id: str
+    status: Status
+    chunk_count: int
+    size: int
+    created_at: int
+    updated_at: int
+
+
+class ThreadStatus(ThreadSummary, frozen=True):
+    """``get_thread_status``: one thread with its messages, in the order they began."""
+
+    cursor: str
+    messages: list[MessageStatus]
+    exists: bool = True
+
+
+class ThreadPage(Record, frozen=True):
+    """``threads``, newest first; ``cursor`` gets the next page, None where there is none."""
+
+    threads: list[ThreadSummary]
+    cursor: str | None
+
+
+class AccumulatedContent(Record, frozen=True):
+    """The text so far; following from ``cursor`` gives exactly what comes after it."""
+
+    content: str
+    cursor: str
+    status: Status
+
+
+class ChunkPage(Record, frozen=True):
+    """What follows a cursor, with the ends among it.
+
+    ``status`` is the reader's view at ``cursor``: it turns ``completed`` or ``aborted`` only with
+    the page that holds the end.
+    """
+
+    chunks: list[StoredChunk]
+    ends: list[MessageEnd]
+    cursor: str
+    status: Status
+
+
+class Page:
+    """Consecutive entries of a thread's sequence, encoded once for all who read them.
+
+    Its reader has everything up to ``last_seq`` once it has this page, even where entries of
+    other messages were left out.
+    """
+
+    __slots__ = ("_encoded", "entries", "generation", "last_seq", "size")
+
+    def __init__(self, generation: int, last_seq: int, entries: Sequence[Entry], size: int = 0) -> None:
+        self.generation = generation
+        self.last_seq = last_seq
+        self.entries = entries
+        self.size = size
+        self._encoded: dict[Callable[[Page], bytes], bytes] = {}
+
+    def encoded(self, encode: Callable[[Page], bytes]) -> bytes:
+        if (known := self._encoded.get(encode)) is None:
+            known = self._encoded[encode] = encode(self)
+        return known
+
+
+class Head(Record, frozen=True):
+    """The state of a thread: its last place taken, and whether any message is still active."""
+
+    thread: int
+    generation: int
+    last_seq: int
+    active: bool
+
+
+class Position(Record, frozen=True):
+    """Where a reader begins.
+
+    ``thread`` is None for a thread not made yet. ``skip`` is how many bytes of the next chunk the
+    reader has already. ``finished`` means that nothing will ever come after it.
+    """
+
+    thread_id: str
+    message_id: str | None
+    thread: int | None
+    message: int | None
+    after: int
+    skip: int = 0
+    reset: bool = False
+    finished: bool = False
+
+    def may_have_more(self, head: Head | None, follow: bool) -> bool:
+        """At the end of what there is: a message ends with its end, a thread when none is active."""
+        return follow or self.message_id is not None or head is None or head.active
+
+
+class OpenMessage(Record, frozen=True):
+    """Make the message (and its thread) if need be."""
+
+    thread_id: str
+    message_id: str
+
+
+class Append(Record, frozen=True):
+    """Append to a message; ``thread`` holds a long upload to the thread it began in."""
+
+    thread_id: str
+    message_id: str
+    chunks: Sequence[Chunk]
+    sizes: Sequence[int]
+    index: int | None = None
+    complete: bool = False
+    thread: int | None = None
+
+
+class EndMessage(Record, frozen=True):
+    """End a message; with ``untouched_since`` (ms) only if nobody appended since."""
+
+    thread_id: str
+    message_id: str
+    status: Status
+    reason: str | None = None
+    untouched_since: int | None = None
+
+
+class ClearThread(Record, frozen=True):
+    """Forget a thread; with ``untouched_since`` (ms) only if nobody touched it since."""
+
+    thread_id: str
+    untouched_since: int | None = None
+
+
+Operation = OpenMessage | Append | EndMessage | ClearThread
+
+
+class Commit(Record, frozen=True):
+    """What an operation did, as the readers of its thread need to know it.
+
+    ``last_seq`` and ``active`` are the thread's, right after this operation.
+    """
+
+    thread_id: str
+    thread: int
+    generation: int
+    last_seq: int
+    active: bool
+    answer: Appended | None = None
+    changed: bool = False
+    cleared: bool = False
+    first_seq: int = 0
+    timestamp: int = 0
+    chunks: Sequence[Chunk] = ()
+    end: MessageEnd | None = None
+
+
+# ---------------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------------
+
+
+class Problem(ProblemDetailsException):
+    """An error for people: one sentence that says what is wrong and what would be right.
+
+    On the wire it is a problem document (RFC 9457); ``members`` are its extension members.
+    """
+
+    status_code = 500
+    default_title: ClassVar[str] = "Internal error"
+
+    def __init__(self, detail: str, *, retry_after: int | None = None, **members: Any) -> None:
+        super().__init__(
+            detail=detail,
+            title=self.default_title,
+            status_code=self.status_code,
+            headers=None if retry_after is None else {"Retry-After": str(retry_after)},
+            extra=members or None,
+        )
+
+
+class BadRequest(Problem):
+    status_code = 400
+    default_title = "Bad request"
+
+
+class NotFound(Problem):
+    status_code = 404
+    default_title = "Not found"
+
+
+class Conflict(Problem):
+    """A second producer lost the race, or the message has ended."""
+
+    status_code = 409
+    default_title = "Conflict"
+
+
+class CursorGone(Problem):
+    status_code = 410
+    default_title = "Cursor of another generation"
+
+
+class TooLarge(Problem):
+    status_code = 413
+    default_title = "Over a limit"
+
+
+class UnsupportedMediaType(Problem):
+    status_code = 415
+    default_title = "Unsupported media type"
+
+
+class InvalidContent(Problem):
+    status_code = 422
+    default_title = "Invalid content"
+
+
+class Unavailable(Problem):
+    """The same request may well succeed later; ``Retry-After`` says when to try."""
+
+    status_code = 503
+    default_title = "Unavailable"
+
+    def __init__(self, detail: str, **members: Any) -> None:
+        super().__init__(detail, retry_after=1, **members)
+
+
+class Stopping(Unavailable):
+    """The service is told to stop."""
+
+    def __init__(self) -> None:
+        super().__init__("The service is stopping; try again when it is back.")
+
+
+class DatabaseFull(Problem):
+    status_code = 507
+    default_title = "Database full"
+
+
+class StartupError(Exception):
+    """Why the service cannot start, in one line."""
+
+
+def no_thread(thread_id: str) -> NotFound:
+    return NotFound(f"There is no thread {thread_id!r}; it was never made, or was cleared or expired.", exists=False)
+
+
+def no_message(thread_id: str, message_id: str) -> NotFound:
+    return NotFound(f"The thread {thread_id!r} has no message {message_id!r}.", exists=False)
+
+
+def message_ended(message_id: str, status: str, reason: str | None, chunk_count: int) -> Conflict:
+    why = f" ({reason})" if reason else ""
+    return Conflict(
+        f"The message {message_id!r} was {status}{why}; append to a message that is still active, or to a new one.",
+        messageStatus=status,
+        reason=reason,
+        chunkCount=chunk_count,
+    )
+
+
+def thread_cleared() -> Conflict:
+    return Conflict("The thread was cleared while this message was being written; begin a new message.")
+
+
+def database_problem(error: sqlite3.Error) -> Problem:
+    """What went wrong in SQLite (https://www.sqlite.org/rescode.html), for the one who asked."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
+        return DatabaseFull("The disk or the size limit (max_db) is full; nothing was stored. Free space and retry.")
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return Unavailable("Another process keeps the database locked; nothing was stored. Retry once it is done.")
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return Unavailable("The database is damaged; restore it from a backup.")
+    return Unavailable(f"The database cannot be used ({error}); nothing was stored. Mend the cause and retry.")
+
+
+# ---------------------------------------------------------------------------------------------
+# The store
+# ---------------------------------------------------------------------------------------------
+
+APPLICATION_ID = 0x72737472
+SCHEMA_VERSION = 1
+SCHEMA = Path(__file__).with_name("schema.sql")
+
+BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's lock
+ERASE_ROWS = 2_000  # chunks deleted in one transaction
+PAGE_ROWS = 512
+PAGE_BYTES = 256 * 1024
+WAL_BYTES = 16 * 1024**2  # past this, a checkpoint also resets the WAL
+VACUUM_BYTES = 64 * 1024**2  # up to this size a vacuum is over in about half a second
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def entry_from_row(row: tuple[Any, ...]) -> Entry:
+    """From (seq, message_id, event, content, timestamp, status, reason); no content is an end."""
+    seq, message_id, event, content, timestamp, status, reason = row
+    if content is None:
+        return MessageEnd(message_id, status, reason, seq)
+    return StoredChunk(content, timestamp, message_id, seq, event)
+
+
+class MessageRow(Record, frozen=True):
+    """What a transaction needs to know of a message and its thread; None: not made yet."""
+
+    thread: int | None
+    generation: int
+    thread_last_seq: int
+    message: int | None
+    status: Status
+    reason: str | None
+    chunk_count: int
+    size: int
+    first_seq: int | None
+    last_seq: int | None
+    updated_at: int
+
+    @property
+    def ended(self) -> bool:
+        return self.status != "active"
+
+    @property
+    def before(self) -> int:
+        """The last place in the thread's sequence before anything of this message."""
+        return self.thread_last_seq if self.first_seq is None else self.first_seq - 1
+
+
+def find_message(connection: sqlite3.Connection, thread_id: str, message_id: str | None) -> MessageRow:
+    row = connection.execute(
+        "select threads.thread, threads.generation, threads.last_seq, messages.message,"
+        " coalesce(messages.status, 'active'), messages.reason, coalesce(messages.chunk_count, 0),"
+        " coalesce(messages.size, 0), messages.first_seq, messages.last_seq, coalesce(messages.updated_at, 0)"
+        " from threads left join messages"
+        " on messages.thread = threads.thread and messages.message_id = ?"
+        " where threads.thread_id = ?",
+        (message_id, thread_id),
+    ).fetchone()
+    return MessageRow(*(row or (None, 0, 0, None, "active", None, 0, 0, None, None, 0)))
+
+
+def thread_is_active(connection: sqlite3.Connection, thread: int) -> bool:
+    row = connection.execute(
+        "select exists (select 1 from messages where thread = ? and status = 'active')", (thread,)
+    ).fetchone()
+    return bool(row[0])
+
+
+class Transaction:
+    """One group commit: operations see what the earlier ones in it did.
+
+    An operation that raises a Problem has changed nothing.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, max_message: int) -> None:
+        self._connection = connection
+        self._max_message = max_message
+        self._now = now_ms()
+
+    def apply(self, operation: Operation) -> Commit:
+        match operation:
+            case Append():
+                return self._append(operation)
+            case OpenMessage():
+                return self._open(operation)
+            case EndMessage():
+                return self._end(operation)
+            case ClearThread():
+                return self._clear(operation)
+
+    def _append(self, append: Append) -> Commit:
+        found = find_message(self._connection, append.thread_id, append.message_id)
+        if append.thread is not None and found.thread != append.thread:
+            raise thread_cleared()
+        stored = self._compare_stored(append, found)
+        nothing_new = append.index is not None and len(stored) == len(append.chunks) > 0
+        if nothing_new and not append.complete:
+            return self._unchanged(append, found, stored[-1], cast(int, append.index) + len(stored))
+        if found.ended:
+            return self._answer_completing_retry(append, found)
+        chunks, sizes = append.chunks[len(stored) :], append.sizes[len(stored) :]
+        if (size := found.size + sum(sizes)) > self._max_message:
+            raise TooLarge(
+                f"The message would hold {size} bytes of text, over max_message ({self._max_message});"
+                " complete it and go on in another."
+            )
+        return self._insert(append, self._make(append.thread_id, append.message_id, found), chunks, size)
+
+    def _insert(self, append: Append, found: MessageRow, chunks: Sequence[Chunk], size: int) -> Commit:
+        first_seq, last_seq = (found.thread_last_seq + 1, found.thread_last_seq + len(chunks))
+        self._connection.executemany(
+            "insert into chunks (thread, seq, message, event, content, timestamp) values (?, ?, ?, ?, ?, ?)",
+            [
+                (found.thread, seq, found.message, chunk.event, chunk.content, self._now)
+                for seq, chunk in enumerate(chunks, first_seq)
+            ],
+        )
+        self._connection.execute(
+            "update threads set last_seq = ?, updated_at = ? where thread = ?", (last_seq, self._now, found.thread)
+        )
+        found = msgspec.structs.replace(
+            found,
+            thread_last_seq=last_seq,
+            chunk_count=found.chunk_count + len(chunks),
+            first_seq=found.first_seq or (first_seq if chunks else None),
+            last_seq=last_seq if chunks else found.last_seq,
+        )
+        self._connection.execute(
+            "update messages set chunk_count = ?, size = ?, first_seq = ?, last_seq = ?, updated_at = ?"
+            " where message = ?",
+            (found.chunk_count, size, found.first_seq, found.last_seq, self._now, found.message),
+        )
+        if append.complete:
+            return self._ended(append, found, "completed", None, chunks, first_seq)
+        return self._committed(append, found, True, chunks=chunks, first_seq=first_seq, changed=bool(chunks))
+
+    def _open(self, opened: OpenMessage) -> Commit:
+        found = find_message(self._connection, opened.thread_id, opened.message_id)
+        if found.message is None:
+            found = self._make(opened.thread_id, opened.message_id, found)
+            return self._committed(opened, found, True, changed=True)
+        self._connection.execute("update threads set updated_at = ? where thread = ?", (self._now, found.thread))
+        self._connection.execute(
+            "update messages set updated_at = ? where message = ? and status = 'active'", (self._now, found.message)
+        )
+        return self._unchanged(opened, found, found.last_seq or 0, found.chunk_count)
+
+    def _end(self, end: EndMessage) -> Commit:
+        found = find_message(self._connection, end.thread_id, end.message_id)
+        if found.thread is None:
+            raise no_thread(end.thread_id)
+        if found.message is None:
+            raise no_message(end.thread_id, end.message_id)
+        if found.status == end.status:
+            return self._unchanged(end, found, found.last_seq or 0, found.chunk_count)
+        if found.ended:
+            raise message_ended(end.message_id, found.status, found.reason, found.chunk_count)
+        if end.untouched_since is not None and found.updated_at > end.untouched_since:
+            raise Conflict(f"The message {end.message_id!r} was appended to in the meantime.")
+        return self._ended(end, found, end.status, end.reason)
+
+    def _clear(self, clear: ClearThread) -> Commit:
+        row = self._connection.execute(
+            "update threads set thread_id = null where thread_id = ? and updated_at <= ?"
+            " returning thread, generation, last_seq",
+            (clear.thread_id, self._now if clear.untouched_since is None else clear.untouched_since),
+        ).fetchone()
+        if row is None:
+            raise no_thread(clear.thread_id)
+        return Commit(clear.thread_id, row[0], row[1], row[2], active=False, changed=True, cleared=True)
+
+    def _compare_stored(self, append: Append, found: MessageRow) -> list[int]:
+        """The places of those of the chunks that are stored already, the first ones.
+
+        Raises Conflict where ``index`` leaves a gap, or another chunk has a chunk's place.
+        """
+        if append.index is None:
+            return []
+        if append.index > found.chunk_count and found.ended:
+            raise message_ended(append.message_id, found.status, found.reason, found.chunk_count)
+        if append.index > found.chunk_count:
+            raise Conflict(
+                f"The message {append.message_id!r} has {found.chunk_count} chunks, so index={append.index} would"
+                f" leave a gap; go on with index={found.chunk_count}.",
+                expectedIndex=found.chunk_count,
+            )
+        # Counted from the end, as a retry is nearly always of what came last.
+        rows = self._connection.execute(
+            "select * from (select seq, content, event from chunks"
+            " where thread = ? and message = ? and seq between ? and ? and content is not null"
+            " order by seq desc limit ?) order by seq limit ?",
+            (
+                found.thread,
+                found.message,
+                found.first_seq,
+                found.last_seq,
+                found.chunk_count - append.index,
+                len(append.chunks),
+            ),
+        ).fetchall()
+        for place, ((_, content, event), chunk) in enumerate(zip(rows, append.chunks, strict=False), append.index):
+            if (content, event) != (chunk.content, chunk.event):
+                raise Conflict(
+                    f"Another chunk is stored as index {place} of the message {append.message_id!r}: another producer"
+                    " writes to it, or this one sent something else before. Stop, or begin a new message.",
+                    expectedIndex=found.chunk_count,
+                )
+        return [seq for seq, _, _ in rows]
+
+    def _answer_completing_retry(self, append: Append, found: MessageRow) -> Commit:
+        """As the first one was answered, if it was this append that completed the message."""
+        chunk_count = found.chunk_count if append.index is None else append.index + len(append.chunks)
+        is_retry = append.complete and (append.index is not None or not append.chunks)
+        if is_retry and found.status == "completed" and found.chunk_count == chunk_count:
+            return self._unchanged(append, found, found.last_seq or 0, found.chunk_count)
+        raise message_ended(append.message_id, found.status, found.reason, found.chunk_count)
+
+    def _make(self, thread_id: str, message_id: str, found: MessageRow) -> MessageRow:
+        """The message, made (and its thread) unless it is there."""
+        if found.thread is None:
+            (generation,) = self._connection.execute(
+                "update clock set latest_generation = max(latest_generation + 1, ?) returning latest_generation",
+                (self._now,),
+            ).fetchone()
+            (thread,) = self._connection.execute(
+                "insert into threads (thread_id, generation, created_at, updated_at) values (?, ?, ?, ?)"
+                " returning thread",
+                (thread_id, generation, self._now, self._now),
+            ).fetchone()
+            found = msgspec.structs.replace(found, thread=thread, generation=generation)
+        if found.message is None:
+            (message,) = self._connection.execute(
+                "insert into messages (thread, message_id, created_at, updated_at) values (?, ?, ?, ?)"
+                " returning message",
+                (found.thread, message_id, self._now, self._now),
+            ).fetchone()
+            self._connection.execute("update threads set updated_at = ? where thread = ?", (self._now, found.thread))
+            found = msgspec.structs.replace(found, message=message)
+        return found
+
+    def _ended(
+        self,
+        operation: Append | EndMessage,
+        found: MessageRow,
+        status: Status,
+        reason: str | None,
+        chunks: Sequence[Chunk] = (),
+        first_seq: int = 0,
+    ) -> Commit:
+        """End the message; a trigger gives the end its place, as it does for the sqlite3 shell."""
+        self._connection.execute(
+            "update messages set status = ?, reason = ? where message = ?", (status, reason, found.message)
+        )
+        found = find_message(self._connection, operation.thread_id, operation.message_id)
+        end = MessageEnd(operation.message_id, status, reason, found.thread_last_seq)
+        active = thread_is_active(self._connection, cast(int, found.thread))
+        return self._committed(operation, found, active, chunks=chunks, first_seq=first_seq, end=end, changed=True)
+
+    def _unchanged(
+        self, operation: OpenMessage | Append | EndMessage, found: MessageRow, seq: int, chunk_count: int
+    ) -> Commit:
+        """A retry, answered as the first was."""
+        found = msgspec.structs.replace(found, last_seq=seq, chunk_count=chunk_count)
+        active = thread_is_active(self._connection, cast(int, found.thread))
+        return self._committed(operation, found, active)
+
+    def _committed(
+        self,
+        operation: OpenMessage | Append | EndMessage,
+        found: MessageRow,
+        active: bool,
+        *,
+        chunks: Sequence[Chunk] = (),
+        first_seq: int = 0,
+        end: MessageEnd | None = None,
+        changed: bool = False,
+    ) -> Commit:
+        return Commit(
+            operation.thread_id,
+            cast(int, found.thread),
+            found.generation,
+            found.thread_last_seq,
+            active,
+            Appended(operation.thread_id, operation.message_id, found.last_seq or 0, found.chunk_count, found.status),
+            changed,
+            first_seq=first_seq,
+            timestamp=self._now,
+            chunks=chunks,
+            end=end,
+        )
+
+
+class Snapshot:
+    """What one read transaction sees; every method's answer agrees with every other's."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def head(self, thread_id: str) -> Head | None:
+        row = self._connection.execute(
+            "select thread, generation, last_seq from threads where thread_id = ?", (thread_id,)
+        ).fetchone()
+        return self._head(row) if row else None
+
+    def _head(self, row: tuple[int, int, int]) -> Head:
+        thread, generation, last_seq = row
+        return Head(thread, generation, last_seq, thread_is_active(self._connection, thread))
+
+    def ended(self, thread_id: str, message_ids: Sequence[str]) -> list[str]:
+        return [message_id for message_id in message_ids if find_message(self._connection, thread_id, message_id).ended]
+
+    def message(self, thread_id: str, message_id: str) -> MessageRow:
+        found = find_message(self._connection, thread_id, message_id)
+        if found.thread is None:
+            raise no_thread(thread_id)
+        if found.message is None:
+            raise no_message(thread_id, message_id)
+        return found
+
+    def locate(self, thread_id: str, message_id: str | None, cursor: Cursor | None, follow: bool) -> Position:
+        """Where a reader with this cursor begins."""
+        head = self.head(thread_id)
+        if head is None:
+            if not follow:
+                raise no_thread(thread_id)
+            return Position(thread_id, message_id, None, None, 0, reset=cursor is not None and str(cursor) != "0")
+        message = self.message(thread_id, message_id) if message_id is not None else None
+        lies = cursor is not None and (cursor.generation not in (None, head.generation) or cursor.seq > head.last_seq)
+        after = 0 if lies or cursor is None else cursor.seq
+        if message is None:
+            finished = not follow and not head.active and after >= head.last_seq
+        else:
+            after = max(after, message.before)
+            finished = message.ended and after >= cast(int, message.last_seq)
+        return Position(
+            thread_id,
+            message_id,
+            head.thread,
+            message.message if message else None,
+            after,
+            reset=lies,
+            finished=finished and not lies,
+        )
+
+    def match(self, thread_id: str, message_id: str, known_content: str) -> Position:
+        """Where a reader with this text of the message begins.
+
+        After it, if it is a prefix of the message's text or occurs in it exactly once; otherwise
+        at the start, with a reset. In UTF-8 a text occurs where its bytes do (RFC 3629, 1).
+        """
+        found = self.message(thread_id, message_id)
+        known, text = known_content.encode(), self._text(found)
+        start = 0 if text.startswith(known) else text.find(known)
+        unique = start == 0 or (start > 0 and text.find(known, start + 1) < 0)
+        begin = Position(thread_id, message_id, found.thread, found.message, found.before, reset=not unique)
+        if not unique or not known:
+            return begin
+        return self._after_bytes(begin, found, start + len(known))
+
+    def _text(self, found: MessageRow) -> bytes:
+        # As a blob, since SQLite's own text functions stop at a NUL.
+        (text,) = self._connection.execute(
+            "select cast(group_concat(content, '') as blob) from (select content from chunks"
+            " where thread = ? and message = ? and seq between ? and ? order by seq)",
+            (found.thread, found.message, found.first_seq, found.last_seq),
+        ).fetchone()
+        return text or b""
+
+    def _after_bytes(self, begin: Position, found: MessageRow, offset: int) -> Position:
+        """Right after the first ``offset`` bytes of the message, found by halving."""
+        low, high, before = cast(int, found.first_seq), cast(int, found.last_seq), 0
+        while low < high:
+            middle = (low + high) // 2
+            (size,) = self._connection.execute(
+                "select coalesce(sum(length(cast(content as blob))), 0) from chunks"
+                " where thread = ? and message = ? and seq between ? and ?",
+                (found.thread, found.message, low, middle),
+            ).fetchone()
+            if before + size >= offset:
+                high = middle
+            else:
+                before += size
+                low = middle + 1
+        (size,) = self._connection.execute(
+            "select length(cast(content as blob)) from chunks where thread = ? and seq = ?", (found.thread, low)
+        ).fetchone()
+        if before + size == offset:
+            return msgspec.structs.replace(begin, after=low)
+        return msgspec.structs.replace(begin, after=low - 1, skip=offset - before)
+
+    def text_from(self, thread_id: str, message_id: str, index: int) -> tuple[str, int]:
+        """The text of the message's chunks from number ``index`` on, and the number after them."""
+        found = find_message(self._connection, thread_id, message_id)
+        rows = self._connection.execute(
+            "select content from chunks where thread = ? and message = ? and seq between ? and ?"
+            " and content is not null order by seq limit -1 offset ?",
+            (found.thread, found.message, found.first_seq, found.last_seq, index),
+        )
+        return "".join(content for (content,) in rows), max(index, found.chunk_count)
+
+    def page(self, thread: int, message: int | None, after: int, limit: int) -> tuple[Head, Page] | None:
+        """Up to ``limit`` entries after ``after``, with the head they belong to; None: no thread."""
+        row = self._connection.execute(
+            "select thread, generation, last_seq from threads where thread = ? and thread_id is not null", (thread,)
+        ).fetchone()
+        if row is None:
+            return None
+        head = self._head(row)
+        rows = self._connection.execute(
+            "select chunks.seq, messages.message_id, chunks.event, chunks.content, chunks.timestamp,"
+            " messages.status, messages.reason"
+            " from chunks join messages on messages.message = chunks.message"
+            " where chunks.thread = ?1 and chunks.seq > ?2 and (?3 is null or chunks.message = ?3)"
+            " and chunks.seq <= iif(?3 is null, ?4, (select coalesce(last_seq, 0) from messages where message = ?3))"
+            " order by chunks.seq limit ?5",
+            (thread, after, message, head.last_seq, limit),
+        )
+        entries: list[Entry] = []
+        size = 0
+        for fields in rows:
+            entries.append(entry_from_row(fields))
+            size += len(fields[3] or "")
+            if size >= PAGE_BYTES:
+                break
+        is_full = size >= PAGE_BYTES or len(entries) == limit
+        return head, Page(head.generation, entries[-1].seq if is_full else head.last_seq, entries, size)
+
+    def chunk_page(self, position: Position, limit: int) -> ChunkPage:
+        found = self.page(cast(int, position.thread), position.message, position.after, limit)
+        if found is None:
+            raise no_thread(position.thread_id)
+        head, page = found
+        status: Status = "active"
+        if position.message_id is not None:
+            message = self.message(position.thread_id, position.message_id)
+            if message.ended and cast(int, message.last_seq) <= page.last_seq:
+                status = message.status
+        elif not head.active and head.last_seq == page.last_seq:
+            status = self.summary(position.thread_id).status
+        return ChunkPage(
+            [entry for entry in page.entries if isinstance(entry, StoredChunk)],
+            [entry for entry in page.entries if isinstance(entry, MessageEnd)],
+            str(Cursor(page.last_seq, page.generation)),
+            status,
+        )
+
+    def content(self, thread_id: str, message_id: str | None) -> AccumulatedContent:
+        head = self.head(thread_id)
+        if head is None:
+            raise no_thread(thread_id)
+        if message_id is None:
+            rows = self._connection.execute(
+                "select message_id from messages where thread = ? order by message", (head.thread,)
+            ).fetchall()
+            message_ids = [message_id for (message_id,) in rows]
+            status = self.summary(thread_id).status
+        else:
+            message_ids, status = ([message_id], self.message(thread_id, message_id).status)
+        content = b"".join(self._text(self.message(thread_id, message_id)) for message_id in message_ids).decode()
+        return AccumulatedContent(content, str(Cursor(head.last_seq, head.generation)), status)
+
+    def summary(self, thread_id: str) -> ThreadSummary:
+        row = self._connection.execute(
+            "select thread_id, status, chunk_count, size, created_at, updated_at from thread_summary"
+            " where thread_id = ?",
+            (thread_id,),
+        ).fetchone()
+        if row is None:
+            raise no_thread(thread_id)
+        return ThreadSummary(*row)
+
+    def status(self, thread_id: str) -> ThreadStatus:
+        summary = self.summary(thread_id)
+        head = cast(Head, self.head(thread_id))
+        rows = self._connection.execute(
+            "select message_id, status, reason, chunk_count, first_seq, last_seq, created_at, updated_at"
+            " from messages where thread = ? order by message",
+            (head.thread,),
+        )
+        messages = [MessageStatus(*row) for row in rows]
+        cursor = str(Cursor(head.last_seq, head.generation))
+        return ThreadStatus(**msgspec.structs.asdict(summary), cursor=cursor, messages=messages)
+
+    def threads(self, status: Status | None, limit: int, before: int | None) -> ThreadPage:
+        rows = self._connection.execute(
+            "select thread, thread_id, status, chunk_count, size, created_at, updated_at from thread_summary"
+            " where (?1 is null or thread < ?1) and (?2 is null or status = ?2) order by thread desc limit ?3",
+            (before, status, limit + 1),
+        ).fetchall()
+        threads = [ThreadSummary(*row[1:]) for row in rows[:limit]]
+        return ThreadPage(threads, str(rows[limit - 1][0]) if len(rows) > limit else None)
+
+    def idle_messages(self, untouched_since: int) -> list[tuple[str, str]]:
+        return self._connection.execute(
+            "select threads.thread_id, messages.message_id from messages join threads using (thread)"
+            " where messages.status = 'active' and messages.updated_at <= ? and threads.thread_id is not null"
+            " limit 1000",
+            (untouched_since,),
+        ).fetchall()
+
+    def idle_threads(self, untouched_since: int) -> list[str]:
+        rows = self._connection.execute(
+            "select thread_id from threads where thread_id is not null and updated_at <= ? limit 1000",
+            (untouched_since,),
+        )
+        return [thread_id for (thread_id,) in rows]
+
+
+class Database(aiosqlite.Connection):
+    """A connection whose thread runs whole functions.
+
+    A transaction that is one function cannot be left open by a request that is cancelled, and
+    costs one thread hop, whatever the number of its statements.
+    """
+
+    async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        execute = cast("Callable[..., Awaitable[T]]", self._execute)
+        return await execute(work, self._conn)
+
+
+async def connect(path: Path, mode: Literal["ro", "rw", "rwc"]) -> Database:
+    uri = f"file:{quote(os.path.abspath(path))}?mode={mode}"
+    connector = partial(sqlite3.connect, uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
+    database = Database(connector, iter_chunk_size=PAGE_ROWS)
+    await database
+    return database
+
+
+class Store:
+    """The SQLite file: one connection that writes, one that reads, one owner.
+
+    Every write and every checkpoint is done by the first, as two connections that do so at the
+    same time can corrupt a WAL (https://www.sqlite.org/wal.html#walresetbug).
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._path = Path(settings.db)
+        self._wal = Path(f"{settings.db}-wal")
+        self._wal_limit = WAL_BYTES
+        self._exits = contextlib.AsyncExitStack()
+
+    async def open(self) -> None:
+        """Raises StartupError, and leaves the file as it was, where it cannot be served."""
+        async with contextlib.AsyncExitStack() as exits:
+            exits.enter_context(sole_owner(self._path))
+            try:
+                is_new = not self._path.exists() or self._path.stat().st_size == 0
+                if not is_new:
+                    await self._check()
+                self._writer = await connect(self._path, "rwc")
+                exits.push_async_callback(self._writer.close)
+                await self._writer.run(partial(self._prepare, is_new=is_new))
+                self._reader = await connect(self._path, "ro")
+                exits.push_async_callback(self._reader.close)
+                await self._reader.run(lambda reader: reader.execute("pragma query_only = on"))
+            except (sqlite3.Error, OSError) as error:
+                raise StartupError(f"{self._path} cannot be opened: {error}") from error
+            self._exits = exits.pop_all()
+
+    async def close(self) -> None:
+        """Checkpoints, as SQLite does when the last connection closes, and lets go of the file."""
+        await self._exits.aclose()
+
+    async def commit(self, operations: Sequence[Operation]) -> list[Commit | Problem]:
+        """What became of each operation, all committed together. Raises sqlite3.Error: of none."""
+        return await self._writer.run(partial(self._commit, operations))
+
+    async def erase_some(self) -> bool:
+        """Delete a bounded number of the chunks of cleared threads; False once none is left."""
+        return await self._writer.run(self._erase_some)
+
+    async def scrub(self) -> bool:
+        """Leave no trace of what was deleted; False if it must be tried again."""
+        return await self._writer.run(self._scrub)
+
+    async def data_version(self) -> int:
+        """Another number each time that another process has written (PRAGMA data_version)."""
+        ((version,),) = await self._writer.execute_fetchall("pragma data_version")
+        return cast(int, version)
+
+    async def read(self, work: Callable[[Snapshot], T]) -> T:
+        """What ``work`` finds in one snapshot. Raises Problem."""
+        try:
+            return await self._reader.run(partial(self._in_snapshot, work))
+        except sqlite3.Error as error:
+            raise database_problem(error) from error
+
+    async def _check(self) -> None:
+        with self._path.open("r+b") as file:
+            if file.read(16) != b"SQLite format 3\0":
+                raise StartupError(f"{self._path} is not a database; name another file with --db")
+        connection = await connect(self._path, "ro")
+        try:
+            ((application_id,),) = await connection.execute_fetchall("pragma application_id")
+            ((version,),) = await connection.execute_fetchall("pragma user_version")
+            ((verdict,),) = await connection.execute_fetchall("pragma quick_check(1)")
+        except sqlite3.DatabaseError as error:
+            raise StartupError(f"{self._path} is damaged ({error}); restore it from a backup") from error
+        finally:
+            await connection.close()
+        if verdict != "ok":
+            raise StartupError(f"{self._path} is damaged ({' '.join(verdict.split())}); restore it from a backup")
+        if application_id != APPLICATION_ID:
+            raise StartupError(f"{self._path} is the database of another application; name another file with --db")
+        if version != SCHEMA_VERSION:
+            raise StartupError(
+                f"{self._path} has version {version}, and this resume-stream knows {SCHEMA_VERSION}; use the one that"
+                " made it"
+            )
+
+    def _prepare(self, connection: sqlite3.Connection, is_new: bool) -> None:
+        if is_new:
+            connection.execute("pragma auto_vacuum = incremental")  # has no effect inside a transaction
+            connection.executescript(f"begin immediate; {SCHEMA.read_text()}; commit;")
+        connection.execute("pragma journal_mode = wal")
+        connection.execute(f"pragma synchronous = {self._settings.synchronous}")
+        connection.execute("pragma secure_delete = on")
+        ((page_size,),) = connection.execute("pragma page_size").fetchall()
+        if self._settings.max_db:
+            connection.execute(f"pragma max_page_count = {self._settings.max_db // page_size}")
+
+    def _commit(self, operations: Sequence[Operation], connection: sqlite3.Connection) -> list[Commit | Problem]:
+        with writing(connection):
+            transaction = Transaction(connection, self._settings.max_message)
+            outcomes = [outcome_of(transaction, operation) for operation in operations]
+        if self._wal.stat().st_size > self._wal_limit:
+            # Readers that always overlap would keep the WAL growing; where one of another process
+            # stays, wait for it no longer than this, and not again before the WAL has grown.
+            is_reset = checkpoint(connection, busy_timeout=0.1)
+            self._wal_limit = WAL_BYTES if is_reset else self._wal.stat().st_size + WAL_BYTES
+        return outcomes
+
+    def _erase_some(self, connection: sqlite3.Connection) -> bool:
+        with writing(connection):
+            row = connection.execute("select thread from threads where thread_id is null limit 1").fetchone()
+            if row is None:
+                return False
+            erased = connection.execute(
+                "delete from chunks where thread = ?1 and seq in"
+                " (select seq from chunks where thread = ?1 order by seq limit ?2)",
+                (row[0], ERASE_ROWS),
+            ).rowcount
+            if erased < ERASE_ROWS:
+                connection.execute("delete from threads where thread = ?", row)
+        return True
+
+    def _scrub(self, connection: sqlite3.Connection) -> bool:
+        """Rewrite the file and empty the WAL.
+
+        With secure_delete SQLite overwrites what it deletes, but a page that was rebalanced may
+        keep older copies of cells in its unused space; only a vacuum is sure to drop them. A
+        large file is vacuumed when no message is active, as appends wait for it.
+        """
+        (size,) = connection.execute(
+            "select page_count * page_size from pragma_page_count, pragma_page_size"
+        ).fetchone()
+        (is_quiet,) = connection.execute(
+            "select not exists (select 1 from messages where status = 'active')"
+        ).fetchone()
+        is_clean = size <= VACUUM_BYTES or is_quiet
+        if is_clean:
+            connection.execute("vacuum")
+        else:
+            connection.execute("pragma incremental_vacuum").fetchall()
+        return checkpoint(connection, busy_timeout=BUSY_TIMEOUT) and is_clean
+
+    @staticmethod
+    def _in_snapshot(work: Callable[[Snapshot], T], connection: sqlite3.Connection) -> T:
+        connection.execute("begin")
+        try:
+            return work(Snapshot(connection))
+        finally:
+            connection.execute("commit")
+
+
+def outcome_of(transaction: Transaction, operation: Operation) -> Commit | Problem:
+    try:
+        return transaction.apply(operation)
+    except Problem as problem:
+        return problem
+
+
+@contextlib.contextmanager
+def writing(connection: sqlite3.Connection) -> Iterator[None]:
+    """A write transaction, which waits for the lock now and not in its middle."""
+    connection.execute("begin immediate")
+    try:
+        yield
+        connection.execute("commit")
+    except BaseException:
+        if connection.in_transaction:  # a full disk may have rolled it back already
+            connection.execute("rollback")
+        raise
+
+
+def checkpoint(connection: sqlite3.Connection, busy_timeout: float) -> bool:
+    """Empty the WAL; False if a reader of another process kept it from that for so long."""
+    connection.execute(f"pragma busy_timeout = {busy_timeout * 1000:.0f}")
+    try:
+        (is_busy, _, _) = connection.execute("pragma wal_checkpoint(truncate)").fetchone()
+    finally:
+        connection.execute(f"pragma busy_timeout = {BUSY_TIMEOUT * 1000:.0f}")
+    return not is_busy
+
+
+@contextlib.contextmanager
+def sole_owner(path: Path) -> Iterator[None]:
+    """Hold the lock beside the database, whose name ends in .lock and which stays when we go."""
+    lock = Path(f"{path}.lock")
+    try:
+        file = lock.open("a+")
+    except OSError as error:
+        raise StartupError(f"{path} cannot be opened: {lock} cannot be written ({error.strerror})") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise StartupError(f"{path} is already served, by process {owner}") from error
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+# ---------------------------------------------------------------------------------------------
+# The buffer
+# ---------------------------------------------------------------------------------------------
+
+PENDING_BYTES = 16 * 1024**2  # waiting to be committed; past it producers wait
+PENDING_CHUNK_BYTES = 64  # what a chunk costs besides its text
+BATCH_BYTES = 4 * 1024**2  # what one transaction takes
+MIN_POLL_INTERVAL = 0.01  # seconds
+LIVE_BYTES = 256 * 1024  # of a thread's newest pages, kept while somebody follows it
+
+
+class Pending:
+    """Work for the writer, and who waits for it."""
+
+    __slots__ = ("done", "size", "work")
+
+    def __init__(self, work: Operation | Callable[[], Awaitable[Any]], size: int) -> None:
+        self.work = work
+        self.size = size
+        self.done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    def answer(self, outcome: Any) -> None:
+        if self.done.done():
+            return  # the one who asked is gone; what was committed stays committed
+        if isinstance(outcome, BaseException):
+            self.done.set_exception(outcome)
+        else:
+            self.done.set_result(outcome)
+
+
+class Channel:
+    """What those who follow one thread share: its head, its newest pages, and their wake-up."""
+
+    def __init__(self) -> None:
+        self.head: Head | None = None
+        self.gone = False
+        self.followers = 0
+        self._pages: dict[int, Page] = {}
+        self._size = 0
+        self._waiting: set[asyncio.Future[None]] = set()
+        self._watchers: dict[str, set[Callable[[], None]]] = {}
+
+    @property
+    def unused(self) -> bool:
+        return not self.followers and not self._watchers
+
+    def learn(self, head: Head) -> None:
+        """Take a head read from the store, unless a commit has told of a later one."""
+        if self.head is None or (self.head.thread == head.thread and self.head.last_seq < head.last_seq):
+            self.head = head
+
+    def publish(self, commit: Commit) -> None:
+        self.head = Head(commit.thread, commit.generation, commit.last_seq, commit.active)
+        self.gone = self.gone or commit.cleared
+        if commit.changed and self.followers and not commit.cleared:
+            self._keep(commit)
+        if commit.cleared:
+            self.end_watches()
+        elif commit.end:
+            self._end_watch(commit.end.message_id)
+        self.wake()
+
+    def refresh(self, head: Head | None, ended: Sequence[str]) -> None:
+        """Take over what another process may have changed."""
+        self.gone = self.head is not None and (head is None or head.thread != self.head.thread)
+        self.head = head
+        self.forget()
+        if self.gone:
+            self.end_watches()
+        for message_id in ended:
+            self._end_watch(message_id)
+        self.wake()
+
+    def page_after(self, seq: int) -> Page | None:
+        return self._pages.get(seq + 1)
+
+    def forget(self) -> None:
+        self._pages.clear()
+        self._size = 0
+
+    def wake(self) -> None:
+        for waiting in self._waiting:
+            if not waiting.done():
+                waiting.set_result(None)
+
+    async def wait(self, until: float | None) -> None:
+        """Until something happens, or the loop's clock shows ``until``."""
+        loop = asyncio.get_running_loop()
+        waiting: asyncio.Future[None] = loop.create_future()
+        timer = None if until is None else loop.call_at(until, wake_up, waiting)
+        self._waiting.add(waiting)
+        try:
+            await waiting
+        finally:
+            self._waiting.discard(waiting)
+            if timer is not None:
+                timer.cancel()
+
+    def watch(self, message_id: str, on_end: Callable[[], None]) -> None:
+        self._watchers.setdefault(message_id, set()).add(on_end)
+
+    def unwatch(self, message_id: str, on_end: Callable[[], None]) -> None:
+        watchers = self._watchers.get(message_id, set())
+        watchers.discard(on_end)
+        if not watchers:
+            self._watchers.pop(message_id, None)
+
+    @property
+    def watched(self) -> AbstractSet[str]:
+        return self._watchers.keys()
+
+    def end_watches(self) -> None:
+        for message_id in list(self._watchers):
+            self._end_watch(message_id)
+
+    def _end_watch(self, message_id: str) -> None:
+        for on_end in self._watchers.pop(message_id, set()):
+            on_end()
+
+    def _keep(self, commit: Commit) -> None:
+        message_id = cast(Appended, commit.answer).message_id
+        entries: list[Entry] = [
+            StoredChunk(chunk.content, commit.timestamp, message_id, seq, chunk.event)
+            for seq, chunk in enumerate(commit.chunks, commit.first_seq)
+        ]
+        if commit.end:
+            entries.append(commit.end)
+        if not entries:
+            return
+        page = Page(commit.generation, commit.last_seq, entries, sum(len(chunk.content) for chunk in commit.chunks))
+        self._pages[entries[0].seq] = page
+        self._size += page.size + PENDING_CHUNK_BYTES * len(entries)
+        while self._size > LIVE_BYTES and len(self._pages) > 1:
+            oldest = self._pages.pop(next(iter(self._pages)))
+            self._size -= oldest.size + PENDING_CHUNK_BYTES * len(oldest.entries)
+
+
+def wake_up(waiting: asyncio.Future[None]) -> None:
+    if not waiting.done():
+        waiting.set_result(None)
+
+
+def checked_id(kind: str, text: str) -> str:
+    """The id, of 1 to 200 characters, no ``/`` and no control character. Raises BadRequest."""
+    if not 1 <= len(text) <= MAX_NAME or "/" in text or CONTROL_CHARACTER.search(text):
+        raise BadRequest(
+            f"{text!r:.80} cannot be a {kind}; use 1 to {MAX_NAME} characters, no '/' and no control characters."
+        )
+    utf8_size(text)
+    return text
+
+
+def utf8_size(text: str) -> int:
+    try:
+        return len(text) if text.isascii() else len(text.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidContent(
+            f"The text has a lone surrogate (U+{ord(text[error.start]):04X}), which is not valid Unicode;"
+            " send both halves of the pair in one chunk."
+        ) from error
+
+
+def checked_event(event: str) -> None:
+    if not 1 <= len(event) <= MAX_NAME or CONTROL_CHARACTER.search(event) or event in RESERVED_EVENTS:
+        raise InvalidContent(
+            f"{event!r:.80} cannot be an event; use 1 to {MAX_NAME} characters, no control characters, and none of"
+            f" the service's own names ({', '.join(sorted(RESERVED_EVENTS))})."
+        )
+    utf8_size(event)
+
+
+class ChunkBuffer:
+    """Keeps what agents stream, and lets readers carry on from where they stopped.
+
+    An asynchronous context manager: entering it opens the database, leaving it commits what is
+    waiting and closes it. All methods belong to the event loop it was entered in. Errors are
+    subclasses of Problem, whose ``status_code`` is that of the HTTP answer.
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings = settings or Settings()
+        self._store = Store(settings)
+        self._channels: dict[str, Channel] = {}
+        self._queue: list[Pending] = []
+        self._queued = 0
+        self._work = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._poll_intervals: Counter[float] = Counter()
+        self.readers = 0
+        self._polled = asyncio.Event()
+        self._scrub_owed = True
+        self._erasing = asyncio.Lock()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._pumps: set[asyncio.Task[None]] = set()
+        self.stopping = False
+
+    async def __aenter__(self) -> Self:
+        """Raises StartupError where the database cannot be served."""
+        await self._store.open()
+        self._started_ms = now_ms()
+        self._writer = asyncio.create_task(self._write(), name="writer")
+        self._tasks = [
+            asyncio.create_task(self._watch_other_processes(), name="watch other processes"),
+            asyncio.create_task(self._clean_up_forever(), name="clean up"),
+            asyncio.create_task(self._abort_idle_messages_forever(), name="abort idle messages"),
+        ]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        for task in [*self._tasks, *self._pumps]:
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._pumps, return_exceptions=True)
+        self._work.set()
+        await self._writer
+        await self._store.close()
+
+    def stop(self) -> None:
+        """End every stream now, without an end event, so that clients reconnect elsewhere or later."""
+        self.stopping = True
+        for channel in self._channels.values():
+            channel.end_watches()
+            channel.wake()
+
+    # Producers
+
+    async def open_message(self, thread_id: str, message_id: str) -> tuple[Appended, bool]:
+        """Open a message before its first chunk, so that readers can wait for it.
+
+        The second value is whether it is new; a message that is there already counts the call as
+        a sign of life. Raises BadRequest for an id that cannot be one.
+        """
+        commit = await self._submit(
+            OpenMessage(checked_id("thread_id", thread_id), checked_id("message_id", message_id))
+        )
+        return cast(Appended, commit.answer), commit.changed
+
+    async def add_chunks(
+        self,
+        thread_id: str,
+        message_id: str,
+        chunks: Sequence[Chunk | str],
+        *,
+        index: int | None = None,
+        complete: bool = False,
+    ) -> Appended:
+        """Append chunks, all or nothing, and return once they are committed.
+
+        Opens the message if need be. ``index`` (from 0) is the number in this message of the
+        first of the chunks, and makes a retry safe: what is stored already is compared and
+        skipped. ``complete`` ends the message in the same transaction. No chunks at all are a
+        sign of life.
+
+        Raises Conflict (the message has ended, ``index`` leaves a gap, or another chunk is
+        stored there), TooLarge, InvalidContent, Unavailable, DatabaseFull. After any of them
+        nothing has changed.
+        """
+        taken = [Chunk(chunk) if isinstance(chunk, str) else chunk for chunk in chunks]
+        append = self.checked_append(thread_id, message_id, taken, index=index, complete=complete)
+        return cast(Appended, (await self.submit_append(append)).answer)
+
+    def checked_append(
+        self,
+        thread_id: str,
+        message_id: str,
+        chunks: Sequence[Chunk],
+        *,
+        index: int | None = None,
+        complete: bool = False,
+        thread: int | None = None,
+    ) -> Append:
+        """The append, if its ids, its events and the size and text of its chunks are good."""
+        if index is not None and index < 0:
+            raise BadRequest(f"index={index} cannot be; the first chunk of a message has index=0.")
+        sizes = []
+        for chunk in chunks:
+            if chunk.event is not None:
+                checked_event(chunk.event)
+            sizes.append(utf8_size(chunk.content))
+        if sizes and max(sizes) > self.settings.max_chunk:
+            raise TooLarge(
+                f"A chunk has {max(sizes)} bytes, over max_chunk ({self.settings.max_chunk}); send it in parts."
+            )
+        return Append(
+            checked_id("thread_id", thread_id),
+            checked_id("message_id", message_id),
+            chunks,
+            sizes,
+            index,
+            complete,
+            thread,
+        )
+
+    async def stored_text(self, thread_id: str, message_id: str, index: int | None) -> tuple[str, int | None]:
+        """The text stored from chunk ``index`` on, and the index after it: none, without an index."""
+        if index is None:
+            return "", None
+        return await self._store.read(lambda snapshot: snapshot.text_from(thread_id, message_id, index))
+
+    async def submit_append(self, append: Append) -> Commit:
+        return await self._submit(append, sum(append.sizes) + PENDING_CHUNK_BYTES * len(append.chunks))
+
+    async def complete_message(self, thread_id: str, message_id: str) -> Appended:
+        """End a message; again: the same answer. Raises NotFound; Conflict if it was aborted."""
+        commit = await self._submit(EndMessage(thread_id, message_id, "completed"))
+        return cast(Appended, commit.answer)
+
+    async def abort_message(self, thread_id: str, message_id: str, reason: str | None = None) -> Appended:
+        """Abort a message, from either side; again: the same answer.
+
+        Raises NotFound; Conflict if it is completed.
+        """
+        if reason is not None:
+            utf8_size(reason)
+        commit = await self._submit(EndMessage(thread_id, message_id, "aborted", reason))
+        return cast(Appended, commit.answer)
+
+    async def clear_thread_buffer(self, thread_id: str) -> None:
+        """Forget a thread; returns once its text is in neither the database nor the WAL.
+
+        Raises NotFound.
+        """
+        await self._submit(ClearThread(thread_id))
+        await self._erase()
+
+    async def agent_stream(
+        self, thread_id: str, message_id: str, source: AsyncIterable[str | Chunk]
+    ) -> AsyncGenerator[str | Chunk, None]:
+        """Store and yield what ``source`` yields: text, or Chunks where an event has a name.
+
+        Each piece is yielded once it is committed. When the consumer goes away, storing goes on.
+        The message is completed when ``source`` ends, and aborted when it fails, with the name
+        of the exception as its reason; the exception is raised here too. When the message is
+        ended from outside, ``source`` is closed and the iteration ends.
+        """
+        opened, _ = await self.open_message(thread_id, message_id)
+        position = await self.locate(thread_id, message_id, after=str(opened.seq))
+        pump = asyncio.create_task(self._pump(thread_id, message_id, source))
+        self._pumps.add(pump)
+        pump.add_done_callback(self._pumps.discard)
+        async with aclosing(self.follow(position, idle_timeout=0, heartbeat=1)) as items:
+            async for item in items:
+                if isinstance(item, Page):
+                    for entry in item.entries:
+                        if isinstance(entry, StoredChunk):
+                            yield (Chunk(entry.content, entry.event) if entry.event else entry.content)
+                elif pump.done():
+                    break  # it failed, and could not even abort the message
+        await pump
+
+    async def _pump(self, thread_id: str, message_id: str, source: AsyncIterable[str | Chunk]) -> None:
+        try:
+            async with self.while_active(thread_id, message_id) as stop_watching:
+                async for piece in source:
+                    await self.add_chunks(thread_id, message_id, [piece])
+                stop_watching()
+                await self.complete_message(thread_id, message_id)
+        except Conflict:
+            log.info("agent stopped: its message was ended from outside")
+        except Exception as error:
+            with contextlib.suppress(Problem):  # the error itself is what the consumer must see
+                await self.abort_message(thread_id, message_id, type(error).__name__)
+            raise
+        finally:
+            if isinstance(source, AsyncGenerator):
+                await source.aclose()
+
+    @contextlib.asynccontextmanager
+    async def while_active(self, thread_id: str, message_id: str) -> AsyncIterator[Callable[[], None]]:
+        """Cut the block short as soon as the message is ended by anyone, or the service stops.
+
+        Yields a function that lifts the watch, for the one who ends the message itself. Raises
+        Conflict or Unavailable, which say why.
+        """
+        loop = asyncio.get_running_loop()
+        channel = self._channel(thread_id)
+        scope = asyncio.timeout(None)
+
+        def cut() -> None:
+            if not scope.expired():
+                scope.reschedule(loop.time())
+
+        channel.watch(message_id, cut)
+        lift = partial(channel.unwatch, message_id, cut)
+        try:
+            with self._polling(self.settings.poll_interval):
+                async with scope:
+                    yield lift
+        except TimeoutError:
+            if not scope.expired():
+                raise
+        finally:
+            lift()
+            self._release(thread_id, channel)
+        if scope.expired():
+            raise await self._why_cut(thread_id, message_id)
+
+    async def _why_cut(self, thread_id: str, message_id: str) -> Problem:
+        if self.stopping:
+            return Stopping()
+        try:
+            found = await self._store.read(lambda snapshot: snapshot.message(thread_id, message_id))
+        except NotFound:
+            return thread_cleared()
+        if not found.ended:
+            return thread_cleared()
+        return message_ended(message_id, found.status, found.reason, found.chunk_count)
+
+    # Readers
+
+    async def resume_stream(
+        self,
+        thread_id: str,
+        message_id: str,
+        known_content: str | None = None,
+        poll_interval: float | None = None,
+        *,
+        after: str | int | None = None,
+        idle_timeout: float | None = None,
+    ) -> AsyncGenerator[StoredChunk | MessageEnd | Signal, None]:
+        """What the reader does not have yet of a message, until it ends.
+
+        ``known_content`` is text it has: a prefix of the message's text resumes right after it,
+        inside a chunk if need be; so does a text that occurs exactly once; anything else is
+        answered with Signal.RESET and everything. ``after`` (a cursor or a bare sequence number)
+        stands in its place. ``poll_interval`` and ``idle_timeout`` are seconds, by default those
+        of the settings. Ends after a MessageEnd, Signal.GONE or Signal.TIMEOUT.
+
+        Raises NotFound, BadRequest (a bad cursor), Unavailable (too many readers).
+        """
+        if known_content is not None and after is None:
+            position = await self.match(thread_id, message_id, known_content)
+        else:
+            position = await self.locate(thread_id, message_id, after=None if after is None else str(after))
+        if position.finished:
+            return
+        items = self.follow(position, idle_timeout=idle_timeout, heartbeat=0, poll_interval=poll_interval)
+        async with aclosing(items):
+            async for item in items:
+                if isinstance(item, Page):
+                    for entry in item.entries:
+                        yield entry
+                else:
+                    yield item
+
+    async def get_accumulated_content(self, thread_id: str, message_id: str | None = None) -> AccumulatedContent:
+        """The text of a message so far, or of a thread's messages in the order they began.
+
+        Raises NotFound.
+        """
+        return await self._store.read(lambda snapshot: snapshot.content(thread_id, message_id))
+
+    async def get_thread_status(self, thread_id: str) -> ThreadStatus:
+        """A thread with its messages. Raises NotFound."""
+        return await self._store.read(lambda snapshot: snapshot.status(thread_id))
+
+    async def get_threads(
+        self, status: Status | None = None, limit: int = 100, cursor: str | None = None
+    ) -> ThreadPage:
+        """Up to ``limit`` (1 to 1000) threads, the newest first, of one status or of any.
+
+        Raises BadRequest.
+        """
+        checked_range("limit", limit, 1, 1000)
+        if cursor is not None and not re.fullmatch(r"\d{1,18}", cursor, re.ASCII):
+            raise BadRequest(f"{cursor!r:.80} is not a cursor of this list; send the one that its last page gave.")
+        before = None if cursor is None else int(cursor)
+        return await self._store.read(lambda snapshot: snapshot.threads(status, limit, before))
+
+    async def get_active_threads(self, limit: int = 100, cursor: str | None = None) -> ThreadPage:
+        """The threads of which a message is active. Raises BadRequest."""
+        return await self.get_threads("active", limit, cursor)
+
+    async def get_chunks(
+        self,
+        thread_id: str,
+        message_id: str | None = None,
+        *,
+        after: str | None = None,
+        limit: int = PAGE_ROWS,
+        wait: float = 0,
+    ) -> ChunkPage:
+        """Up to ``limit`` (1 to 10,000) entries after a cursor; waits up to ``wait`` s (0 to 300).
+
+        Raises NotFound, BadRequest, and CursorGone for a cursor of another generation.
+        """
+        checked_range("limit", limit, 1, 10_000)
+        checked_range("wait", wait, 0, 300)
+        position = await self.locate(thread_id, message_id, after=after)
+        if position.reset:
+            raise CursorGone(
+                "This cursor is of a thread that was cleared or expired; read from the start, with no after."
+            )
+        page = await self._store.read(lambda snapshot: snapshot.chunk_page(position, limit))
+        if not wait or position.finished or page.chunks or page.ends:
+            return page
+        async with aclosing(self.follow(position, idle_timeout=wait, heartbeat=0)) as items:
+            await anext(items, None)
+        return await self._store.read(lambda snapshot: snapshot.chunk_page(position, limit))
+
+    async def locate(
+        self, thread_id: str, message_id: str | None = None, *, after: str | None = None, follow: bool = False
+    ) -> Position:
+        """Where a reader with this cursor begins.
+
+        Raises NotFound (unless ``follow``, for a thread), BadRequest, Unavailable.
+        """
+        self._check_room_for_reader()
+        checked_id("thread_id", thread_id)
+        cursor = None if after is None else Cursor.parse(after)
+        return await self._store.read(lambda snapshot: snapshot.locate(thread_id, message_id, cursor, follow))
+
+    async def match(self, thread_id: str, message_id: str, known_content: str) -> Position:
+        """Where a reader with this text begins. Raises NotFound, InvalidContent, Unavailable."""
+        self._check_room_for_reader()
+        utf8_size(known_content)
+        return await self._store.read(lambda snapshot: snapshot.match(thread_id, message_id, known_content))
+
+    def _check_room_for_reader(self) -> None:
+        if self.stopping:
+            raise Stopping
+        if self.readers >= self.settings.max_readers:
+            raise Unavailable(f"There are {self.readers} readers, as many as max_readers allows; try again later.")
+
+    async def follow(
+        self,
+        position: Position,
+        *,
+        follow: bool = False,
+        idle_timeout: float | None = None,
+        heartbeat: float | None = None,
+        poll_interval: float | None = None,
+    ) -> AsyncGenerator[Page | Signal, None]:
+        """What comes after a position, as it is committed; with ``follow`` also after the end.
+
+        Times are seconds, by default those of the settings; 0 turns ``idle_timeout`` and
+        ``heartbeat`` off. No transaction is open while the consumer has a page.
+        """
+        idle_timeout = self.settings.idle_timeout if idle_timeout is None else idle_timeout
+        heartbeat = self.settings.heartbeat if heartbeat is None else heartbeat
+        poll_interval = self.settings.poll_interval if poll_interval is None else poll_interval
+        with self._attached(position.thread_id, poll_interval) as channel:
+            if position.reset:
+                yield Signal.RESET
+            if position.thread is None:
+                await self._learn_head(position.thread_id, channel)
+            quiet = Quiet(idle_timeout, heartbeat)
+            seq, skip = position.after, position.skip
+            while not self.stopping:
+                more = await self._more(channel, position, seq)
+                if isinstance(more, Page):
+                    seq = more.last_seq
+                    if picked := pick(more, position.message_id, skip):
+                        skip = 0
+                        yield picked
+                        quiet.broken()
+                        if position.message_id and isinstance(picked.entries[-1], MessageEnd):
+                            return
+                elif more is None and not position.may_have_more(channel.head, follow):
+                    return
+                else:
+                    if more is None:
+                        await channel.wait(quiet.until())
+                        more = quiet.due()
+                    if more:
+                        yield more
+                    if more in (Signal.GONE, Signal.TIMEOUT):
+                        return
+
+    async def _more(self, channel: Channel, position: Position, seq: int) -> Page | Signal | None:
+        """What comes after ``seq``: a page, GONE, or None for nothing yet."""
+        head = channel.head
+        thread = position.thread or (head.thread if head else None)
+        if channel.gone or (head and head.thread != thread):
+            return Signal.GONE
+        if thread is None or (head and seq >= head.last_seq):
+            return None
+        if page := channel.page_after(seq):
+            return page
+        found = await self._store.read(lambda snapshot: snapshot.page(thread, position.message, seq, PAGE_ROWS))
+        if found is None:
+            return Signal.GONE
+        channel.learn(found[0])
+        return found[1]
+
+    async def _learn_head(self, thread_id: str, channel: Channel) -> None:
+        head = await self._store.read(lambda snapshot: snapshot.head(thread_id))
+        if head is not None:
+            channel.learn(head)
+
+    @contextlib.contextmanager
+    def _attached(self, thread_id: str, poll_interval: float) -> Iterator[Channel]:
+        channel = self._channel(thread_id)
+        channel.followers += 1
+        self.readers += 1
+        try:
+            with self._polling(poll_interval):
+                yield channel
+        finally:
+            self.readers -= 1
+            channel.followers -= 1
+            if not channel.followers:
+                channel.forget()
+            self._release(thread_id, channel)
+
+    @contextlib.contextmanager
+    def _polling(self, interval: float) -> Iterator[None]:
+        """Have other processes' changes noticed within ``interval`` seconds."""
+        interval = max(interval, MIN_POLL_INTERVAL)
+        self._poll_intervals[interval] += 1
+        self._polled.set()
+        try:
+            yield
+        finally:
+            self._poll_intervals[interval] -= 1
+            self._poll_intervals += Counter()  # drops what has come to zero
+            if not self._poll_intervals:
+                self._polled.clear()
+
+    def _channel(self, thread_id: str) -> Channel:
+        return self._channels.setdefault(thread_id, Channel())
+
+    def _release(self, thread_id: str, channel: Channel) -> None:
+        if channel.unused and self._channels.get(thread_id) is channel:
+            del self._channels[thread_id]
+
+    # The writer
+
+    async def _submit(self, operation: Operation, size: int = PENDING_CHUNK_BYTES) -> Commit:
+        """Raises Problem, with nothing changed."""
+        return cast(Commit, await self._enqueue(operation, size))
+
+    async def _maintain(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Run on the writer, alone, between two commits."""
+        return cast(T, await self._enqueue(work, 0))
+
+    async def _enqueue(self, work: Operation | Callable[[], Awaitable[Any]], size: int) -> Any:
+        await self.room()
+        pending = Pending(work, size)
+        self._queue.append(pending)
+        self._queued += size
+        if self._queued >= PENDING_BYTES:
+            self._room.clear()
+        self._work.set()
+        return await pending.done
+
+    async def room(self) -> None:
+        """Wait until less than the limit is waiting to be committed. Raises Unavailable."""
+        await self._room.wait()
+        if self.stopping:
+            raise Stopping
+
+    async def _write(self) -> None:
+        """The one writer: commits together what came while the last commit was under way."""
+        while True:
+            await self._work.wait()
+            batch = self._take_batch()
+            if not batch:
+                self._work.clear()
+                if self.stopping:
+                    return
+            elif isinstance(batch[0].work, Record):
+                await self._commit(batch)
+            else:
+                try:
+                    batch[0].answer(await batch[0].work())
+                except Exception as error:
+                    batch[0].answer(error)
+
+    def _take_batch(self) -> list[Pending]:
+        """Operations for one transaction, or one piece of maintenance; what came first, first."""
+        size = taken = 0
+        for pending in self._queue:
+            if not isinstance(pending.work, Record):
+                taken = taken or 1
+                break
+            if taken and size + pending.size > BATCH_BYTES:
+                break
+            size += pending.size
+            taken += 1
+        batch, self._queue = self._queue[:taken], self._queue[taken:]
+        self._queued -= size
+        if self._queued < PENDING_BYTES:
+            self._room.set()
+        return batch
+
+    async def _commit(self, batch: list[Pending]) -> None:
+        try:
+            outcomes = await self._store.commit([cast(Operation, pending.work) for pending in batch])
+        except Exception as error:
+            problem = database_problem(error) if isinstance(error, sqlite3.Error) else error
+            log.error("commit failed: %s", error)
+            for pending in batch:
+                pending.answer(problem)
+            return
+        for pending, outcome in zip(batch, outcomes, strict=True):
+            if isinstance(outcome, Commit):
+                self._publish(outcome)
+            pending.answer(outcome)
+
+    def _publish(self, commit: Commit) -> None:
+        if commit.cleared:
+            self._scrub_owed = True
+        if channel := self._channels.get(commit.thread_id):
+            channel.publish(commit)
+            if commit.cleared:
+                del self._channels[commit.thread_id]
+
+    # Periodic work
+
+    async def _watch_other_processes(self) -> None:
+        version = None
+        while not self.stopping:
+            await self._polled.wait()
+            await asyncio.sleep(min(self._poll_intervals, default=MIN_POLL_INTERVAL))
+            with logged_problems("watch other processes"):
+                known, version = version, await self._maintain(self._store.data_version)
+                if version != known is not None:
+                    await self._maintain(self._refresh)
+
+    async def _refresh(self) -> None:
+        """Bring every channel up to date; on the writer, so that no commit comes in between."""
+        watched = {thread_id: list(channel.watched) for thread_id, channel in self._channels.items()}
+        found = await self._store.read(
+            lambda snapshot: [(snapshot.head(key), snapshot.ended(key, ids)) for key, ids in watched.items()]
+        )
+        for thread_id, (head, ended) in zip(watched, found, strict=True):
+            channel = self._channels.get(thread_id)
+            if channel is None:
+                continue
+            channel.refresh(head, ended)
+            if channel.gone:
+                del self._channels[thread_id]
+
+    async def _clean_up_forever(self) -> None:
+        while not self.stopping:
+            with logged_problems("clean up"):
+                await self._clean_up()
+            await asyncio.sleep(self.settings.cleanup_interval)
+
+    async def _clean_up(self) -> None:
+        untouched_since = now_ms() - round(self.settings.ttl * 1000)
+        while expired := await self._store.read(lambda snapshot: snapshot.idle_threads(untouched_since)):
+            for thread_id in expired:
+                with contextlib.suppress(NotFound):  # touched or cleared in the meantime
+                    await self._submit(ClearThread(thread_id, untouched_since))
+        await self._erase()
+
+    async def _erase(self) -> None:
+        async with self._erasing:
+            while await self._maintain(self._store.erase_some):
+                pass
+            if self._scrub_owed:
+                self._scrub_owed = False
+                try:
+                    self._scrub_owed = not await self._maintain(self._store.scrub)
+                except BaseException:
+                    self._scrub_owed = True
+                    raise
+
+    async def _abort_idle_messages_forever(self) -> None:
+        timeout = self.settings.producer_timeout
+        while timeout and not self.stopping:
+            await asyncio.sleep(min(max(timeout / 10, 0.02), 5))
+            untouched_since = now_ms() - round(timeout * 1000)
+            if untouched_since < self._started_ms:
+                continue  # while the service was down nobody could append
+            with logged_problems("abort idle messages"):
+                await self._abort_idle_messages(untouched_since)
+
+    async def _abort_idle_messages(self, untouched_since: int) -> None:
+        for thread_id, message_id in await self._store.read(lambda snapshot: snapshot.idle_messages(untouched_since)):
+            with contextlib.suppress(NotFound, Conflict):  # touched or ended in the meantime
+                await self._submit(EndMessage(thread_id, message_id, "aborted", "producer_timeout", untouched_since))
+
+
+class Quiet:
+    """When a reader to whom nothing comes is due a heartbeat, and when its time is up."""
+
+    def __init__(self, idle_timeout: float, heartbeat: float) -> None:
+        self._idle_timeout = idle_timeout
+        self._heartbeat = heartbeat
+        self.broken()
+
+    def broken(self) -> None:
+        self._since = self._last_sent = asyncio.get_running_loop().time()
+
+    def until(self) -> float | None:
+        ends = self._since + self._idle_timeout if self._idle_timeout else None
+        beats = self._last_sent + self._heartbeat if self._heartbeat else None
+        return min((time for time in (ends, beats) if time is not None), default=None)
+
+    def due(self) -> Signal | None:
+        now = asyncio.get_running_loop().time()
+        if self._idle_timeout and now >= self._since + self._idle_timeout:
+            return Signal.TIMEOUT
+        if self._heartbeat and now >= self._last_sent + self._heartbeat:
+            self._last_sent = now
+            return Signal.HEARTBEAT
+        return None
+
+
+def pick(page: Page, message_id: str | None, skip: int) -> Page | None:
+    """The page as one reader needs it, or None if there is nothing in it for them."""
+    if not page.entries or (message_id is not None and page.entries[0].message_id != message_id):
+        return None
+    first = page.entries[0]
+    if not skip or not isinstance(first, StoredChunk):
+        return page
+    rest = first.content.encode()[skip:].decode()
+    return Page(page.generation, page.last_seq, [msgspec.structs.replace(first, content=rest), *page.entries[1:]])
+
+
+@contextlib.contextmanager
+def logged_problems(task: str) -> Iterator[None]:
+    """A periodic task goes on after an error, since its cause may go away."""
+    try:
+        yield
+    except (Problem, sqlite3.Error) as error:
+        if isinstance(error, Stopping):
+            return
+        log.warning("%s failed, and will be tried again: %s", task, error)
+
+
+def checked_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise BadRequest(f"{name}={value:g} is out of range; it goes from {low:g} to {high:g}.")
+
+
+# ---------------------------------------------------------------------------------------------
+# The wire formats
+# ---------------------------------------------------------------------------------------------
+
+encode_json = msgspec.json.Encoder().encode
+
+RETRY = b"retry: 1000\n"
+HEARTBEAT = b": hb\n"  # with no blank line after it: some clients dispatch an empty event for one
+SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+def sse_event(event: str, data: bytes = b"{}") -> bytes:
+    """A frame with no id. Browsers do not dispatch an event without data (HTML, 9.2.6)."""
+    return b"event: %s\ndata: %s\n\n" % (event.encode(), data)
+
+
+def sse_frames(page: Page) -> bytes:
+    """The page's entries as server-sent events (HTML, 9.2).
+
+    LF line ends, and data on one line, as a line end inside JSON is always escaped.
+    """
+    generation = page.generation
+    names: dict[str, bytes] = {}
+    frames = []
+    for entry in page.entries:
+        if isinstance(entry, MessageEnd):
+            frames.append(b"id: %d-%d\nevent: complete\ndata: %s\n\n" % (generation, entry.seq, encode_json(entry)))
+            continue
+        if (name := names.get(entry.message_id)) is None:
+            name = names[entry.message_id] = encode_json(entry.message_id)
+        event = b"" if entry.event is None else b"event: %s\n" % entry.event.encode()
+        frames.append(
+            b'id: %d-%d\n%sdata: {"content":%s,"timestamp":%d,"messageId":%s,"seq":%d}\n\n'
+            % (generation, entry.seq, event, encode_json(entry.content), entry.timestamp, name, entry.seq)
+        )
+    return b"".join(frames)
+
+
+async def sse(items: AsyncGenerator[Page | Signal, None]) -> AsyncGenerator[bytes, None]:
+    """What a reader is sent. The first line goes at once, so that headers and bytes flow."""
+    yield RETRY
+    async with aclosing(items):
+        try:
+            async for item in items:
+                if isinstance(item, Page):
+                    yield item.encoded(sse_frames)
+                else:
+                    yield HEARTBEAT if item is Signal.HEARTBEAT else sse_event(item.value)
+        except Problem as problem:
+            yield sse_event("error", encode_json(problem_document(problem)))
+
+
+def problem_document(problem: ProblemDetailsException) -> dict[str, Any]:
+    members = problem.extra if isinstance(problem.extra, dict) else {}
+    return {"status": problem.status_code, "title": problem.title, "detail": problem.detail, **members}
+
+
+CHUNKS = msgspec.json.Decoder(Chunk | list[Chunk])
+LINES = msgspec.json.Decoder(Chunk)
+
+
+def chunks_from_json(body: bytes) -> list[Chunk]:
+    """A chunk, or an array of chunks. Raises InvalidContent."""
+    try:
+        chunks = CHUNKS.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise invalid_json(body, error) from error
+    return chunks if isinstance(chunks, list) else [chunks]
+
+
+def invalid_json(text: bytes, error: Exception, where: str = "The body") -> InvalidContent:
+    if not isinstance(error, msgspec.ValidationError) and re.search(rb"\\u[dD][89a-fA-F]", text):
+        return InvalidContent(
+            f"{where} has a lone surrogate, which is not valid Unicode; send both halves of the pair in one chunk."
+        )
+    return InvalidContent(f'{where} is not a chunk like {{"content": "text"}}: {error}.')
+
+
+class Lines:
+    """Chunks from NDJSON that arrives in pieces: one on each line, of any length up to ``max_line``."""
+
+    def __init__(self, max_line: int) -> None:
+        self._max_line = max_line
+        self._rest = bytearray()
+        self._taken = 0
+
+    def feed(self, piece: bytes, is_last: bool) -> tuple[list[Chunk], Problem | None]:
+        """The chunks of the lines that are whole now, and what is wrong with the line after them."""
+        cut = len(piece) if is_last else piece.rfind(b"\n") + 1
+        if not cut:
+            self._rest += piece
+            whole = b""
+        else:
+            whole = bytes(self._rest) + piece[:cut]
+            self._rest = bytearray(piece[cut:])
+        chunks, problem = self._decode(whole)
+        self._taken += len(chunks)
+        if problem is None and len(self._rest) > self._max_line:
+            problem = TooLarge(
+                f"Line {self._taken + 1} has over {self._max_line} bytes, more than any chunk of max_chunk; send it in"
+                " parts."
+            )
+        return chunks, problem
+
+    def _decode(self, whole: bytes) -> tuple[list[Chunk], Problem | None]:
+        try:
+            return LINES.decode_lines(whole), None
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            chunks: list[Chunk] = []
+            for line in whole.split(b"\n"):
+                try:
+                    chunks += LINES.decode_lines(line)
+                except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                    return chunks, invalid_json(line, error, f"Line {self._taken + len(chunks) + 1}")
+            raise
+
+
+class Text:
+    """Chunks from plain text that arrives in pieces: each becomes one, never cutting a character."""
+
+    def __init__(self, max_chunk: int, known: str = "") -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._max_characters = max(max_chunk // 4, 1)
+        self._known = known
+
+    def feed(self, piece: bytes, is_last: bool) -> tuple[list[Chunk], Problem | None]:
+        """The chunks that are whole now, less the ``known`` text that a retry sends again."""
+        try:
+            text = self._decoder.decode(piece, final=is_last)
+        except UnicodeDecodeError as error:
+            return [], InvalidContent(f"The body is not valid UTF-8: {error.reason}.")
+        known, self._known = self._known[: len(text)], self._known[len(text) :]
+        if not text.startswith(known):
+            return [], Conflict("Another text is stored from this index on: another producer writes to this message.")
+        text = text[len(known) :]
+        step = self._max_characters
+        return [Chunk(text[start : start + step]) for start in range(0, len(text), step)], None
+
+
+# ---------------------------------------------------------------------------------------------
+# The routes
+# ---------------------------------------------------------------------------------------------
+
+
+class AbortBody(Record, frozen=True, forbid_unknown_fields=True):
+    reason: str | None = None
+
+
+class ResumeBody(Record, frozen=True, rename=None, forbid_unknown_fields=True):
+    """``known_content`` or ``after``; ``poll_interval`` in seconds, or like ``100ms``."""
+
+    thread_id: str
+    message_id: str
+    known_content: str | None = None
+    after: str | int | None = None
+    poll_interval: float | str | None = None
+    idle_timeout: float | str | None = None
+
+
+def seconds(name: str, value: str | float | None) -> float | None:
+    """The duration, from 0 to a day, that a reader asks for."""
+    if value is None:
+        return None
+    try:
+        parsed = parse_duration(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise BadRequest(f"{name}: {error}.") from error
+    checked_range(name, parsed, 0, 86400)
+    return parsed
+
+
+def decode_body(body: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidContent(f"The body does not have the form that this call takes: {error}.") from error
+
+
+async def body_pieces(request: Request[Any, Any, Any]) -> AsyncGenerator[tuple[bytes, bool], None]:
+    """The body as it arrives; the flag is set with its last piece."""
+    is_last = False
+    while not is_last:
+        event = await request.receive()
+        if event["type"] != "http.request":
+            raise BadRequest("The connection was closed before the body ended.")
+        is_last = not event.get("more_body", False)
+        yield event.get("body", b""), is_last
+
+
+@contextlib.contextmanager
+def answered_early() -> Iterator[None]:
+    """A body that is answered before its end is not read on, so its connection cannot be kept."""
+    try:
+        yield
+    except Problem as problem:
+        problem.headers = {**(problem.headers or {}), "Connection": "close"}
+        raise
+
+
+async def whole_body(request: Request[Any, Any, Any], limit: int) -> bytes:
+    body = bytearray()
+    with answered_early():
+        async for piece, _ in body_pieces(request):
+            body += piece
+            if len(body) > limit:
+                raise TooLarge(f"The body has over {limit} bytes; send it in parts, or stream it as NDJSON.")
+    return bytes(body)
+
+
+def json_response(content: Any, status_code: int = 200) -> Response[bytes]:
+    return Response(encode_json(content), media_type=MediaType.JSON, status_code=status_code)
+
+
+def appended_response(commit: Commit) -> Response[bytes]:
+    return json_response(commit.answer, 201 if commit.changed else 200)
+
+
+def sse_response(items: AsyncGenerator[Page | Signal, None]) -> Stream:
+    return Stream(sse(items), headers=SSE_HEADERS, media_type="text/event-stream", status_code=200)
+
+
+Buffer = ChunkBuffer
+ThreadId = Annotated[str, Parameter(description="1 to 200 characters, no control characters, no /")]
+MessageId = Annotated[str, Parameter(description="1 to 200 characters, no control characters, no /")]
+ListCursor = Annotated[str | None, Parameter(query="cursor", description="as the page before gave it")]
+After = Annotated[str | None, Parameter(query="after", description="a cursor as a stream gave it, or a bare seq")]
+
+
+@put("/threads/{thread_id:str}/messages/{message_id:str}", summary="Open a message before its first chunk")
+async def open_message(buffer: Buffer, thread_id: ThreadId, message_id: MessageId) -> Response[bytes]:
+    appended, is_new = await buffer.open_message(thread_id, message_id)
+    return json_response(appended, 201 if is_new else 200)
+
+
+@post("/threads/{thread_id:str}/messages/{message_id:str}/chunks", summary="Append chunks")
+async def append_chunks(
+    request: Request[Any, Any, Any],
+    buffer: Buffer,
+    thread_id: ThreadId,
+    message_id: MessageId,
+    index: int | None = None,
+    complete: bool = False,
+) -> Response[bytes]:
+    """Answered after the commit. JSON: a chunk, or an array of chunks, all or nothing. NDJSON: a
+    chunk a line, committed and readable as the lines arrive. Plain text: likewise, a chunk a piece."""
+    kind, parameters = request.content_type
+    if kind == "application/json":
+        await buffer.room()
+        chunks = chunks_from_json(await whole_body(request, buffer.settings.max_body))
+        append = buffer.checked_append(thread_id, message_id, chunks, index=index, complete=complete)
+        return appended_response(await buffer.submit_append(append))
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise UnsupportedMediaType("The body is compressed; send it as it is.")
+    begin = buffer.checked_append(thread_id, message_id, [], index=index)
+    decoder: Lines | Text
+    if kind == "application/x-ndjson":
+        decoder = Lines(6 * buffer.settings.max_chunk + 1024)  # JSON takes up to six bytes for one
+    elif kind == "text/plain" and parameters.get("charset", "utf-8").lower() in ("utf-8", "us-ascii"):
+        known, index = await buffer.stored_text(thread_id, message_id, index)
+        begin = msgspec.structs.replace(begin, index=index)
+        decoder = Text(buffer.settings.max_chunk, known)
+    else:
+        raise UnsupportedMediaType(
+            f"{request.headers.get('content-type', 'no content type')!r:.80} cannot be appended; send"
+            " application/json, application/x-ndjson, or text/plain in UTF-8."
+        )
+    with answered_early():
+        return appended_response(await append_stream(buffer, begin, body_pieces(request), decoder, complete))
+
+
+async def append_stream(
+    buffer: ChunkBuffer,
+    begin: Append,
+    pieces: AsyncGenerator[tuple[bytes, bool], None],
+    decoder: Lines | Text,
+    complete: bool,
+) -> Commit:
+    """Commit what each piece of the body brings before reading the next.
+
+    While it is being committed nothing more is read, so that the connection's flow control slows
+    a producer that is too fast. Cut short with a Problem when somebody else ends the message.
+    """
+    append, last, changed = begin, None, False
+    async with buffer.while_active(begin.thread_id, begin.message_id) as lift, aclosing(pieces):
+        async for piece, is_last in pieces:
+            chunks, problem = decoder.feed(piece, is_last)
+            ends = complete and is_last and problem is None
+            if chunks or (is_last and problem is None and (ends or last is None)):
+                if ends:
+                    lift()
+                append = buffer.checked_append(
+                    begin.thread_id,
+                    begin.message_id,
+                    chunks,
+                    index=append.index,
+                    complete=ends,
+                    thread=last.thread if last else None,
+                )
+                last = await buffer.submit_append(append)
+                changed = changed or last.changed
+                if append.index is not None:
+                    append = msgspec.structs.replace(append, index=append.index + len(chunks))
+            if problem is not None:
+                raise problem
+    return msgspec.structs.replace(cast(Commit, last), changed=changed)
+
+
+@post("/threads/{thread_id:str}/messages/{message_id:str}/complete", status_code=200, summary="Complete a message")
+async def complete_message(buffer: Buffer, thread_id: ThreadId, message_id: MessageId) -> Appended:
+    return await buffer.complete_message(thread_id, message_id)
+
+
+@post("/threads/{thread_id:str}/messages/{message_id:str}/abort", status_code=200, summary="Abort a message")
+async def abort_message(
+    request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId, message_id: MessageId
+) -> Appended:
+    """From either side; the body is `{"reason": "…"}`, or nothing."""
+    body = await whole_body(request, buffer.settings.max_body)
+    reason = decode_body(body, AbortBody).reason if body else None
+    return await buffer.abort_message(thread_id, message_id, reason)
+
+
+@get("/threads/{thread_id:str}/stream", summary="Follow a thread (SSE)")
+async def stream_thread(
+    request: Request[Any, Any, Any],
+    buffer: Buffer,
+    thread_id: ThreadId,
+    after: After = None,
+    follow: bool = False,
+    idle_timeout: str | None = None,
+    poll_interval: str | None = None,
+) -> Response[Any]:
+    return await stream(request, buffer, thread_id, None, after, follow, idle_timeout, poll_interval)
+
+
+@get("/threads/{thread_id:str}/messages/{message_id:str}/stream", summary="Follow a message (SSE)")
+async def stream_message(
+    request: Request[Any, Any, Any],
+    buffer: Buffer,
+    thread_id: ThreadId,
+    message_id: MessageId,
+    after: After = None,
+    idle_timeout: str | None = None,
+    poll_interval: str | None = None,
+) -> Response[Any]:
+    return await stream(request, buffer, thread_id, message_id, after, False, idle_timeout, poll_interval)
+
+
+async def stream(
+    request: Request[Any, Any, Any],
+    buffer: ChunkBuffer,
+    thread_id: str,
+    message_id: str | None,
+    after: str | None,
+    follow: bool,
+    idle_timeout: str | None,
+    poll_interval: str | None,
+) -> Response[Any]:
+    """From Last-Event-ID (which a browser sends when it reconnects), from ``after``, or the start.
+
+    204 where nothing more will come, which tells an EventSource to stop reconnecting (HTML, 9.2.3).
+    """
+    quiet, poll = seconds("idle_timeout", idle_timeout), seconds("poll_interval", poll_interval)
+    cursor = request.headers.get("last-event-id") or after
+    position = await buffer.locate(thread_id, message_id, after=cursor, follow=follow)
+    if position.finished:
+        return Response(None, status_code=204)
+    return sse_response(buffer.follow(position, follow=follow, idle_timeout=quiet, poll_interval=poll))
+
+
+@post("/resume-stream", status_code=200, summary="Resume a message by the text one has (SSE)")
+async def resume_stream(request: Request[Any, Any, Any], buffer: Buffer) -> Response[Any]:
+    # Known text can be as long as a message, and JSON takes up to six bytes for one.
+    body = decode_body(await whole_body(request, 6 * buffer.settings.max_message), ResumeBody)
+    if body.known_content is not None and body.after is not None:
+        raise BadRequest("known_content and after exclude each other; send the one that you have.")
+    quiet, poll = seconds("idle_timeout", body.idle_timeout), seconds("poll_interval", body.poll_interval)
+    try:
+        if body.known_content is not None:
+            position = await buffer.match(body.thread_id, body.message_id, body.known_content)
+        else:
+            cursor = None if body.after is None else str(body.after)
+            position = await buffer.locate(body.thread_id, body.message_id, after=cursor)
+    except NotFound:
+        return Stream([RETRY, sse_event("complete", b'{"exists":false}')], headers=SSE_HEADERS, status_code=200)
+    if position.finished:
+        return Response(None, status_code=204)
+    return sse_response(buffer.follow(position, idle_timeout=quiet, poll_interval=poll))
+
+
+@get("/threads/{thread_id:str}/chunks", summary="Read chunks by pages, or by a long poll")
+async def get_chunks(
+    buffer: Buffer,
+    thread_id: ThreadId,
+    after: After = None,
+    message_id: str | None = None,
+    limit: int = PAGE_ROWS,
+    wait: float = 0,
+) -> ChunkPage:
+    return await buffer.get_chunks(thread_id, message_id, after=after, limit=limit, wait=wait)
+
+
+@get("/threads/{thread_id:str}/content", summary="The text so far")
+async def get_accumulated_content(
+    request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId, message_id: str | None = None
+) -> Response[Any]:
+    content = await buffer.get_accumulated_content(thread_id, message_id)
+    if request.accept.best_match(["application/json", "text/plain"]) == "text/plain":
+        return Response(content.content, media_type=MediaType.TEXT)
+    return json_response(content)
+
+
+@get("/threads/{thread_id:str}", summary="A thread and its messages")
+async def get_thread_status(buffer: Buffer, thread_id: ThreadId) -> ThreadStatus:
+    return await buffer.get_thread_status(thread_id)
+
+
+@get("/threads", summary="Threads, the newest first")
+async def get_threads(
+    buffer: Buffer, status: Status | None = None, limit: int = 100, list_cursor: ListCursor = None
+) -> ThreadPage:
+    return await buffer.get_threads(status, limit, list_cursor)
+
+
+@delete("/threads/{thread_id:str}", summary="Forget a thread, and erase its text")
+async def clear_thread_buffer(buffer: Buffer, thread_id: ThreadId) -> None:
+    await buffer.clear_thread_buffer(thread_id)
+
+
+# ---------------------------------------------------------------------------------------------
+# The app
+# ---------------------------------------------------------------------------------------------
+
+
+def answer_problem(request: Request[Any, Any, Any], problem: ProblemDetailsException) -> Response[Any]:
+    return Response(
+        problem_document(problem),
+        media_type="application/problem+json",
+        status_code=problem.status_code,
+        headers=problem.headers,
+    )
+
+
+def answer_http_error(request: Request[Any, Any, Any], error: HTTPException) -> Response[Any]:
+    """What Litestar itself refuses, in the same form."""
+    detail = error.detail
+    if isinstance(error, ValidationException) and isinstance(error.extra, list):
+        detail = "; ".join(f"{item.get('key', 'body')}: {item['message']}" for item in error.extra) + "."
+    problem = Problem(detail or HTTPStatus(error.status_code).phrase)
+    problem.status_code, problem.title = error.status_code, HTTPStatus(error.status_code).phrase
+    problem.headers = error.headers
+    return answer_problem(request, problem)
+
+
+ERROR_ANSWERS: ExceptionHandlersMap = {ProblemDetailsException: answer_problem, HTTPException: answer_http_error}
+
+
+def router(buffer: ChunkBuffer, path: str = "/api") -> Router:
+    """The routes, for one's own Litestar app, which also has to enter the buffer::
+
+        buffer = ChunkBuffer(Settings(db="answers.db"))
+        app = Litestar([router(buffer)], lifespan=[buffer])
+
+    On shutdown call ``buffer.stop()`` as early as you can: a server waits for open streams first.
+    """
+    return Router(
+        path,
+        route_handlers=[
+            open_message,
+            append_chunks,
+            complete_message,
+            abort_message,
+            stream_thread,
+            stream_message,
+            resume_stream,
+            get_chunks,
+            get_accumulated_content,
+            get_thread_status,
+            get_threads,
+            clear_thread_buffer,
+        ],
+        dependencies={"buffer": Provide(lambda: buffer, use_cache=True, sync_to_thread=False)},
+        exception_handlers=ERROR_ANSWERS,
+    )
+
+
+@get("/health/live", summary="The process answers")
+async def live() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+def create_app(settings: Settings | None = None) -> Litestar:
+    """The service as an ASGI app that opens its own database."""
+    buffer = ChunkBuffer(settings)
+    return app_of(buffer, lifespan=[buffer])
+
+
+def app_of(buffer: ChunkBuffer, lifespan: Sequence[AbstractAsyncContextManager[Any]] = ()) -> Litestar:
+    return Litestar(
+        [router(buffer), live],
+        lifespan=list(lifespan),
+        openapi_config=OpenAPIConfig(title="resume-stream", version=__version__),
+        exception_handlers=ERROR_ANSWERS,
+        logging_config=None,
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------
+
+STUCK_AFTER = 0.4  # seconds after which a connection whose reader does not read is cut on shutdown
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which ends streams as soon as it is told to stop, and then exits with 0."""
+
+    def __init__(self, config: uvicorn.Config, buffer: ChunkBuffer) -> None:
+        super().__init__(config)
+        self._buffer = buffer
+        self._loop = asyncio.get_running_loop()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        addresses = [listener.getsockname() for server in self.servers for listener in server.sockets]
+        where = ", ".join(
+            address if isinstance(address, str) else f"http://{address[0]}:{address[1]}" for address in addresses
+        )
+        print(
+            f"resume-stream {__version__} on {where}, database {self._buffer.settings.db},"
+            f" SQLite {sqlite3.sqlite_version}",
+            flush=True,
+        )
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.should_exit = True
+        self._loop.call_soon_threadsafe(self._buffer.stop)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop.call_later(STUCK_AFTER, self._cut_stuck_connections)
+        await super().shutdown(sockets)
+
+    def _cut_stuck_connections(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+
+async def serve(settings: Settings) -> None:
+    async with ChunkBuffer(settings) as buffer:
+        config = uvicorn.Config(
+            app_of(buffer),
+            host=settings.host,
+            port=settings.port,
+            uds=settings.uds or None,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+        )
+        await Server(config, buffer).serve()
+
+
+def settings_from(environment: Mapping[str, str], flags: Mapping[str, str]) -> Settings:
+    """Raises ValueError with one sentence for a person."""
+    values = {}
+    for name in SETTING_TYPES:
+        variable = f"RESUME_STREAM_{name.upper()}"
+        flag = f"--{name.replace('_', '-')}"
+        if name in flags:
+            source, text = flag, flags[name]
+        elif variable in environment:
+            source, text = variable, environment[variable]
+        else:
+            continue
+        try:
+            values[name] = parse_setting(name, text)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+    return Settings(**values)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("resume-stream", description=(__doc__ or "").partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="serve | version")
+    commands.add_parser("version", help="print the version")
+    server = commands.add_parser("serve", help="run the service", argument_default=argparse.SUPPRESS)
+    for field, hint in zip(
+        msgspec.structs.fields(Settings), get_type_hints(Settings, include_extras=True).values(), strict=True
+    ):
+        server.add_argument(
+            f"--{field.name.replace('_', '-')}", help=f"{get_args(hint)[1].description} (default: {field.default})"
+        )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    flags = vars(argument_parser().parse_args(arguments))
+    if flags.pop("command") == "version":
+        print(__version__)
+        return 0
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        uvloop.run(serve(settings_from(os.environ, flags)))
+    except (StartupError, ValueError) as error:
+        print(f"resume-stream: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
