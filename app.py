@@ -58,7 +58,7 @@ from litestar import Litestar, MediaType, Request, Response, Router, delete, get
 from litestar.di import Provide
 from litestar.exceptions import HTTPException, ValidationException
 from litestar.openapi import OpenAPIConfig
-from litestar.params import Parameter
+from litestar.params import PathParameter, QueryParameter
 from litestar.plugins.problem_details import ProblemDetailsException
 from litestar.response import Stream
 from litestar.types import ExceptionHandlersMap
@@ -377,6 +377,9 @@ class Position(Record, frozen=True):
     skip: int = 0
     reset: bool = False
     finished: bool = False
+
+    def ends_with(self, page: Page) -> bool:
+        return self.message_id is not None and isinstance(page.entries[-1], MessageEnd)
 
     def may_have_more(self, head: Head | None, follow: bool) -> bool:
         """At the end of what there is: a message ends with its end, a thread when none is active."""
@@ -1089,7 +1092,7 @@ class Database(aiosqlite.Connection):
 
 
 async def connect(path: Path, mode: Literal["ro", "rw", "rwc"]) -> Database:
-    uri = f"file:{quote(os.path.abspath(path))}?mode={mode}"
+    uri = f"file:{quote(str(path))}?mode={mode}"
     connector = partial(sqlite3.connect, uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
     database = Database(connector, iter_chunk_size=PAGE_ROWS)
     await database
@@ -1105,8 +1108,8 @@ class Store:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._path = Path(settings.db)
-        self._wal = Path(f"{settings.db}-wal")
+        self._path = Path(settings.db).absolute()
+        self._wal = Path(f"{self._path}-wal")
         self._wal_limit = WAL_BYTES
         self._exits = contextlib.AsyncExitStack()
 
@@ -1683,7 +1686,7 @@ class ChunkBuffer:
         channel.watch(message_id, cut)
         lift = partial(channel.unwatch, message_id, cut)
         try:
-            with self._polling(self.settings.poll_interval):
+            with self._polling():
                 async with scope:
                     yield lift
         except TimeoutError:
@@ -1836,15 +1839,12 @@ class ChunkBuffer:
         Times are seconds, by default those of the settings; 0 turns ``idle_timeout`` and
         ``heartbeat`` off. No transaction is open while the consumer has a page.
         """
-        idle_timeout = self.settings.idle_timeout if idle_timeout is None else idle_timeout
-        heartbeat = self.settings.heartbeat if heartbeat is None else heartbeat
-        poll_interval = self.settings.poll_interval if poll_interval is None else poll_interval
         with self._attached(position.thread_id, poll_interval) as channel:
             if position.reset:
                 yield Signal.RESET
             if position.thread is None:
                 await self._learn_head(position.thread_id, channel)
-            quiet = Quiet(idle_timeout, heartbeat)
+            quiet = Quiet(self.settings, idle_timeout, heartbeat)
             seq, skip = position.after, position.skip
             while not self.stopping:
                 more = await self._more(channel, position, seq)
@@ -1854,7 +1854,7 @@ class ChunkBuffer:
                         skip = 0
                         yield picked
                         quiet.broken()
-                        if position.message_id and isinstance(picked.entries[-1], MessageEnd):
+                        if position.ends_with(picked):
                             return
                 elif more is None and not position.may_have_more(channel.head, follow):
                     return
@@ -1889,7 +1889,7 @@ class ChunkBuffer:
             channel.learn(head)
 
     @contextlib.contextmanager
-    def _attached(self, thread_id: str, poll_interval: float) -> Iterator[Channel]:
+    def _attached(self, thread_id: str, poll_interval: float | None) -> Iterator[Channel]:
         channel = self._channel(thread_id)
         channel.followers += 1
         self.readers += 1
@@ -1904,9 +1904,9 @@ class ChunkBuffer:
             self._release(thread_id, channel)
 
     @contextlib.contextmanager
-    def _polling(self, interval: float) -> Iterator[None]:
-        """Have other processes' changes noticed within ``interval`` seconds."""
-        interval = max(interval, MIN_POLL_INTERVAL)
+    def _polling(self, interval: float | None = None) -> Iterator[None]:
+        """Have other processes' changes noticed within so many seconds."""
+        interval = max(self.settings.poll_interval if interval is None else interval, MIN_POLL_INTERVAL)
         self._poll_intervals[interval] += 1
         self._polled.set()
         try:
@@ -2077,9 +2077,9 @@ class ChunkBuffer:
 class Quiet:
     """When a reader to whom nothing comes is due a heartbeat, and when its time is up."""
 
-    def __init__(self, idle_timeout: float, heartbeat: float) -> None:
-        self._idle_timeout = idle_timeout
-        self._heartbeat = heartbeat
+    def __init__(self, settings: Settings, idle_timeout: float | None, heartbeat: float | None) -> None:
+        self._idle_timeout = settings.idle_timeout if idle_timeout is None else idle_timeout
+        self._heartbeat = settings.heartbeat if heartbeat is None else heartbeat
         self.broken()
 
     def broken(self) -> None:
@@ -2349,10 +2349,10 @@ def sse_response(items: AsyncGenerator[Page | Signal, None]) -> Stream:
 
 
 Buffer = ChunkBuffer
-ThreadId = Annotated[str, Parameter(description="1 to 200 characters, no control characters, no /")]
-MessageId = Annotated[str, Parameter(description="1 to 200 characters, no control characters, no /")]
-ListCursor = Annotated[str | None, Parameter(query="cursor", description="as the page before gave it")]
-After = Annotated[str | None, Parameter(query="after", description="a cursor as a stream gave it, or a bare seq")]
+ThreadId = Annotated[str, PathParameter(description="1 to 200 characters, no control characters, no /")]
+MessageId = Annotated[str, PathParameter(description="1 to 200 characters, no control characters, no /")]
+ListCursor = Annotated[str | None, QueryParameter(name="cursor", description="as the page before gave it")]
+After = Annotated[str | None, QueryParameter(name="after", description="a cursor as a stream gave it, or a bare seq")]
 
 
 @put("/threads/{thread_id:str}/messages/{message_id:str}", summary="Open a message before its first chunk")
