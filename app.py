@@ -23,14 +23,20 @@ import codecs
 import contextlib
 import enum
 import fcntl
+import http.client
+import ipaddress
+import itertools
 import logging
+import math
 import os
 import re
+import secrets
 import socket
 import sqlite3
 import sys
 import time
-from collections import Counter
+import warnings
+from collections import Counter as Multiset
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -43,25 +49,39 @@ from collections.abc import (
 )
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractAsyncContextManager, aclosing
+from contextvars import ContextVar
 from functools import partial
 from http import HTTPStatus
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Annotated, Any, ClassVar, Literal, NewType, Self, TypeVar, cast, get_args, get_type_hints
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import aiosqlite
+import jwt
 import msgspec
 import uvicorn
 import uvloop
-from litestar import Litestar, MediaType, Request, Response, Router, delete, get, post, put
+from jwt.warnings import InsecureKeyLengthWarning
+from litestar import Litestar, MediaType, Request, Response, Router, WebSocket, delete, get, post, put, websocket
+from litestar.config.cors import CORSConfig
+from litestar.connection import ASGIConnection
+from litestar.datastructures import Headers
 from litestar.di import Provide
-from litestar.exceptions import HTTPException, ValidationException
+from litestar.exceptions import HTTPException, ValidationException, WebSocketDisconnect
+from litestar.handlers import BaseRouteHandler
+from litestar.middleware import DefineMiddleware
 from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import SwaggerRenderPlugin
+from litestar.openapi.spec import Components, SecurityScheme
 from litestar.params import PathParameter, QueryParameter
 from litestar.plugins.problem_details import ProblemDetailsException
-from litestar.response import Stream
-from litestar.types import ExceptionHandlersMap
+from litestar.response import File, Stream
+from litestar.static_files import create_static_files_router
+from litestar.types import ASGIApp, ExceptionHandlersMap, Message, Receive, Scope, Send
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 __version__ = "0.1.0"
 __all__ = [
@@ -151,11 +171,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_message: Annotated[Size, described("most text in a message")] = Size(64 * 1024**2)
     max_db: Annotated[Size, described("largest database file; 0: as large as the disk")] = Size(0)
     max_readers: Annotated[int, described("most readers at a time")] = 10_000
+    secret: Annotated[str, described("turns authentication on: the key of HS256 tokens, 32 bytes or more")] = ""
+    cors_origins: Annotated[
+        tuple[str, ...], described("other origins whose pages may connect, like https://chat.example, with commas")
+    ] = ()
+    allow_anonymous: Annotated[bool, described("serve others than loopback without a secret")] = False
+    log_format: Annotated[Literal["auto", "console", "json"], described("auto: console on a terminal, else json")] = (
+        "auto"
+    )
 
 
-SETTING_TYPES: dict[str, Any] = {
-    name: get_args(hint)[0] for name, hint in get_type_hints(Settings, include_extras=True).items()
-}
+SETTING_HINTS: dict[str, Any] = get_type_hints(Settings, include_extras=True)
+SETTING_TYPES: dict[str, Any] = {name: get_args(hint)[0] for name, hint in SETTING_HINTS.items()}
+SETTING_DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(Settings)}
 SETTING_PARSERS: dict[Any, Callable[[str], Any]] = {
     Duration: parse_duration,
     Size: parse_size,
@@ -184,6 +212,7 @@ Status = Literal["active", "completed", "aborted"]
 RESERVED_EVENTS = frozenset({"complete", "timeout", "reset", "gone", "error", "open"})
 CONTROL_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f]")
 MAX_NAME = 200
+PRODUCER_TIMEOUT = "producer_timeout"
 
 
 class Record(msgspec.Struct, frozen=True, rename="camel"):
@@ -228,13 +257,15 @@ class Signal(enum.Enum):
     """What a reader is told besides chunks and ends.
 
     RESET: forget what you have, all of it follows. GONE: the thread was cleared or expired.
-    TIMEOUT: nothing new for ``idle_timeout``. HEARTBEAT: nothing new, and still here.
+    TIMEOUT: nothing new for ``idle_timeout``. HEARTBEAT: nothing new, and still here. EXPIRED:
+    what allowed the reader to read has expired.
     """
 
     RESET = "reset"
     GONE = "gone"
     TIMEOUT = "timeout"
     HEARTBEAT = "heartbeat"
+    EXPIRED = "expired"
 
 
 class Cursor(Record, frozen=True):
@@ -285,21 +316,23 @@ class MessageStatus(Record, frozen=True):
 
 
 class ThreadSummary(Record, frozen=True):
-    """One thread of a listing. Times are ms since 1970, ``size`` is bytes of text."""
+    """One thread. Times are ms since 1970, ``size`` is bytes of text, ``readers`` follow it now."""
 
     thread_id: str
     status: Status
+    message_count: int
     chunk_count: int
     size: int
     created_at: int
     updated_at: int
+    readers: int = 0
 
 
 class ThreadStatus(ThreadSummary, frozen=True):
     """``get_thread_status``: one thread with its messages, in the order they began."""
 
-    cursor: str
-    messages: list[MessageStatus]
+    cursor: str = ""
+    messages: list[MessageStatus] = []
     exists: bool = True
 
 
@@ -331,6 +364,36 @@ class ChunkPage(Record, frozen=True):
     status: Status
 
 
+class Grant(Record, frozen=True):
+    """What a caller may do.
+
+    ``scope`` is words of read, write, abort and admin (RFC 8693, 4.2), ``threads`` ids or
+    ``prefix*`` (None: all), ``expires`` seconds since 1970.
+    """
+
+    scope: frozenset[str] = frozenset({"admin"})
+    threads: tuple[str, ...] | None = None
+    expires: float = math.inf
+
+    def covers(self, thread_id: str) -> bool:
+        return self.threads is None or any(
+            thread_id.startswith(pattern[:-1]) if pattern.endswith("*") else thread_id == pattern
+            for pattern in self.threads
+        )
+
+    def has(self, scopes: AbstractSet[str]) -> bool:
+        return "admin" in self.scope or not scopes.isdisjoint(self.scope)
+
+    def require(self, scopes: AbstractSet[str], thread_id: str | None) -> None:
+        """Raises Unauthorized, or Forbidden: the same whether there is such a thread or not."""
+        if time.time() >= self.expires:
+            raise token_expired()
+        if not self.has(scopes):
+            raise Forbidden(f"The token's scope is {' '.join(sorted(self.scope))!r}; this takes {' or '.join(scopes)}.")
+        if thread_id is not None and not self.covers(thread_id):
+            raise Forbidden(f"The token does not cover the thread {thread_id!r}; get one that names it.")
+
+
 class Page:
     """Consecutive entries of a thread's sequence, encoded once for all who read them.
 
@@ -338,19 +401,22 @@ class Page:
     other messages were left out.
     """
 
-    __slots__ = ("_encoded", "entries", "generation", "last_seq", "size")
+    __slots__ = ("_encoded", "entries", "generation", "last_seq", "queued", "size")
 
-    def __init__(self, generation: int, last_seq: int, entries: Sequence[Entry], size: int = 0) -> None:
+    def __init__(
+        self, generation: int, last_seq: int, entries: Sequence[Entry], size: int = 0, queued: float | None = None
+    ) -> None:
         self.generation = generation
         self.last_seq = last_seq
         self.entries = entries
         self.size = size
-        self._encoded: dict[Callable[[Page], bytes], bytes] = {}
+        self.queued = queued  # when its append was asked for (time.perf_counter), until somebody reads it
+        self._encoded: dict[Any, Any] = {}
 
-    def encoded(self, encode: Callable[[Page], bytes]) -> bytes:
+    def encoded(self, encode: Callable[[Page], T]) -> T:
         if (known := self._encoded.get(encode)) is None:
             known = self._encoded[encode] = encode(self)
-        return known
+        return cast(T, known)
 
 
 class Head(Record, frozen=True):
@@ -474,6 +540,22 @@ class BadRequest(Problem):
     default_title = "Bad request"
 
 
+class Unauthorized(Problem):
+    """With a challenge (RFC 6750, 3)."""
+
+    status_code = 401
+    default_title = "Unauthorized"
+
+    def __init__(self, detail: str, **members: Any) -> None:
+        super().__init__(detail, **members)
+        self.headers = {"WWW-Authenticate": "Bearer"}
+
+
+class Forbidden(Problem):
+    status_code = 403
+    default_title = "Forbidden"
+
+
 class NotFound(Problem):
     status_code = 404
     default_title = "Not found"
@@ -550,6 +632,10 @@ def message_ended(message_id: str, status: str, reason: str | None, chunk_count:
     )
 
 
+def token_expired() -> Unauthorized:
+    return Unauthorized("The token has expired; get a new one, and carry on from the cursor.")
+
+
 def thread_cleared() -> Conflict:
     return Conflict("The thread was cleared while this message was being written; begin a new message.")
 
@@ -564,6 +650,63 @@ def database_problem(error: sqlite3.Error) -> Problem:
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return Unavailable("The database is damaged; restore it from a backup.")
     return Unavailable(f"The database cannot be used ({error}); nothing was stored. Mend the cause and retry.")
+
+
+# ---------------------------------------------------------------------------------------------
+# Metrics
+# ---------------------------------------------------------------------------------------------
+
+LATENCY_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
+SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384, 65536)
+
+
+class Metrics:
+    """What one buffer counts, for Prometheus."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.chunks_in = Counter("resume_stream_chunks_in", "Chunks committed", registry=registry)
+        self.bytes_in = Counter("resume_stream_bytes_in", "Text committed, in bytes of UTF-8", registry=registry)
+        self.entries_out = Counter("resume_stream_chunks_out", "Chunks and ends sent to readers", registry=registry)
+        self.bytes_out = Counter("resume_stream_bytes_out", "Bytes sent to readers", registry=registry)
+        self.commit_chunks = Histogram(
+            "resume_stream_commit_chunks", "Chunks in a commit", registry=registry, buckets=SIZE_BUCKETS
+        )
+        self.commit_seconds = Histogram(
+            "resume_stream_commit_seconds", "Time of a commit", registry=registry, buckets=LATENCY_BUCKETS
+        )
+        self.delivery_seconds = Histogram(
+            "resume_stream_append_to_reader_seconds",
+            "From an append's arrival to its first reader",
+            registry=registry,
+            buckets=LATENCY_BUCKETS,
+        )
+        self.readers = Gauge("resume_stream_readers", "Readers connected", registry=registry)
+        self.active_messages = Gauge("resume_stream_active_messages", "Messages not ended", registry=registry)
+        self.resumes = Counter("resume_stream_resumes", "Streams begun", ["kind", "outcome"], registry=registry)
+        self.aborts = Counter("resume_stream_aborts", "Messages aborted", ["reason"], registry=registry)
+        self.expired = Counter("resume_stream_expired_threads", "Threads that outlived the ttl", registry=registry)
+        self.database_bytes = Gauge("resume_stream_database_bytes", "Size of the database file", registry=registry)
+        self.wal_bytes = Gauge("resume_stream_wal_bytes", "Size of the WAL", registry=registry)
+
+    def count_resume(self, kind: str, position: Position) -> None:
+        outcome = "reset" if position.reset else "finished" if position.finished else "resumed"
+        self.resumes.labels(kind, outcome).inc()
+
+    def count_commit(self, commit: Commit, sizes: Sequence[int]) -> None:
+        if commit.chunks:
+            self.chunks_in.inc(len(commit.chunks))
+            self.bytes_in.inc(sum(sizes[-len(commit.chunks) :]))
+        if commit.end and commit.end.status == "aborted":
+            # Reasons are free text; only the service's own may become a label.
+            own = commit.end.reason == PRODUCER_TIMEOUT
+            self.aborts.labels(PRODUCER_TIMEOUT if own else "requested").inc()
+
+    def count_delivery(self, page: Page) -> None:
+        self.entries_out.inc(len(page.entries))
+        if page.queued is not None:
+            self.delivery_seconds.observe(time.perf_counter() - page.queued)
+            page.queued = None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1034,7 +1177,7 @@ class Snapshot:
 
     def summary(self, thread_id: str) -> ThreadSummary:
         row = self._connection.execute(
-            "select thread_id, status, chunk_count, size, created_at, updated_at from thread_summary"
+            "select thread_id, status, message_count, chunk_count, size, created_at, updated_at from thread_summary"
             " where thread_id = ?",
             (thread_id,),
         ).fetchone()
@@ -1054,14 +1197,22 @@ class Snapshot:
         cursor = str(Cursor(head.last_seq, head.generation))
         return ThreadStatus(**msgspec.structs.asdict(summary), cursor=cursor, messages=messages)
 
-    def threads(self, status: Status | None, limit: int, before: int | None) -> ThreadPage:
+    def threads(
+        self, status: Status | None, limit: int, before: int | None, covers: Callable[[str], bool]
+    ) -> ThreadPage:
         rows = self._connection.execute(
-            "select thread, thread_id, status, chunk_count, size, created_at, updated_at from thread_summary"
-            " where (?1 is null or thread < ?1) and (?2 is null or status = ?2) order by thread desc limit ?3",
-            (before, status, limit + 1),
-        ).fetchall()
-        threads = [ThreadSummary(*row[1:]) for row in rows[:limit]]
-        return ThreadPage(threads, str(rows[limit - 1][0]) if len(rows) > limit else None)
+            "select thread, thread_id, status, message_count, chunk_count, size, created_at, updated_at"
+            " from thread_summary"
+            " where (?1 is null or thread < ?1) and (?2 is null or status = ?2) order by thread desc",
+            (before, status),
+        )
+        taken = list(itertools.islice((row for row in rows if covers(row[1])), limit + 1))
+        threads = [ThreadSummary(*row[1:]) for row in taken[:limit]]
+        return ThreadPage(threads, str(taken[limit - 1][0]) if len(taken) > limit else None)
+
+    def active_messages(self) -> int:
+        (count,) = self._connection.execute("select count(*) from messages where status = 'active'").fetchone()
+        return cast(int, count)
 
     def idle_messages(self, untouched_since: int) -> list[tuple[str, str]]:
         return self._connection.execute(
@@ -1091,9 +1242,12 @@ class Database(aiosqlite.Connection):
         return await execute(work, self._conn)
 
 
+def database_uri(path: Path, mode: Literal["ro", "rw", "rwc"]) -> str:
+    return f"file:{quote(str(path))}?mode={mode}"
+
+
 async def connect(path: Path, mode: Literal["ro", "rw", "rwc"]) -> Database:
-    uri = f"file:{quote(str(path))}?mode={mode}"
-    connector = partial(sqlite3.connect, uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
+    connector = partial(sqlite3.connect, database_uri(path, mode), uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
     database = Database(connector, iter_chunk_size=PAGE_ROWS)
     await database
     return database
@@ -1146,6 +1300,14 @@ class Store:
     async def scrub(self) -> bool:
         """Leave no trace of what was deleted; False if it must be tried again."""
         return await self._writer.run(self._scrub)
+
+    async def probe(self) -> None:
+        """Write, and change nothing. Raises sqlite3.Error."""
+        await self._writer.run(self._probe)
+
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of the database file, and of its WAL."""
+        return self._path.stat().st_size, self._wal.stat().st_size
 
     async def data_version(self) -> int:
         """Another number each time that another process has written (PRAGMA data_version)."""
@@ -1239,6 +1401,11 @@ class Store:
         return checkpoint(connection, busy_timeout=BUSY_TIMEOUT) and is_clean
 
     @staticmethod
+    def _probe(connection: sqlite3.Connection) -> None:
+        with writing(connection):
+            connection.execute("update clock set latest_generation = latest_generation")
+
+    @staticmethod
     def _in_snapshot(work: Callable[[Snapshot], T], connection: sqlite3.Connection) -> T:
         connection.execute("begin")
         try:
@@ -1312,11 +1479,12 @@ LIVE_BYTES = 256 * 1024  # of a thread's newest pages, kept while somebody follo
 class Pending:
     """Work for the writer, and who waits for it."""
 
-    __slots__ = ("done", "size", "work")
+    __slots__ = ("done", "queued", "size", "work")
 
     def __init__(self, work: Operation | Callable[[], Awaitable[Any]], size: int) -> None:
         self.work = work
         self.size = size
+        self.queued = time.perf_counter()
         self.done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
     def answer(self, outcome: Any) -> None:
@@ -1349,11 +1517,11 @@ class Channel:
         if self.head is None or (self.head.thread == head.thread and self.head.last_seq < head.last_seq):
             self.head = head
 
-    def publish(self, commit: Commit) -> None:
+    def publish(self, commit: Commit, queued: float) -> None:
         self.head = Head(commit.thread, commit.generation, commit.last_seq, commit.active)
         self.gone = self.gone or commit.cleared
         if commit.changed and self.followers and not commit.cleared:
-            self._keep(commit)
+            self._keep(commit, queued)
         if commit.cleared:
             self.end_watches()
         elif commit.end:
@@ -1417,7 +1585,7 @@ class Channel:
         for on_end in self._watchers.pop(message_id, set()):
             on_end()
 
-    def _keep(self, commit: Commit) -> None:
+    def _keep(self, commit: Commit, queued: float) -> None:
         message_id = cast(Appended, commit.answer).message_id
         entries: list[Entry] = [
             StoredChunk(chunk.content, commit.timestamp, message_id, seq, chunk.event)
@@ -1427,7 +1595,8 @@ class Channel:
             entries.append(commit.end)
         if not entries:
             return
-        page = Page(commit.generation, commit.last_seq, entries, sum(len(chunk.content) for chunk in commit.chunks))
+        size = sum(len(chunk.content) for chunk in commit.chunks)
+        page = Page(commit.generation, commit.last_seq, entries, size, queued)
         self._pages[entries[0].seq] = page
         self._size += page.size + PENDING_CHUNK_BYTES * len(entries)
         while self._size > LIVE_BYTES and len(self._pages) > 1:
@@ -1486,8 +1655,9 @@ class ChunkBuffer:
         self._work = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
-        self._poll_intervals: Counter[float] = Counter()
+        self._poll_intervals: Multiset[float] = Multiset()
         self.readers = 0
+        self.metrics = Metrics()
         self._polled = asyncio.Event()
         self._scrub_owed = True
         self._erasing = asyncio.Lock()
@@ -1669,15 +1839,17 @@ class ChunkBuffer:
                 await source.aclose()
 
     @contextlib.asynccontextmanager
-    async def while_active(self, thread_id: str, message_id: str) -> AsyncIterator[Callable[[], None]]:
+    async def while_active(
+        self, thread_id: str, message_id: str, expires: float = math.inf
+    ) -> AsyncIterator[Callable[[], None]]:
         """Cut the block short as soon as the message is ended by anyone, or the service stops.
 
-        Yields a function that lifts the watch, for the one who ends the message itself. Raises
-        Conflict or Unavailable, which say why.
+        Also at ``expires`` (seconds since 1970). Yields a function that lifts the watch, for the
+        one who ends the message itself. Raises Conflict, Unavailable or Unauthorized: why.
         """
         loop = asyncio.get_running_loop()
         channel = self._channel(thread_id)
-        scope = asyncio.timeout(None)
+        scope = asyncio.timeout(None if expires == math.inf else expires - time.time())
 
         def cut() -> None:
             if not scope.expired():
@@ -1696,11 +1868,13 @@ class ChunkBuffer:
             lift()
             self._release(thread_id, channel)
         if scope.expired():
-            raise await self._why_cut(thread_id, message_id)
+            raise await self._why_cut(thread_id, message_id, expires)
 
-    async def _why_cut(self, thread_id: str, message_id: str) -> Problem:
+    async def _why_cut(self, thread_id: str, message_id: str, expires: float) -> Problem:
         if self.stopping:
             return Stopping()
+        if time.time() >= expires:
+            return token_expired()
         try:
             found = await self._store.read(lambda snapshot: snapshot.message(thread_id, message_id))
         except NotFound:
@@ -1755,20 +1929,33 @@ class ChunkBuffer:
 
     async def get_thread_status(self, thread_id: str) -> ThreadStatus:
         """A thread with its messages. Raises NotFound."""
-        return await self._store.read(lambda snapshot: snapshot.status(thread_id))
+        status = await self._store.read(lambda snapshot: snapshot.status(thread_id))
+        return msgspec.structs.replace(status, readers=self._followers(thread_id))
 
     async def get_threads(
-        self, status: Status | None = None, limit: int = 100, cursor: str | None = None
+        self,
+        status: Status | None = None,
+        limit: int = 100,
+        cursor: str | None = None,
+        covers: Callable[[str], bool] = lambda thread_id: True,
     ) -> ThreadPage:
         """Up to ``limit`` (1 to 1000) threads, the newest first, of one status or of any.
 
-        Raises BadRequest.
+        ``covers`` leaves out those for whose id it is false. Raises BadRequest.
         """
         checked_range("limit", limit, 1, 1000)
         if cursor is not None and not re.fullmatch(r"\d{1,18}", cursor, re.ASCII):
             raise BadRequest(f"{cursor!r:.80} is not a cursor of this list; send the one that its last page gave.")
         before = None if cursor is None else int(cursor)
-        return await self._store.read(lambda snapshot: snapshot.threads(status, limit, before))
+        page = await self._store.read(lambda snapshot: snapshot.threads(status, limit, before, covers))
+        threads = [
+            msgspec.structs.replace(thread, readers=self._followers(thread.thread_id)) for thread in page.threads
+        ]
+        return msgspec.structs.replace(page, threads=threads)
+
+    def _followers(self, thread_id: str) -> int:
+        channel = self._channels.get(thread_id)
+        return channel.followers if channel else 0
 
     async def get_active_threads(self, limit: int = 100, cursor: str | None = None) -> ThreadPage:
         """The threads of which a message is active. Raises BadRequest."""
@@ -1811,13 +1998,17 @@ class ChunkBuffer:
         self._check_room_for_reader()
         checked_id("thread_id", thread_id)
         cursor = None if after is None else Cursor.parse(after)
-        return await self._store.read(lambda snapshot: snapshot.locate(thread_id, message_id, cursor, follow))
+        position = await self._store.read(lambda snapshot: snapshot.locate(thread_id, message_id, cursor, follow))
+        self.metrics.count_resume("start" if cursor is None else "cursor", position)
+        return position
 
     async def match(self, thread_id: str, message_id: str, known_content: str) -> Position:
         """Where a reader with this text begins. Raises NotFound, InvalidContent, Unavailable."""
         self._check_room_for_reader()
         utf8_size(known_content)
-        return await self._store.read(lambda snapshot: snapshot.match(thread_id, message_id, known_content))
+        position = await self._store.read(lambda snapshot: snapshot.match(thread_id, message_id, known_content))
+        self.metrics.count_resume("content", position)
+        return position
 
     def _check_room_for_reader(self) -> None:
         if self.stopping:
@@ -1833,39 +2024,49 @@ class ChunkBuffer:
         idle_timeout: float | None = None,
         heartbeat: float | None = None,
         poll_interval: float | None = None,
+        expires: float = math.inf,
     ) -> AsyncGenerator[Page | Signal, None]:
         """What comes after a position, as it is committed; with ``follow`` also after the end.
 
         Times are seconds, by default those of the settings; 0 turns ``idle_timeout`` and
-        ``heartbeat`` off. No transaction is open while the consumer has a page.
+        ``heartbeat`` off; ``expires`` is in seconds since 1970. No transaction is open while the
+        consumer has a page.
         """
         with self._attached(position.thread_id, poll_interval) as channel:
             if position.reset:
                 yield Signal.RESET
             if position.thread is None:
                 await self._learn_head(position.thread_id, channel)
-            quiet = Quiet(self.settings, idle_timeout, heartbeat)
-            seq, skip = position.after, position.skip
-            while not self.stopping:
-                more = await self._more(channel, position, seq)
-                if isinstance(more, Page):
-                    seq = more.last_seq
-                    if picked := pick(more, position.message_id, skip):
-                        skip = 0
-                        yield picked
-                        quiet.broken()
-                        if position.ends_with(picked):
-                            return
-                elif more is None and not position.may_have_more(channel.head, follow):
-                    return
-                else:
-                    if more is None:
-                        await channel.wait(quiet.until())
-                        more = quiet.due()
-                    if more:
-                        yield more
-                    if more in (Signal.GONE, Signal.TIMEOUT):
+            quiet = Quiet(self.settings, idle_timeout, heartbeat, expires)
+            async with aclosing(self._events(channel, position, follow, quiet)) as events:
+                async for event in events:
+                    yield event
+
+    async def _events(
+        self, channel: Channel, position: Position, follow: bool, quiet: Quiet
+    ) -> AsyncGenerator[Page | Signal, None]:
+        seq, skip = position.after, position.skip
+        while not self.stopping:
+            more = await self._more(channel, position, seq)
+            if isinstance(more, Page) and not quiet.is_expired():
+                seq = more.last_seq
+                if picked := pick(more, position.message_id, skip):
+                    skip = 0
+                    self.metrics.count_delivery(picked)
+                    yield picked
+                    quiet.broken()
+                    if position.ends_with(picked):
                         return
+                continue
+            if more is None:
+                if not position.may_have_more(channel.head, follow):
+                    return
+                await channel.wait(quiet.until())
+            signal_ = more if more is Signal.GONE else quiet.due()
+            if signal_:
+                yield signal_
+            if signal_ not in (None, Signal.HEARTBEAT):
+                return
 
     async def _more(self, channel: Channel, position: Position, seq: int) -> Page | Signal | None:
         """What comes after ``seq``: a page, GONE, or None for nothing yet."""
@@ -1882,6 +2083,23 @@ class ChunkBuffer:
             return Signal.GONE
         channel.learn(found[0])
         return found[1]
+
+    async def check_ready(self) -> None:
+        """Raises Unavailable or DatabaseFull unless the database answers and takes writes."""
+        try:
+            await self._maintain(self._store.probe)
+        except sqlite3.Error as error:
+            raise database_problem(error) from error
+
+    async def scrape(self) -> bytes:
+        """The metrics, in Prometheus' text format."""
+        metrics = self.metrics
+        metrics.readers.set(self.readers)
+        metrics.active_messages.set(await self._store.read(Snapshot.active_messages))
+        database_bytes, wal_bytes = self._store.sizes()
+        metrics.database_bytes.set(database_bytes)
+        metrics.wal_bytes.set(wal_bytes)
+        return generate_latest(metrics.registry)
 
     async def _learn_head(self, thread_id: str, channel: Channel) -> None:
         head = await self._store.read(lambda snapshot: snapshot.head(thread_id))
@@ -1913,7 +2131,7 @@ class ChunkBuffer:
             yield
         finally:
             self._poll_intervals[interval] -= 1
-            self._poll_intervals += Counter()  # drops what has come to zero
+            self._poll_intervals += Multiset()  # drops what has come to zero
             if not self._poll_intervals:
                 self._polled.clear()
 
@@ -1985,6 +2203,7 @@ class ChunkBuffer:
         return batch
 
     async def _commit(self, batch: list[Pending]) -> None:
+        began = time.perf_counter()
         try:
             outcomes = await self._store.commit([cast(Operation, pending.work) for pending in batch])
         except Exception as error:
@@ -1993,16 +2212,21 @@ class ChunkBuffer:
             for pending in batch:
                 pending.answer(problem)
             return
+        chunks = 0
         for pending, outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, Commit):
-                self._publish(outcome)
+                chunks += len(outcome.chunks)
+                self._publish(outcome, pending)
             pending.answer(outcome)
+        self.metrics.commit_seconds.observe(time.perf_counter() - began)
+        self.metrics.commit_chunks.observe(chunks)
 
-    def _publish(self, commit: Commit) -> None:
+    def _publish(self, commit: Commit, pending: Pending) -> None:
+        self.metrics.count_commit(commit, pending.work.sizes if isinstance(pending.work, Append) else ())
         if commit.cleared:
             self._scrub_owed = True
         if channel := self._channels.get(commit.thread_id):
-            channel.publish(commit)
+            channel.publish(commit, pending.queued)
             if commit.cleared:
                 del self._channels[commit.thread_id]
 
@@ -2044,6 +2268,7 @@ class ChunkBuffer:
             for thread_id in expired:
                 with contextlib.suppress(NotFound):  # touched or cleared in the meantime
                     await self._submit(ClearThread(thread_id, untouched_since))
+                    self.metrics.expired.inc()
         await self._erase()
 
     async def _erase(self) -> None:
@@ -2071,30 +2296,36 @@ class ChunkBuffer:
     async def _abort_idle_messages(self, untouched_since: int) -> None:
         for thread_id, message_id in await self._store.read(lambda snapshot: snapshot.idle_messages(untouched_since)):
             with contextlib.suppress(NotFound, Conflict):  # touched or ended in the meantime
-                await self._submit(EndMessage(thread_id, message_id, "aborted", "producer_timeout", untouched_since))
+                await self._submit(EndMessage(thread_id, message_id, "aborted", PRODUCER_TIMEOUT, untouched_since))
 
 
 class Quiet:
     """When a reader to whom nothing comes is due a heartbeat, and when its time is up."""
 
-    def __init__(self, settings: Settings, idle_timeout: float | None, heartbeat: float | None) -> None:
-        self._idle_timeout = settings.idle_timeout if idle_timeout is None else idle_timeout
-        self._heartbeat = settings.heartbeat if heartbeat is None else heartbeat
+    def __init__(self, settings: Settings, idle_timeout: float | None, heartbeat: float | None, expires: float) -> None:
+        self._idle_timeout = (settings.idle_timeout if idle_timeout is None else idle_timeout) or math.inf
+        self._heartbeat = (settings.heartbeat if heartbeat is None else heartbeat) or math.inf
+        self._now = asyncio.get_running_loop().time
+        self._expires = self._now() + expires - time.time()
         self.broken()
 
     def broken(self) -> None:
-        self._since = self._last_sent = asyncio.get_running_loop().time()
+        self._since = self._last_sent = self._now()
+
+    def is_expired(self) -> bool:
+        return self._now() >= self._expires
 
     def until(self) -> float | None:
-        ends = self._since + self._idle_timeout if self._idle_timeout else None
-        beats = self._last_sent + self._heartbeat if self._heartbeat else None
-        return min((time for time in (ends, beats) if time is not None), default=None)
+        soonest = min(self._since + self._idle_timeout, self._last_sent + self._heartbeat, self._expires)
+        return None if soonest == math.inf else soonest
 
     def due(self) -> Signal | None:
-        now = asyncio.get_running_loop().time()
-        if self._idle_timeout and now >= self._since + self._idle_timeout:
+        now = self._now()
+        if now >= self._expires:
+            return Signal.EXPIRED
+        if now >= self._since + self._idle_timeout:
             return Signal.TIMEOUT
-        if self._heartbeat and now >= self._last_sent + self._heartbeat:
+        if now >= self._last_sent + self._heartbeat:
             self._last_sent = now
             return Signal.HEARTBEAT
         return None
@@ -2165,18 +2396,34 @@ def sse_frames(page: Page) -> bytes:
     return b"".join(frames)
 
 
-async def sse(items: AsyncGenerator[Page | Signal, None]) -> AsyncGenerator[bytes, None]:
+async def sse(items: AsyncGenerator[Page | Signal, None], metrics: Metrics) -> AsyncGenerator[bytes, None]:
     """What a reader is sent. The first line goes at once, so that headers and bytes flow."""
     yield RETRY
     async with aclosing(items):
         try:
             async for item in items:
                 if isinstance(item, Page):
-                    yield item.encoded(sse_frames)
+                    frames = item.encoded(sse_frames)
+                    metrics.bytes_out.inc(len(frames))
+                    yield frames
+                elif item is Signal.HEARTBEAT:
+                    yield HEARTBEAT
+                elif item is Signal.EXPIRED:
+                    raise token_expired()
                 else:
-                    yield HEARTBEAT if item is Signal.HEARTBEAT else sse_event(item.value)
+                    yield sse_event(item.value)
         except Problem as problem:
             yield sse_event("error", encode_json(problem_document(problem)))
+
+
+def ws_entries(page: Page) -> list[bytes]:
+    """The page's entries as WebSocket messages, less their first member, the subscriber's id."""
+    frames = []
+    for entry in page.entries:
+        kind = b"complete" if isinstance(entry, MessageEnd) else b"chunk"
+        cursor = b"%d-%d" % (page.generation, entry.seq)
+        frames.append(b'"type":"%s","cursor":"%s",%s' % (kind, cursor, encode_json(entry)[1:]))
+    return frames
 
 
 def problem_document(problem: ProblemDetailsException) -> dict[str, Any]:
@@ -2271,6 +2518,78 @@ class Text:
 # ---------------------------------------------------------------------------------------------
 
 
+READ = frozenset({"read"})
+WRITE = frozenset({"write"})
+ABORT = frozenset({"abort", "write"})
+ADMIN = frozenset({"admin"})
+ANYONE = Grant()
+SCOPES = ("read", "write", "abort", "admin")
+
+
+class Claims(msgspec.Struct, frozen=True):
+    """Those of a token (RFC 7519) that count here."""
+
+    exp: float
+    scope: str = ""
+    threads: tuple[str, ...] | None = None
+
+
+def token_for(secret: str, grant: Grant) -> str:
+    claims: dict[str, Any] = {"exp": int(grant.expires), "scope": " ".join(sorted(grant.scope))}
+    if grant.threads is not None:
+        claims["threads"] = list(grant.threads)
+    return jwt.encode(claims, secret, algorithm="HS256")
+
+
+def grant_of(token: str, secret: str) -> Grant:
+    """What a token allows; its signature is compared in constant time. Raises Unauthorized."""
+    try:
+        claims = msgspec.convert(jwt.decode(token, secret, algorithms=["HS256"], options={"require": ["exp"]}), Claims)
+    except jwt.ExpiredSignatureError as error:
+        raise token_expired() from error
+    except (jwt.InvalidTokenError, msgspec.ValidationError) as error:
+        raise Unauthorized(
+            f"The token is not valid here ({error}); get one made with this service's secret."
+        ) from error
+    return Grant(frozenset(claims.scope.split()), claims.threads, claims.exp)
+
+
+def authorize(secret: str, connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
+    """A guard: find out what the caller may do, and whether this call is among it.
+
+    An EventSource and a browser's WebSocket cannot send headers, so for what only reads, and for
+    a WebSocket, the token may be in the query too. Raises Unauthorized or Forbidden.
+    """
+    scopes = handler.opt["scopes"]
+    connection.scope["auth"] = ANYONE
+    if not secret or scopes is None:
+        return
+    scheme, _, token = connection.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        token = connection.query_params.get("access_token", "") if handler.opt.get("token_in_query") else ""
+    if not token:
+        raise Unauthorized("This takes a token; send it as 'Authorization: Bearer …'.")
+    grant = grant_of(token.strip(), secret)
+    grant.require(scopes, connection.path_params.get("thread_id"))
+    connection.scope["auth"] = grant
+
+
+class TokenBody(Record, frozen=True, rename=None, forbid_unknown_fields=True):
+    """``scope`` is words of read, write and abort; ``expires_in`` is seconds, or like ``10m``."""
+
+    scope: str = "read"
+    expires_in: float | str = 900
+
+
+class Token(Record, frozen=True):
+    """``expires_at`` is ms since 1970."""
+
+    token: str
+    scope: str
+    thread_id: str
+    expires_at: int
+
+
 class AbortBody(Record, frozen=True, forbid_unknown_fields=True):
     reason: str | None = None
 
@@ -2336,32 +2655,30 @@ async def whole_body(request: Request[Any, Any, Any], limit: int) -> bytes:
     return bytes(body)
 
 
-def json_response(content: Any, status_code: int = 200) -> Response[bytes]:
-    return Response(encode_json(content), media_type=MediaType.JSON, status_code=status_code)
+def appended_response(commit: Commit) -> Response[Appended]:
+    return Response(cast(Appended, commit.answer), status_code=201 if commit.changed else 200)
 
 
-def appended_response(commit: Commit) -> Response[bytes]:
-    return json_response(commit.answer, 201 if commit.changed else 200)
-
-
-def sse_response(items: AsyncGenerator[Page | Signal, None]) -> Stream:
-    return Stream(sse(items), headers=SSE_HEADERS, media_type="text/event-stream", status_code=200)
+def sse_response(buffer: ChunkBuffer, items: AsyncGenerator[Page | Signal, None]) -> Stream:
+    return Stream(sse(items, buffer.metrics), headers=SSE_HEADERS, media_type="text/event-stream", status_code=200)
 
 
 Buffer = ChunkBuffer
+THREAD = "/threads/{thread_id:str}"
+MESSAGE = f"{THREAD}/messages/{{message_id:str}}"
 ThreadId = Annotated[str, PathParameter(description="1 to 200 characters, no control characters, no /")]
 MessageId = Annotated[str, PathParameter(description="1 to 200 characters, no control characters, no /")]
 ListCursor = Annotated[str | None, QueryParameter(name="cursor", description="as the page before gave it")]
 After = Annotated[str | None, QueryParameter(name="after", description="a cursor as a stream gave it, or a bare seq")]
 
 
-@put("/threads/{thread_id:str}/messages/{message_id:str}", summary="Open a message before its first chunk")
-async def open_message(buffer: Buffer, thread_id: ThreadId, message_id: MessageId) -> Response[bytes]:
+@put(MESSAGE, summary="Open a message before its first chunk", scopes=WRITE)
+async def open_message(buffer: Buffer, thread_id: ThreadId, message_id: MessageId) -> Response[Appended]:
     appended, is_new = await buffer.open_message(thread_id, message_id)
-    return json_response(appended, 201 if is_new else 200)
+    return Response(appended, status_code=201 if is_new else 200)
 
 
-@post("/threads/{thread_id:str}/messages/{message_id:str}/chunks", summary="Append chunks")
+@post(MESSAGE + "/chunks", summary="Append chunks", scopes=WRITE)
 async def append_chunks(
     request: Request[Any, Any, Any],
     buffer: Buffer,
@@ -2369,7 +2686,7 @@ async def append_chunks(
     message_id: MessageId,
     index: int | None = None,
     complete: bool = False,
-) -> Response[bytes]:
+) -> Response[Appended]:
     """Answered after the commit. JSON: a chunk, or an array of chunks, all or nothing. NDJSON: a
     chunk a line, committed and readable as the lines arrive. Plain text: likewise, a chunk a piece."""
     kind, parameters = request.content_type
@@ -2394,7 +2711,8 @@ async def append_chunks(
             " application/json, application/x-ndjson, or text/plain in UTF-8."
         )
     with answered_early():
-        return appended_response(await append_stream(buffer, begin, body_pieces(request), decoder, complete))
+        commit = await append_stream(buffer, begin, body_pieces(request), decoder, complete, request.auth.expires)
+    return appended_response(commit)
 
 
 async def append_stream(
@@ -2403,6 +2721,7 @@ async def append_stream(
     pieces: AsyncGenerator[tuple[bytes, bool], None],
     decoder: Lines | Text,
     complete: bool,
+    expires: float,
 ) -> Commit:
     """Commit what each piece of the body brings before reading the next.
 
@@ -2410,7 +2729,7 @@ async def append_stream(
     a producer that is too fast. Cut short with a Problem when somebody else ends the message.
     """
     append, last, changed = begin, None, False
-    async with buffer.while_active(begin.thread_id, begin.message_id) as lift, aclosing(pieces):
+    async with buffer.while_active(begin.thread_id, begin.message_id, expires) as lift, aclosing(pieces):
         async for piece, is_last in pieces:
             chunks, problem = decoder.feed(piece, is_last)
             ends = complete and is_last and problem is None
@@ -2434,12 +2753,12 @@ async def append_stream(
     return msgspec.structs.replace(cast(Commit, last), changed=changed)
 
 
-@post("/threads/{thread_id:str}/messages/{message_id:str}/complete", status_code=200, summary="Complete a message")
+@post(MESSAGE + "/complete", status_code=200, summary="Complete a message", scopes=WRITE)
 async def complete_message(buffer: Buffer, thread_id: ThreadId, message_id: MessageId) -> Appended:
     return await buffer.complete_message(thread_id, message_id)
 
 
-@post("/threads/{thread_id:str}/messages/{message_id:str}/abort", status_code=200, summary="Abort a message")
+@post(MESSAGE + "/abort", status_code=200, summary="Abort a message", scopes=ABORT)
 async def abort_message(
     request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId, message_id: MessageId
 ) -> Appended:
@@ -2449,7 +2768,7 @@ async def abort_message(
     return await buffer.abort_message(thread_id, message_id, reason)
 
 
-@get("/threads/{thread_id:str}/stream", summary="Follow a thread (SSE)")
+@get(THREAD + "/stream", summary="Follow a thread (SSE)", scopes=READ, token_in_query=True)
 async def stream_thread(
     request: Request[Any, Any, Any],
     buffer: Buffer,
@@ -2462,7 +2781,7 @@ async def stream_thread(
     return await stream(request, buffer, thread_id, None, after, follow, idle_timeout, poll_interval)
 
 
-@get("/threads/{thread_id:str}/messages/{message_id:str}/stream", summary="Follow a message (SSE)")
+@get(MESSAGE + "/stream", summary="Follow a message (SSE)", scopes=READ, token_in_query=True)
 async def stream_message(
     request: Request[Any, Any, Any],
     buffer: Buffer,
@@ -2494,16 +2813,26 @@ async def stream(
     position = await buffer.locate(thread_id, message_id, after=cursor, follow=follow)
     if position.finished:
         return Response(None, status_code=204)
-    return sse_response(buffer.follow(position, follow=follow, idle_timeout=quiet, poll_interval=poll))
+    return sse_response(
+        buffer,
+        buffer.follow(position, follow=follow, idle_timeout=quiet, poll_interval=poll, expires=request.auth.expires),
+    )
 
 
-@post("/resume-stream", status_code=200, summary="Resume a message by the text one has (SSE)")
+@post(
+    "/resume-stream",
+    status_code=200,
+    summary="Resume a message by the text one has (SSE)",
+    scopes=READ,
+    token_in_query=True,
+)
 async def resume_stream(request: Request[Any, Any, Any], buffer: Buffer) -> Response[Any]:
     # Known text can be as long as a message, and JSON takes up to six bytes for one.
     body = decode_body(await whole_body(request, 6 * buffer.settings.max_message), ResumeBody)
     if body.known_content is not None and body.after is not None:
         raise BadRequest("known_content and after exclude each other; send the one that you have.")
     quiet, poll = seconds("idle_timeout", body.idle_timeout), seconds("poll_interval", body.poll_interval)
+    request.auth.require(READ, body.thread_id)
     try:
         if body.known_content is not None:
             position = await buffer.match(body.thread_id, body.message_id, body.known_content)
@@ -2514,10 +2843,12 @@ async def resume_stream(request: Request[Any, Any, Any], buffer: Buffer) -> Resp
         return Stream([RETRY, sse_event("complete", b'{"exists":false}')], headers=SSE_HEADERS, status_code=200)
     if position.finished:
         return Response(None, status_code=204)
-    return sse_response(buffer.follow(position, idle_timeout=quiet, poll_interval=poll))
+    return sse_response(
+        buffer, buffer.follow(position, idle_timeout=quiet, poll_interval=poll, expires=request.auth.expires)
+    )
 
 
-@get("/threads/{thread_id:str}/chunks", summary="Read chunks by pages, or by a long poll")
+@get(THREAD + "/chunks", summary="Read chunks by pages, or by a long poll", scopes=READ, token_in_query=True)
 async def get_chunks(
     buffer: Buffer,
     thread_id: ThreadId,
@@ -2529,31 +2860,230 @@ async def get_chunks(
     return await buffer.get_chunks(thread_id, message_id, after=after, limit=limit, wait=wait)
 
 
-@get("/threads/{thread_id:str}/content", summary="The text so far")
+@get(THREAD + "/content", summary="The text so far", scopes=READ, token_in_query=True)
 async def get_accumulated_content(
     request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId, message_id: str | None = None
 ) -> Response[Any]:
     content = await buffer.get_accumulated_content(thread_id, message_id)
     if request.accept.best_match(["application/json", "text/plain"]) == "text/plain":
         return Response(content.content, media_type=MediaType.TEXT)
-    return json_response(content)
+    return Response(content)
 
 
-@get("/threads/{thread_id:str}", summary="A thread and its messages")
+@get(THREAD, summary="A thread and its messages", scopes=READ, token_in_query=True)
 async def get_thread_status(buffer: Buffer, thread_id: ThreadId) -> ThreadStatus:
     return await buffer.get_thread_status(thread_id)
 
 
-@get("/threads", summary="Threads, the newest first")
+@get("/threads", summary="Threads, the newest first", scopes=READ, token_in_query=True)
 async def get_threads(
-    buffer: Buffer, status: Status | None = None, limit: int = 100, list_cursor: ListCursor = None
+    request: Request[Any, Any, Any],
+    buffer: Buffer,
+    status: Status | None = None,
+    limit: int = 100,
+    list_cursor: ListCursor = None,
 ) -> ThreadPage:
-    return await buffer.get_threads(status, limit, list_cursor)
+    return await buffer.get_threads(status, limit, list_cursor, request.auth.covers)
 
 
-@delete("/threads/{thread_id:str}", summary="Forget a thread, and erase its text")
+@delete(THREAD, summary="Forget a thread, and erase its text", scopes=ADMIN)
 async def clear_thread_buffer(buffer: Buffer, thread_id: ThreadId) -> None:
     await buffer.clear_thread_buffer(thread_id)
+
+
+@post(THREAD + "/tokens", summary="Mint a short-lived token for a browser", scopes=WRITE)
+async def mint_token(request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId) -> Token:
+    """For this thread alone, and no wider than one's own; for up to a day."""
+    body = await whole_body(request, buffer.settings.max_body)
+    wanted = decode_body(body, TokenBody) if body else TokenBody()
+    own: Grant = request.auth
+    if not buffer.settings.secret:
+        raise BadRequest("Authentication is off, so there are no tokens; start the service with a secret.")
+    if checked_id("thread_id", thread_id).endswith("*"):
+        raise BadRequest("A thread whose id ends in '*' cannot have a token of its own, as that would be a pattern.")
+    scope = frozenset(wanted.scope.split())
+    if not scope or not scope <= set(SCOPES):
+        raise InvalidContent(f"{wanted.scope!r:.80} is not a scope; use words of {', '.join(SCOPES)}.")
+    if not ("admin" in own.scope or scope <= own.scope | ({"abort"} if "write" in own.scope else set())):
+        raise Forbidden("A token cannot allow more than the one it is made with; ask for less.")
+    lifetime = cast(float, seconds("expires_in", wanted.expires_in))
+    grant = Grant(scope, (thread_id,), min(time.time() + lifetime, own.expires))
+    token = token_for(buffer.settings.secret, grant)
+    return Token(token, " ".join(sorted(scope)), thread_id, int(grant.expires) * 1000)
+
+
+class Subscribe(Record, frozen=True, rename=None, tag="subscribe", forbid_unknown_fields=True):
+    id: str | int
+    thread_id: str
+    message_id: str | None = None
+    after: str | int | None = None
+    known_content: str | None = None
+    follow: bool = False
+    idle_timeout: float | str | None = None
+    poll_interval: float | str | None = None
+
+
+class Unsubscribe(Record, frozen=True, rename=None, tag="unsubscribe", forbid_unknown_fields=True):
+    id: str | int
+
+
+class AppendFrame(Record, frozen=True, rename=None, tag="append", forbid_unknown_fields=True):
+    id: str | int
+    thread_id: str
+    message_id: str
+    chunks: list[Chunk]
+    index: int | None = None
+    complete: bool = False
+
+
+class AbortFrame(Record, frozen=True, rename=None, tag="abort", forbid_unknown_fields=True):
+    id: str | int
+    thread_id: str
+    message_id: str
+    reason: str | None = None
+
+
+FRAMES = msgspec.json.Decoder(Subscribe | Unsubscribe | AppendFrame | AbortFrame)
+
+
+class Conversation:
+    """One WebSocket: many subscriptions, each a reader of its own, and appends in their order."""
+
+    def __init__(self, socket: WebSocket[Any, Any, Any], buffer: ChunkBuffer) -> None:
+        self._socket = socket
+        self._buffer = buffer
+        self._grant: Grant = socket.auth
+        self._subscriptions: dict[str | int, asyncio.Task[None]] = {}
+        self._appends: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    async def hold(self) -> None:
+        try:
+            while True:
+                await self._take(await self._socket.receive_data("text"))
+        except WebSocketDisconnect:
+            log.debug("WebSocket closed")
+        finally:
+            self._closed = True
+            for task in self._subscriptions.values():
+                task.cancel()
+
+    async def _take(self, text: str | bytes) -> None:
+        # Not read on while too much is waiting to be committed, so that the producer is slowed.
+        identity: str | int | None = None
+        try:
+            await self._buffer.room()
+            frame = decode_frame(text)
+            identity = frame.id
+            match frame:
+                case Subscribe():
+                    self._subscribe(frame)
+                case Unsubscribe():
+                    await self._unsubscribe(frame)
+                case AppendFrame():
+                    self._append(frame)
+                case AbortFrame():
+                    self._grant.require(ABORT, frame.thread_id)
+                    answer = await self._buffer.abort_message(frame.thread_id, frame.message_id, frame.reason)
+                    await self._send("aborted", frame.id, answer)
+        except Problem as problem:
+            await self._send("error", identity, problem_document(problem))
+
+    def _subscribe(self, frame: Subscribe) -> None:
+        self._grant.require(READ, frame.thread_id)
+        if frame.id in self._subscriptions:
+            raise Conflict(f"The id {frame.id!r} has a subscription already; unsubscribe it, or use another id.")
+        if frame.known_content is not None and (frame.message_id is None or frame.after is not None):
+            raise BadRequest("known_content goes with a message_id, and not with after.")
+        self._subscriptions[frame.id] = asyncio.create_task(self._follow(frame))
+
+    async def _unsubscribe(self, frame: Unsubscribe) -> None:
+        if (task := self._subscriptions.pop(frame.id, None)) is None:
+            raise NotFound(f"There is no subscription with the id {frame.id!r}.")
+        task.cancel()
+        await asyncio.wait([task])
+        await self._send("unsubscribed", frame.id)
+
+    def _append(self, frame: AppendFrame) -> None:
+        self._grant.require(WRITE, frame.thread_id)
+        append = self._buffer.checked_append(
+            frame.thread_id, frame.message_id, frame.chunks, index=frame.index, complete=frame.complete
+        )
+        task = asyncio.create_task(self._acknowledge(frame.id, append))
+        self._appends.add(task)
+        task.add_done_callback(self._appends.discard)
+
+    async def _acknowledge(self, identity: str | int, append: Append) -> None:
+        try:
+            commit = await self._buffer.submit_append(append)
+            await self._send("appended", identity, commit.answer)
+        except Problem as problem:
+            await self._send("error", identity, problem_document(problem))
+
+    async def _follow(self, frame: Subscribe) -> None:
+        try:
+            await self._deliver(frame)
+        except Problem as problem:
+            await self._send("error", frame.id, problem_document(problem))
+        del self._subscriptions[frame.id]
+        if not self._buffer.stopping:  # then the client is to come back, and go on
+            await self._send("unsubscribed", frame.id)
+
+    async def _deliver(self, frame: Subscribe) -> None:
+        if frame.known_content is not None:
+            position = await self._buffer.match(frame.thread_id, cast(str, frame.message_id), frame.known_content)
+        else:
+            after = None if frame.after is None else str(frame.after)
+            position = await self._buffer.locate(frame.thread_id, frame.message_id, after=after, follow=frame.follow)
+        if position.finished:
+            return
+        items = self._buffer.follow(
+            position,
+            follow=frame.follow,
+            heartbeat=0,  # WebSocket has pings
+            idle_timeout=seconds("idle_timeout", frame.idle_timeout),
+            poll_interval=seconds("poll_interval", frame.poll_interval),
+            expires=self._grant.expires,
+        )
+        start = b'{"id":%s,' % encode_json(frame.id)
+        async with aclosing(items):
+            async for item in items:
+                if isinstance(item, Page):
+                    for rest in item.encoded(ws_entries):
+                        self._buffer.metrics.bytes_out.inc(len(rest))
+                        await self._send_text(start + rest)
+                elif item is Signal.EXPIRED:
+                    raise token_expired()
+                else:
+                    await self._send(item.value, frame.id)
+
+    async def _send(self, kind: str, identity: str | int | None, payload: Any = None) -> None:
+        members = msgspec.to_builtins(payload) if payload is not None else {}
+        await self._send_text(encode_json({**members, "type": kind, "id": identity}))
+
+    async def _send_text(self, text: bytes) -> None:
+        """Waits while the reader is slow, which holds up nobody else."""
+        if not self._closed:
+            try:
+                await self._socket.send_text(text.decode())
+            except OSError:  # how uvicorn tells that the connection is lost
+                self._closed = True
+
+
+def decode_frame(text: str | bytes) -> Subscribe | Unsubscribe | AppendFrame | AbortFrame:
+    """Raises InvalidContent."""
+    try:
+        return cast(Subscribe | Unsubscribe | AppendFrame | AbortFrame, FRAMES.decode(text))
+    except (msgspec.DecodeError, UnicodeError) as error:
+        raise InvalidContent(
+            f"This is not a frame ({error}); send subscribe, unsubscribe, append or abort, each with an id."
+        ) from error
+
+
+@websocket("/ws", scopes=frozenset(SCOPES), token_in_query=True)
+async def converse(socket: WebSocket[Any, Any, Any], buffer: Buffer) -> None:
+    await socket.accept()
+    await Conversation(socket, buffer).hold()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2607,7 +3137,10 @@ def router(buffer: ChunkBuffer, path: str = "/api") -> Router:
             get_thread_status,
             get_threads,
             clear_thread_buffer,
+            mint_token,
+            converse,
         ],
+        guards=[partial(authorize, buffer.settings.secret)],
         dependencies={"buffer": Provide(lambda: buffer, use_cache=True, sync_to_thread=False)},
         exception_handlers=ERROR_ANSWERS,
     )
@@ -2618,6 +3151,102 @@ async def live() -> dict[str, str]:
     return {"status": "ok"}
 
 
+@get("/health/ready", summary="The database answers and takes writes", scopes=None)
+async def ready(buffer: Buffer) -> dict[str, str]:
+    await buffer.check_ready()
+    return {"status": "ok"}
+
+
+@get("/metrics", summary="For Prometheus", media_type=MediaType.TEXT, scopes=ADMIN)
+async def metrics(buffer: Buffer) -> Response[bytes]:
+    return Response(await buffer.scrape(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+@get("/", include_in_schema=False, media_type=MediaType.HTML)
+async def page() -> Response[bytes]:
+    return Response((STATIC / "index.html").read_bytes(), media_type=MediaType.HTML, headers=PAGE_HEADERS)
+
+
+STATIC = Path(__file__).with_name("static")
+SWAGGER = Path(cast(ModuleSpec, find_spec("swagger_ui")).origin or "").with_name("static")
+SWAGGER_FILES = ("swagger-ui.css", "swagger-ui-bundle.js", "swagger-ui-standalone-preset.js")
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'",
+    "Cache-Control": "no-cache",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+@get("/schema/assets/{name:str}", include_in_schema=False)
+async def swagger_file(name: str) -> File:
+    if name not in SWAGGER_FILES:
+        raise NotFound(f"There is no file {name!r}.")
+    return File(SWAGGER / name, content_disposition_type="inline")
+
+
+request_id: ContextVar[str] = ContextVar("request_id", default="-")
+
+
+class Gate:
+    """Who may connect at all, and what is logged of them.
+
+    A page of another origin must not reach a service that trusts whoever is on the same machine,
+    neither directly nor by a name of its own that resolves to loopback: without a secret ``Host``
+    has to be a loopback name, and a foreign ``Origin`` has to be among ``cors_origins``.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        self._any_host = bool(settings.secret or settings.allow_anonymous or settings.uds)
+        self._origins = frozenset(settings.cors_origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        headers = Headers.from_scope(scope)
+        request_id.set(headers.get("x-request-id", "")[:64] or secrets.token_hex(8))
+        if refusal := self._refusal(headers.get("host", ""), headers.get("origin")):
+            log.warning("refused: %s", refusal.detail)
+            raise refusal
+        await self._app(scope, receive, logged(scope, send))
+
+    def _refusal(self, host: str, origin: str | None) -> Forbidden | None:
+        if not self._any_host and not is_loopback(host):
+            return Forbidden(f"{host!r:.80} is not a loopback name; set a secret to serve others than this machine.")
+        if origin is not None and origin not in self._origins and urlsplit(origin).netloc != host:
+            return Forbidden(f"Pages of the origin {origin!r:.80} may not connect; name it in cors_origins.")
+        return None
+
+
+def logged(scope: Scope, send: Send) -> Send:
+    """Write a line when the answer begins, except of appends that went well, which are too many.
+
+    Without the query, which may hold a token.
+    """
+    began = time.perf_counter()
+
+    async def send_logged(message: Message) -> None:
+        await send(message)
+        if message["type"] == "http.response.start":
+            status, path = message["status"], scope["path"]
+            if status >= 400 or not path.endswith("/chunks"):
+                took = round((time.perf_counter() - began) * 1000, 1)
+                log.info("%s %s %d %s ms", cast(Any, scope)["method"], quote(path), status, took)
+
+    return send_logged
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a Host header, or an address to listen on, stays on this machine."""
+    name = urlsplit(f"//{host}").hostname or ""
+    try:
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
 def create_app(settings: Settings | None = None) -> Litestar:
     """The service as an ASGI app that opens its own database."""
     buffer = ChunkBuffer(settings)
@@ -2625,10 +3254,36 @@ def create_app(settings: Settings | None = None) -> Litestar:
 
 
 def app_of(buffer: ChunkBuffer, lifespan: Sequence[AbstractAsyncContextManager[Any]] = ()) -> Litestar:
+    settings = buffer.settings
+    operations = Router(
+        "/",
+        route_handlers=[metrics, ready],
+        guards=[partial(authorize, settings.secret)],
+        dependencies={"buffer": Provide(lambda: buffer, use_cache=True, sync_to_thread=False)},
+    )
+    pages = create_static_files_router("/static", [STATIC], include_in_schema=False)
     return Litestar(
-        [router(buffer), live],
+        [router(buffer), operations, live, page, pages, swagger_file],
         lifespan=list(lifespan),
-        openapi_config=OpenAPIConfig(title="resume-stream", version=__version__),
+        middleware=[DefineMiddleware(Gate, settings=settings)],
+        cors_config=CORSConfig(allow_origins=list(settings.cors_origins)) if settings.cors_origins else None,
+        openapi_config=OpenAPIConfig(
+            title="resume-stream",
+            version=__version__,
+            components=Components(
+                security_schemes={"bearerAuth": SecurityScheme(type="http", scheme="bearer", bearer_format="JWT")}
+            ),
+            security=[{"bearerAuth": []}],
+            render_plugins=[
+                SwaggerRenderPlugin(
+                    path="/swagger",
+                    css_url=f"/schema/assets/{SWAGGER_FILES[0]}",
+                    js_url=f"/schema/assets/{SWAGGER_FILES[1]}",
+                    standalone_preset_js_url=f"/schema/assets/{SWAGGER_FILES[2]}",
+                    favicon='<link rel="icon" href="data:,">',
+                )
+            ],
+        ),
         exception_handlers=ERROR_ANSWERS,
         logging_config=None,
     )
@@ -2638,7 +3293,32 @@ def app_of(buffer: ChunkBuffer, lifespan: Sequence[AbstractAsyncContextManager[A
 # The command line
 # ---------------------------------------------------------------------------------------------
 
+SECRET_BYTES = 32
 STUCK_AFTER = 0.4  # seconds after which a connection whose reader does not read is cut on shutdown
+
+
+class JSONFormatter(logging.Formatter):
+    """A line of JSON for each record, for machines to read."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": int(record.created * 1000),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            "request": request_id.get(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return encode_json(line).decode()
+
+
+def set_up_logging(log_format: str) -> None:
+    console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s") if console else JSONFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    # uvicorn's own lines of WebSockets have the query in them, which may hold a token.
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
 class Server(uvicorn.Server):
@@ -2652,14 +3332,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         addresses = [listener.getsockname() for server in self.servers for listener in server.sockets]
-        where = ", ".join(
-            address if isinstance(address, str) else f"http://{address[0]}:{address[1]}" for address in addresses
-        )
-        print(
-            f"resume-stream {__version__} on {where}, database {self._buffer.settings.db},"
-            f" SQLite {sqlite3.sqlite_version}",
-            flush=True,
-        )
+        where = [a if isinstance(a, str) else f"http://{a[0]}:{a[1]}" for a in addresses]
+        print(start_line(self._buffer.settings, ", ".join(where)), flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.should_exit = True
@@ -2674,7 +3348,28 @@ class Server(uvicorn.Server):
             connection.transport.abort()
 
 
+def start_line(settings: Settings, where: str) -> str:
+    if settings.secret:
+        who = "whoever has a token"
+    elif settings.allow_anonymous:
+        who = "anyone who can connect"
+    else:
+        who = "this machine only"
+    return (
+        f"resume-stream {__version__} on {where}, SQLite {sqlite3.sqlite_version}, database {settings.db}"
+        f" (synchronous={settings.synchronous}, ttl={settings.ttl:g}s, max_message={settings.max_message},"
+        f" max_db={settings.max_db or 'none'}, max_readers={settings.max_readers}), open to {who}"
+    )
+
+
 async def serve(settings: Settings) -> None:
+    if not (settings.secret or settings.allow_anonymous or settings.uds or is_loopback(settings.host)):
+        raise StartupError(
+            f"{settings.host} can be reached from other machines; set a secret, or say --allow-anonymous"
+        )
+    if 0 < len(settings.secret.encode()) < SECRET_BYTES:
+        log.warning("the secret is shorter than the %d bytes that RFC 7518 (3.2) asks for", SECRET_BYTES)
+        warnings.simplefilter("ignore", InsecureKeyLengthWarning)
     async with ChunkBuffer(settings) as buffer:
         config = uvicorn.Config(
             app_of(buffer),
@@ -2685,12 +3380,13 @@ async def serve(settings: Settings) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
+            ws_max_size=settings.max_body,
         )
         await Server(config, buffer).serve()
 
 
 def settings_from(environment: Mapping[str, str], flags: Mapping[str, str]) -> Settings:
-    """Raises ValueError with one sentence for a person."""
+    """Raises StartupError."""
     values = {}
     for name in SETTING_TYPES:
         variable = f"RESUME_STREAM_{name.upper()}"
@@ -2704,33 +3400,165 @@ def settings_from(environment: Mapping[str, str], flags: Mapping[str, str]) -> S
         try:
             values[name] = parse_setting(name, text)
         except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
+            raise StartupError(f"{source}: {error}") from error
     return Settings(**values)
+
+
+def make_token(settings: Settings, scope: str, threads: Sequence[str], expires_in: str) -> None:
+    """Print a token. Raises StartupError."""
+    words = frozenset(scope.split())
+    if not settings.secret:
+        raise StartupError("a token is made with a secret; set RESUME_STREAM_SECRET, or say --secret")
+    if not words or not words <= set(SCOPES):
+        raise StartupError(f"--scope: {scope!r} is not a scope; use words of {', '.join(SCOPES)}")
+    try:
+        expires = time.time() + parse_duration(expires_in)
+    except ValueError as error:
+        raise StartupError(f"--expires-in: {error}") from error
+    warnings.simplefilter("ignore", InsecureKeyLengthWarning)
+    print(token_for(settings.secret, Grant(words, tuple(threads) or None, expires)))
+
+
+@contextlib.contextmanager
+def opened_read_only(path: Path) -> Iterator[sqlite3.Connection]:
+    """One snapshot of the database, while the service may run. Raises StartupError."""
+    if not path.exists():
+        raise StartupError(f"there is no {path}")
+    try:
+        with contextlib.closing(
+            sqlite3.connect(database_uri(path, "ro"), uri=True, isolation_level=None)
+        ) as connection:
+            connection.execute("begin")
+            if connection.execute("pragma application_id").fetchone() != (APPLICATION_ID,):
+                raise StartupError(f"{path} is not a database of resume-stream")
+            yield connection
+    except sqlite3.Error as error:
+        raise StartupError(f"{path} is damaged, or cannot be read ({error})") from error
+
+
+def check(path: Path) -> None:
+    """Say what the database holds, and whether it is sound. Raises StartupError if it is not."""
+    with opened_read_only(path) as connection:
+        faults = [text for (text,) in connection.execute("pragma integrity_check") if text != "ok"]
+        faults += [
+            f"thread {thread_id!r} has {count} places in its sequence, and the last one is {last_seq}"
+            for thread_id, last_seq, count in connection.execute(
+                "select thread_id, last_seq,"
+                " (select count(*) from chunks where chunks.thread = threads.thread) as count from threads"
+                " where thread_id is not null and count <> last_seq"
+            )
+        ]
+        faults += [
+            f"message {message_id!r} says {chunk_count} chunks and has {count}"
+            for message_id, chunk_count, count in connection.execute(
+                "select message_id, chunk_count, (select count(*) from chunks where chunks.thread = messages.thread"
+                " and chunks.message = messages.message and content is not null) as count from messages"
+                " join threads using (thread) where thread_id is not null and count <> chunk_count"
+            )
+        ]
+        for status, threads, messages, chunks, size in connection.execute(
+            "select status, count(*), sum(message_count), sum(chunk_count), sum(size) from thread_summary"
+            " group by status order by status"
+        ):
+            print(f"{status}: {threads} threads, {messages} messages, {chunks} chunks, {size} bytes of text")
+    if faults:
+        raise StartupError(f"{path} is not sound: {'; '.join(faults)}")
+    print(f"{path} is sound")
+
+
+def backup(path: Path, target: Path) -> None:
+    """Copy the database, as it is at this moment, while the service runs. Raises StartupError."""
+    partial_copy = target.with_name(f"{target.name}.partial")
+    if target.exists() or partial_copy.exists():
+        raise StartupError(f"{target} (or its .partial) exists, and would be overwritten; name another file")
+
+    def progress(status: int, remaining: int, total: int) -> None:
+        print(f"\r{total - remaining} of {total} pages", end="", file=sys.stderr, flush=True)
+
+    with opened_read_only(path) as source:
+        source.execute("select * from clock").fetchone()  # the snapshot begins with the first read
+        try:
+            with contextlib.closing(sqlite3.connect(partial_copy)) as copy:
+                source.backup(copy, pages=1000, progress=progress)
+            partial_copy.rename(target)
+        finally:
+            partial_copy.unlink(missing_ok=True)
+    print(f"\n{target} is a copy of {path}", file=sys.stderr)
+
+
+def healthcheck(settings: Settings) -> None:
+    """Ask the running service whether it is ready. Raises StartupError if it is not."""
+    try:
+        with contextlib.closing(connection_to(settings)) as connection:
+            connection.request("GET", "/health/ready", headers={"Host": "localhost"})
+            answer = connection.getresponse()
+            body = answer.read().decode()
+    except OSError as error:
+        raise StartupError(f"the service does not answer ({error})") from error
+    if answer.status != HTTPStatus.OK:
+        raise StartupError(f"the service is not ready: {body}")
+    print("ready")
+
+
+def connection_to(settings: Settings) -> http.client.HTTPConnection:
+    connection = http.client.HTTPConnection(settings.host, settings.port, timeout=5)
+    if settings.uds:
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.settimeout(5)
+        connection.sock.connect(settings.uds)
+    return connection
 
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("resume-stream", description=(__doc__ or "").partition("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="serve | version")
-    commands.add_parser("version", help="print the version")
-    server = commands.add_parser("serve", help="run the service", argument_default=argparse.SUPPRESS)
-    for field, hint in zip(
-        msgspec.structs.fields(Settings), get_type_hints(Settings, include_extras=True).values(), strict=True
-    ):
-        server.add_argument(
-            f"--{field.name.replace('_', '-')}", help=f"{get_args(hint)[1].description} (default: {field.default})"
-        )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, summary: str, *setting_names: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary, description=summary, argument_default=argparse.SUPPRESS)
+        for setting in setting_names:
+            hint, default = SETTING_HINTS[setting], SETTING_DEFAULTS[setting]
+            flag, text = f"--{setting.replace('_', '-')}", f"{get_args(hint)[1].description} (default: {default!r})"
+            if SETTING_TYPES[setting] is bool:
+                added.add_argument(flag, help=text, nargs="?", const="true")
+            else:
+                added.add_argument(flag, help=text)
+        return added
+
+    command("serve", "run the service", *SETTING_TYPES)
+    token = command("token", "make a token", "secret")
+    token.add_argument("--scope", default="read", help="words of read, write, abort, admin (default: read)")
+    token.add_argument("--thread", action="append", default=[], help="an id, or prefix*, more than once (default: all)")
+    token.add_argument("--expires-in", default="1h", help="how long it is good for (default: 1h)")
+    command("check", "say whether the database is sound", "db")
+    command("backup", "copy the database while the service runs", "db").add_argument("file", type=Path)
+    command("healthcheck", "ask the running service whether it is ready", "host", "port", "uds")
+    command("version", "print the version")
     return parser
+
+
+def run(command: str, flags: dict[str, Any]) -> None:
+    settings = settings_from(os.environ, flags)
+    match command:
+        case "serve":
+            set_up_logging(settings.log_format)
+            uvloop.run(serve(settings))
+        case "token":
+            make_token(settings, flags["scope"], flags["thread"], flags["expires_in"])
+        case "check":
+            check(Path(settings.db))
+        case "backup":
+            backup(Path(settings.db), flags["file"])
+        case "healthcheck":
+            healthcheck(settings)
+        case "version":
+            print(__version__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     flags = vars(argument_parser().parse_args(arguments))
-    if flags.pop("command") == "version":
-        print(__version__)
-        return 0
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
-        uvloop.run(serve(settings_from(os.environ, flags)))
-    except (StartupError, ValueError) as error:
+        run(flags.pop("command"), flags)
+    except StartupError as error:
         print(f"resume-stream: {error}", file=sys.stderr)
         return 1
     return 0
