@@ -50,7 +50,7 @@ from collections.abc import (
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractAsyncContextManager, aclosing
 from contextvars import ContextVar
-from functools import partial
+from functools import lru_cache, partial
 from http import HTTPStatus
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -80,7 +80,7 @@ from litestar.params import PathParameter, QueryParameter
 from litestar.plugins.problem_details import ProblemDetailsException
 from litestar.response import File, Stream
 from litestar.static_files import create_static_files_router
-from litestar.types import ASGIApp, ExceptionHandlersMap, Message, Receive, Scope, Send
+from litestar.types import ASGIApp, ExceptionHandlersMap, Guard, Message, Receive, Scope, Send
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 __version__ = "0.1.0"
@@ -2522,7 +2522,7 @@ READ = frozenset({"read"})
 WRITE = frozenset({"write"})
 ABORT = frozenset({"abort", "write"})
 ADMIN = frozenset({"admin"})
-ANYONE = Grant()
+ANYONE = Grant()  # what everybody may do where there is no secret
 SCOPES = ("read", "write", "abort", "admin")
 
 
@@ -2554,15 +2554,14 @@ def grant_of(token: str, secret: str) -> Grant:
     return Grant(frozenset(claims.scope.split()), claims.threads, claims.exp)
 
 
-def authorize(secret: str, connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
+async def authorize(secret: str, connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
     """A guard: find out what the caller may do, and whether this call is among it.
 
     An EventSource and a browser's WebSocket cannot send headers, so for what only reads, and for
     a WebSocket, the token may be in the query too. Raises Unauthorized or Forbidden.
     """
     scopes = handler.opt["scopes"]
-    connection.scope["auth"] = ANYONE
-    if not secret or scopes is None:
+    if scopes is None:
         return
     scheme, _, token = connection.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":
@@ -2572,6 +2571,14 @@ def authorize(secret: str, connection: ASGIConnection[Any, Any, Any, Any], handl
     grant = grant_of(token.strip(), secret)
     grant.require(scopes, connection.path_params.get("thread_id"))
     connection.scope["auth"] = grant
+
+
+def guards(settings: Settings) -> list[Guard]:
+    return [partial(authorize, settings.secret)] if settings.secret else []
+
+
+def granted(connection: ASGIConnection[Any, Any, Any, Any]) -> Grant:
+    return cast(Grant, connection.scope.get("auth", ANYONE))
 
 
 class TokenBody(Record, frozen=True, rename=None, forbid_unknown_fields=True):
@@ -2711,7 +2718,7 @@ async def append_chunks(
             " application/json, application/x-ndjson, or text/plain in UTF-8."
         )
     with answered_early():
-        commit = await append_stream(buffer, begin, body_pieces(request), decoder, complete, request.auth.expires)
+        commit = await append_stream(buffer, begin, body_pieces(request), decoder, complete, granted(request).expires)
     return appended_response(commit)
 
 
@@ -2815,7 +2822,9 @@ async def stream(
         return Response(None, status_code=204)
     return sse_response(
         buffer,
-        buffer.follow(position, follow=follow, idle_timeout=quiet, poll_interval=poll, expires=request.auth.expires),
+        buffer.follow(
+            position, follow=follow, idle_timeout=quiet, poll_interval=poll, expires=granted(request).expires
+        ),
     )
 
 
@@ -2832,7 +2841,7 @@ async def resume_stream(request: Request[Any, Any, Any], buffer: Buffer) -> Resp
     if body.known_content is not None and body.after is not None:
         raise BadRequest("known_content and after exclude each other; send the one that you have.")
     quiet, poll = seconds("idle_timeout", body.idle_timeout), seconds("poll_interval", body.poll_interval)
-    request.auth.require(READ, body.thread_id)
+    granted(request).require(READ, body.thread_id)
     try:
         if body.known_content is not None:
             position = await buffer.match(body.thread_id, body.message_id, body.known_content)
@@ -2843,9 +2852,8 @@ async def resume_stream(request: Request[Any, Any, Any], buffer: Buffer) -> Resp
         return Stream([RETRY, sse_event("complete", b'{"exists":false}')], headers=SSE_HEADERS, status_code=200)
     if position.finished:
         return Response(None, status_code=204)
-    return sse_response(
-        buffer, buffer.follow(position, idle_timeout=quiet, poll_interval=poll, expires=request.auth.expires)
-    )
+    items = buffer.follow(position, idle_timeout=quiet, poll_interval=poll, expires=granted(request).expires)
+    return sse_response(buffer, items)
 
 
 @get(THREAD + "/chunks", summary="Read chunks by pages, or by a long poll", scopes=READ, token_in_query=True)
@@ -2883,7 +2891,7 @@ async def get_threads(
     limit: int = 100,
     list_cursor: ListCursor = None,
 ) -> ThreadPage:
-    return await buffer.get_threads(status, limit, list_cursor, request.auth.covers)
+    return await buffer.get_threads(status, limit, list_cursor, granted(request).covers)
 
 
 @delete(THREAD, summary="Forget a thread, and erase its text", scopes=ADMIN)
@@ -2896,7 +2904,7 @@ async def mint_token(request: Request[Any, Any, Any], buffer: Buffer, thread_id:
     """For this thread alone, and no wider than one's own; for up to a day."""
     body = await whole_body(request, buffer.settings.max_body)
     wanted = decode_body(body, TokenBody) if body else TokenBody()
-    own: Grant = request.auth
+    own = granted(request)
     if not buffer.settings.secret:
         raise BadRequest("Authentication is off, so there are no tokens; start the service with a secret.")
     if checked_id("thread_id", thread_id).endswith("*"):
@@ -2952,7 +2960,7 @@ class Conversation:
     def __init__(self, socket: WebSocket[Any, Any, Any], buffer: ChunkBuffer) -> None:
         self._socket = socket
         self._buffer = buffer
-        self._grant: Grant = socket.auth
+        self._grant = granted(socket)
         self._subscriptions: dict[str | int, asyncio.Task[None]] = {}
         self._appends: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -3140,7 +3148,7 @@ def router(buffer: ChunkBuffer, path: str = "/api") -> Router:
             mint_token,
             converse,
         ],
-        guards=[partial(authorize, buffer.settings.secret)],
+        guards=guards(buffer.settings),
         dependencies={"buffer": Provide(lambda: buffer, use_cache=True, sync_to_thread=False)},
         exception_handlers=ERROR_ANSWERS,
     )
@@ -3186,6 +3194,8 @@ async def swagger_file(name: str) -> File:
 
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
+RUN = secrets.token_hex(4)
+REQUESTS = itertools.count(1)
 
 
 class Gate:
@@ -3206,7 +3216,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = Headers.from_scope(scope)
-        request_id.set(headers.get("x-request-id", "")[:64] or secrets.token_hex(8))
+        request_id.set(headers.get("x-request-id", "")[:64] or f"{RUN}-{next(REQUESTS):x}")
         if refusal := self._refusal(headers.get("host", ""), headers.get("origin")):
             log.warning("refused: %s", refusal.detail)
             raise refusal
@@ -3238,6 +3248,7 @@ def logged(scope: Scope, send: Send) -> Send:
     return send_logged
 
 
+@lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """Whether a Host header, or an address to listen on, stays on this machine."""
     name = urlsplit(f"//{host}").hostname or ""
@@ -3258,7 +3269,7 @@ def app_of(buffer: ChunkBuffer, lifespan: Sequence[AbstractAsyncContextManager[A
     operations = Router(
         "/",
         route_handlers=[metrics, ready],
-        guards=[partial(authorize, settings.secret)],
+        guards=guards(settings),
         dependencies={"buffer": Provide(lambda: buffer, use_cache=True, sync_to_thread=False)},
     )
     pages = create_static_files_router("/static", [STATIC], include_in_schema=False)
@@ -3380,6 +3391,7 @@ async def serve(settings: Settings) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             ws_max_size=settings.max_body,
         )
         await Server(config, buffer).serve()
