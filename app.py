@@ -640,9 +640,10 @@ def thread_cleared() -> Conflict:
     return Conflict("The thread was cleared while this message was being written; begin a new message.")
 
 
-def database_problem(error: sqlite3.Error) -> Problem:
+def database_problem(error: sqlite3.Error | OSError) -> Problem:
     """What went wrong in SQLite (https://www.sqlite.org/rescode.html), for the one who asked."""
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+    # Text that is not UTF-8 is found by Python's own part, which has no code for it.
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT if isinstance(error, sqlite3.Error) else 0) & 0xFF
     if code == sqlite3.SQLITE_FULL:
         return DatabaseFull("The disk or the size limit (max_db) is full; nothing was stored. Free space and retry.")
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
@@ -1354,8 +1355,12 @@ class Store:
         ((page_size,),) = connection.execute("pragma page_size").fetchall()
         if self._settings.max_db:
             connection.execute(f"pragma max_page_count = {self._settings.max_db // page_size}")
+        with writing(connection):
+            connection.execute("update clock set latest_generation = latest_generation")  # makes the WAL
+        self._opened_inodes = self._inodes()
 
     def _commit(self, operations: Sequence[Operation], connection: sqlite3.Connection) -> list[Commit | Problem]:
+        self._check_in_place()
         with writing(connection):
             transaction = Transaction(connection, self._settings.max_message)
             outcomes = [outcome_of(transaction, operation) for operation in operations]
@@ -1400,8 +1405,16 @@ class Store:
             connection.execute("pragma incremental_vacuum").fetchall()
         return checkpoint(connection, busy_timeout=BUSY_TIMEOUT) and is_clean
 
-    @staticmethod
-    def _probe(connection: sqlite3.Connection) -> None:
+    def _check_in_place(self) -> None:
+        """SQLite itself would go on writing to files that nobody can open any more."""
+        if self._inodes() != self._opened_inodes:
+            raise FileNotFoundError(f"{self._path.name} or its WAL was deleted or replaced; restart the service")
+
+    def _inodes(self) -> list[int]:
+        return [file.stat().st_ino for file in (self._path, self._wal) if file.exists()]
+
+    def _probe(self, connection: sqlite3.Connection) -> None:
+        self._check_in_place()
         with writing(connection):
             connection.execute("update clock set latest_generation = latest_generation")
 
@@ -1976,7 +1989,7 @@ class ChunkBuffer:
         """
         checked_range("limit", limit, 1, 10_000)
         checked_range("wait", wait, 0, 300)
-        position = await self.locate(thread_id, message_id, after=after)
+        position = await self._locate(thread_id, message_id, after)
         if position.reset:
             raise CursorGone(
                 "This cursor is of a thread that was cleared or expired; read from the start, with no after."
@@ -1984,6 +1997,7 @@ class ChunkBuffer:
         page = await self._store.read(lambda snapshot: snapshot.chunk_page(position, limit))
         if not wait or position.finished or page.chunks or page.ends:
             return page
+        self._check_room_for_reader()
         async with aclosing(self.follow(position, idle_timeout=wait, heartbeat=0)) as items:
             await anext(items, None)
         return await self._store.read(lambda snapshot: snapshot.chunk_page(position, limit))
@@ -1996,6 +2010,11 @@ class ChunkBuffer:
         Raises NotFound (unless ``follow``, for a thread), BadRequest, Unavailable.
         """
         self._check_room_for_reader()
+        return await self._locate(thread_id, message_id, after, follow)
+
+    async def _locate(
+        self, thread_id: str, message_id: str | None, after: str | None, follow: bool = False
+    ) -> Position:
         checked_id("thread_id", thread_id)
         cursor = None if after is None else Cursor.parse(after)
         position = await self._store.read(lambda snapshot: snapshot.locate(thread_id, message_id, cursor, follow))
@@ -2088,7 +2107,7 @@ class ChunkBuffer:
         """Raises Unavailable or DatabaseFull unless the database answers and takes writes."""
         try:
             await self._maintain(self._store.probe)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise database_problem(error) from error
 
     async def scrape(self) -> bytes:
@@ -2207,10 +2226,9 @@ class ChunkBuffer:
         try:
             outcomes = await self._store.commit([cast(Operation, pending.work) for pending in batch])
         except Exception as error:
-            problem = database_problem(error) if isinstance(error, sqlite3.Error) else error
             log.error("commit failed: %s", error)
             for pending in batch:
-                pending.answer(problem)
+                pending.answer(database_problem(error) if isinstance(error, (sqlite3.Error, OSError)) else error)
             return
         chunks = 0
         for pending, outcome in zip(batch, outcomes, strict=True):
@@ -2347,7 +2365,7 @@ def logged_problems(task: str) -> Iterator[None]:
     """A periodic task goes on after an error, since its cause may go away."""
     try:
         yield
-    except (Problem, sqlite3.Error) as error:
+    except (Problem, sqlite3.Error, OSError) as error:
         if isinstance(error, Stopping):
             return
         log.warning("%s failed, and will be tried again: %s", task, error)
