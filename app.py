@@ -69,7 +69,7 @@ from litestar import Litestar, MediaType, Request, Response, Router, WebSocket, 
 from litestar.config.cors import CORSConfig
 from litestar.connection import ASGIConnection
 from litestar.datastructures import Headers
-from litestar.di import Provide
+from litestar.di import NamedDependency, Provide
 from litestar.exceptions import HTTPException, ValidationException, WebSocketDisconnect
 from litestar.handlers import BaseRouteHandler
 from litestar.middleware import DefineMiddleware
@@ -815,6 +815,12 @@ class Transaction:
             return self._unchanged(append, found, stored[-1], cast(int, append.index) + len(stored))
         if found.ended:
             return self._answer_completing_retry(append, found)
+        if append.complete and append.index is not None and append.index + len(append.chunks) < found.chunk_count:
+            raise Conflict(
+                f"The message {append.message_id!r} has chunks after those that would complete it: another producer"
+                " writes to it. Stop, or begin a new message.",
+                expectedIndex=found.chunk_count,
+            )
         chunks, sizes = append.chunks[len(stored) :], append.sizes[len(stored) :]
         if (size := found.size + sum(sizes)) > self._max_message:
             raise TooLarge(
@@ -1632,6 +1638,10 @@ def checked_id(kind: str, text: str) -> str:
     return text
 
 
+def checked_ids(thread_id: str, message_id: str) -> tuple[str, str]:
+    return checked_id("thread_id", thread_id), checked_id("message_id", message_id)
+
+
 def utf8_size(text: str) -> int:
     try:
         return len(text) if text.isascii() else len(text.encode())
@@ -1716,9 +1726,7 @@ class ChunkBuffer:
         The second value is whether it is new; a message that is there already counts the call as
         a sign of life. Raises BadRequest for an id that cannot be one.
         """
-        commit = await self._submit(
-            OpenMessage(checked_id("thread_id", thread_id), checked_id("message_id", message_id))
-        )
+        commit = await self._submit(OpenMessage(*checked_ids(thread_id, message_id)))
         return cast(Appended, commit.answer), commit.changed
 
     async def add_chunks(
@@ -1767,15 +1775,7 @@ class ChunkBuffer:
             raise TooLarge(
                 f"A chunk has {max(sizes)} bytes, over max_chunk ({self.settings.max_chunk}); send it in parts."
             )
-        return Append(
-            checked_id("thread_id", thread_id),
-            checked_id("message_id", message_id),
-            chunks,
-            sizes,
-            index,
-            complete,
-            thread,
-        )
+        return Append(*checked_ids(thread_id, message_id), chunks, sizes, index, complete, thread)
 
     async def stored_text(self, thread_id: str, message_id: str, index: int | None) -> tuple[str, int | None]:
         """The text stored from chunk ``index`` on, and the index after it: none, without an index."""
@@ -1788,7 +1788,7 @@ class ChunkBuffer:
 
     async def complete_message(self, thread_id: str, message_id: str) -> Appended:
         """End a message; again: the same answer. Raises NotFound; Conflict if it was aborted."""
-        commit = await self._submit(EndMessage(thread_id, message_id, "completed"))
+        commit = await self._submit(EndMessage(*checked_ids(thread_id, message_id), "completed"))
         return cast(Appended, commit.answer)
 
     async def abort_message(self, thread_id: str, message_id: str, reason: str | None = None) -> Appended:
@@ -1798,7 +1798,7 @@ class ChunkBuffer:
         """
         if reason is not None:
             utf8_size(reason)
-        commit = await self._submit(EndMessage(thread_id, message_id, "aborted", reason))
+        commit = await self._submit(EndMessage(*checked_ids(thread_id, message_id), "aborted", reason))
         return cast(Appended, commit.answer)
 
     async def clear_thread_buffer(self, thread_id: str) -> None:
@@ -1806,7 +1806,7 @@ class ChunkBuffer:
 
         Raises NotFound.
         """
-        await self._submit(ClearThread(thread_id))
+        await self._submit(ClearThread(checked_id("thread_id", thread_id)))
         await self._erase()
 
     async def agent_stream(
@@ -1832,7 +1832,10 @@ class ChunkBuffer:
                             yield (Chunk(entry.content, entry.event) if entry.event else entry.content)
                 elif pump.done():
                     break  # it failed, and could not even abort the message
-        await pump
+        await asyncio.wait([pump])
+        if pump.cancelled():
+            raise Stopping
+        pump.result()
 
     async def _pump(self, thread_id: str, message_id: str, source: AsyncIterable[str | Chunk]) -> None:
         try:
@@ -1936,12 +1939,16 @@ class ChunkBuffer:
     async def get_accumulated_content(self, thread_id: str, message_id: str | None = None) -> AccumulatedContent:
         """The text of a message so far, or of a thread's messages in the order they began.
 
-        Raises NotFound.
+        Raises NotFound, BadRequest.
         """
+        checked_id("thread_id", thread_id)
+        if message_id is not None:
+            checked_id("message_id", message_id)
         return await self._store.read(lambda snapshot: snapshot.content(thread_id, message_id))
 
     async def get_thread_status(self, thread_id: str) -> ThreadStatus:
-        """A thread with its messages. Raises NotFound."""
+        """A thread with its messages. Raises NotFound, BadRequest."""
+        checked_id("thread_id", thread_id)
         status = await self._store.read(lambda snapshot: snapshot.status(thread_id))
         return msgspec.structs.replace(status, readers=self._followers(thread_id))
 
@@ -2016,6 +2023,8 @@ class ChunkBuffer:
         self, thread_id: str, message_id: str | None, after: str | None, follow: bool = False
     ) -> Position:
         checked_id("thread_id", thread_id)
+        if message_id is not None:
+            checked_id("message_id", message_id)
         cursor = None if after is None else Cursor.parse(after)
         position = await self._store.read(lambda snapshot: snapshot.locate(thread_id, message_id, cursor, follow))
         self.metrics.count_resume("start" if cursor is None else "cursor", position)
@@ -2024,6 +2033,7 @@ class ChunkBuffer:
     async def match(self, thread_id: str, message_id: str, known_content: str) -> Position:
         """Where a reader with this text begins. Raises NotFound, InvalidContent, Unavailable."""
         self._check_room_for_reader()
+        checked_ids(thread_id, message_id)
         utf8_size(known_content)
         position = await self._store.read(lambda snapshot: snapshot.match(thread_id, message_id, known_content))
         self.metrics.count_resume("content", position)
@@ -2183,7 +2193,8 @@ class ChunkBuffer:
 
     async def room(self) -> None:
         """Wait until less than the limit is waiting to be committed. Raises Unavailable."""
-        await self._room.wait()
+        while not self._room.is_set():  # the first of those who waited may have filled it again
+            await self._room.wait()
         if self.stopping:
             raise Stopping
 
@@ -2512,7 +2523,8 @@ class Lines:
 class Text:
     """Chunks from plain text that arrives in pieces: each becomes one, never cutting a character."""
 
-    def __init__(self, max_chunk: int, known: str = "") -> None:
+    def __init__(self, max_chunk: int, known: str, is_whole: bool) -> None:
+        self._is_whole = is_whole  # then nothing of what is known may be missing
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._max_characters = max(max_chunk // 4, 1)
         self._known = known
@@ -2524,7 +2536,7 @@ class Text:
         except UnicodeDecodeError as error:
             return [], InvalidContent(f"The body is not valid UTF-8: {error.reason}.")
         known, self._known = self._known[: len(text)], self._known[len(text) :]
-        if not text.startswith(known):
+        if not text.startswith(known) or (is_last and self._is_whole and self._known):
             return [], Conflict("Another text is stored from this index on: another producer writes to this message.")
         text = text[len(known) :]
         step = self._max_characters
@@ -2688,7 +2700,7 @@ def sse_response(buffer: ChunkBuffer, items: AsyncGenerator[Page | Signal, None]
     return Stream(sse(items, buffer.metrics), headers=SSE_HEADERS, media_type="text/event-stream", status_code=200)
 
 
-Buffer = ChunkBuffer
+Buffer = NamedDependency[ChunkBuffer]
 THREAD = "/threads/{thread_id:str}"
 MESSAGE = f"{THREAD}/messages/{{message_id:str}}"
 ThreadId = Annotated[str, PathParameter(description="1 to 200 characters, no control characters, no /")]
@@ -2729,7 +2741,7 @@ async def append_chunks(
     elif kind == "text/plain" and parameters.get("charset", "utf-8").lower() in ("utf-8", "us-ascii"):
         known, index = await buffer.stored_text(thread_id, message_id, index)
         begin = msgspec.structs.replace(begin, index=index)
-        decoder = Text(buffer.settings.max_chunk, known)
+        decoder = Text(buffer.settings.max_chunk, known, is_whole=complete)
     else:
         raise UnsupportedMediaType(
             f"{request.headers.get('content-type', 'no content type')!r:.80} cannot be appended; send"

@@ -1,0 +1,218 @@
+"""The single binary, as it is on a host that has no Python: ``python deploy/build_binary.py`` makes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import resume_stream
+import wire
+from conftest import ROOT, TIMEOUT, Service, append, wait_until
+from websockets.sync.client import connect
+
+BINARY = Path(os.environ.get("RESUME_STREAM_BINARY", ROOT / "dist" / "resume-stream"))
+SECRET = "a secret of more than thirty-two bytes"
+MB = 1_000_000
+
+pytestmark = pytest.mark.skipif(not BINARY.is_file(), reason=f"there is no {BINARY}; run deploy/build_binary.py")
+
+
+class Binary(Service):
+    """The binary as two processes, with nothing in its environment: one unpacks it, and the other serves."""
+
+    serving: int | None = None
+
+    def start(self, port: int = 0) -> Binary:
+        self.unpacked = self.db.parent / "unpacked"
+        self.unpacked.mkdir(exist_ok=True)
+        self.process = subprocess.Popen(
+            [BINARY, "serve", "--db", str(self.db), "--port", str(port), *self.flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={"PATH": "", "TMPDIR": str(self.unpacked), **self.environment},
+        )
+        line = self.process.stdout.readline()
+        found = re.search(r"http://\S+:\d+", line)
+        assert found, f"the binary did not start: {line}{self.process.stderr.read()}"
+        self.url = found[0]
+        self.serving = int(Path(f"{self.db}.lock").read_text())
+        return self
+
+    def kill(self) -> None:
+        """Both at once, as the kernel does when the power goes."""
+        if self.serving is not None and not self.is_gone():
+            os.kill(self.serving, signal.SIGKILL)
+            wait_until(self.is_gone, "the end of the process that serves")
+        super().kill()
+
+    def is_gone(self) -> bool:
+        try:
+            return Path(f"/proc/{self.serving}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except FileNotFoundError:
+            return True
+
+    def memory(self) -> int:
+        """Resident bytes of both."""
+        statuses = [Path(f"/proc/{pid}/status").read_text() for pid in (self.process.pid, self.serving)]
+        return sum(int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024 for status in statuses)
+
+
+@pytest.fixture
+def start_binary(tmp_path: Path) -> Iterator[Callable[..., Binary]]:
+    started: list[Binary] = []
+
+    def start(*flags: str, environment: dict[str, str] | None = None) -> Binary:
+        binary = Binary(tmp_path / "chunks.db", *flags, environment=environment)
+        started.append(binary)
+        return binary.start()
+
+    yield start
+    for binary in started:
+        if binary.process is not None:
+            binary.kill()
+
+
+@pytest.fixture
+def binary(start_binary: Callable[..., Binary]) -> Binary:
+    return start_binary()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run one of the binary's commands, with nothing in its environment."""
+
+    def run(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [BINARY, *words],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            env={"PATH": "", "TMPDIR": str(tmp_path), **environment},
+        )
+
+    return run
+
+
+def test_what_is_acknowledged_is_read_and_resumed_after_a_sigkill(binary: Binary) -> None:
+    with wire.api_client(binary) as client:
+        assert append(client, "t", "m", "Hello", " wor").json()["seq"] == 2
+        with wire.Stream(binary, "/threads/t/messages/m/stream") as reader:
+            assert reader.line() == b"retry: 1000\n"
+            frames = [reader.frame(), reader.frame()]
+            cursor = frames[1].splitlines()[0].removeprefix(b"id: ").decode()
+            binary.restart()
+        assert client.get("/threads/t/content").json()["content"] == "Hello wor"
+        with wire.Stream(binary, "/threads/t/messages/m/stream", {"Last-Event-ID": cursor}) as reader:
+            assert append(client, "t", "m", "ld", index=2, complete="true").status_code == 201
+            rest = reader.rest()
+        assert [wire.data_of(frame).get("content") for frame in rest.split(b"\n\n")[:-1]] == ["ld", None]
+        known = {"thread_id": "t", "message_id": "m", "known_content": "Hell"}
+        with wire.Stream(binary, "/resume-stream", body=known) as reader:
+            frames = reader.rest().split(b"\n\n")[:-1]
+        assert [wire.data_of(frame).get("content") for frame in frames] == ["o", " wor", "ld", None]
+
+
+def test_websocket(binary: Binary) -> None:
+    with connect(f"ws://127.0.0.1:{binary.port}/api/ws", proxy=None) as socket:
+        socket.send('{"type": "subscribe", "id": 1, "thread_id": "t", "follow": true}')
+        socket.send(
+            '{"type": "append", "id": 2, "thread_id": "t", "message_id": "m", "chunks": [{"content": "Hello"}]}'
+        )
+        answers = {answer["type"]: answer for answer in (json.loads(socket.recv(TIMEOUT)) for _ in range(2))}
+    assert answers["appended"]["seq"] == 1
+    assert answers["chunk"]["content"] == "Hello"
+
+
+def test_what_it_serves_are_the_files_beside_these_tests(binary: Binary) -> None:
+    with httpx.Client(base_url=binary.url, timeout=TIMEOUT) as client:
+        assert client.get("/").content == (ROOT / "static" / "index.html").read_bytes()
+        for path in (ROOT / "static").iterdir():
+            assert client.get(f"/static/{path.name}").content == path.read_bytes(), f"{path.name}: build it again"
+        assets = set(re.findall(r"/schema/assets/[a-z.-]+", client.get("/schema/swagger").text))
+        assert [client.get(asset).status_code for asset in assets] == [200, 200, 200]
+        assert client.get("/schema/openapi.json").json()["info"]["version"] == resume_stream.__version__
+
+
+def test_sigterm_ends_it_with_0_and_leaves_nothing_unpacked(binary: Binary) -> None:
+    assert list(binary.unpacked.iterdir())
+    assert binary.terminate() == 0
+    assert list(binary.unpacked.iterdir()) == []
+
+
+def test_killing_the_process_that_was_started_ends_the_one_that_serves(binary: Binary) -> None:
+    binary.process.kill()
+    wait_until(binary.is_gone, "the end of the process that serves")
+    assert list(binary.unpacked.iterdir()) == []
+
+
+def test_version(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    result = run("version")
+    assert (result.returncode, result.stdout) == (0, f"{resume_stream.__version__}\n")
+
+
+def test_healthcheck(binary: Binary, run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    port = str(binary.port)
+    assert run("healthcheck", "--port", port).returncode == 0
+    binary.terminate()
+    result = run("healthcheck", RESUME_STREAM_PORT=port)
+    assert result.returncode == 1
+    assert "does not answer" in result.stderr
+
+
+def test_check_and_backup(binary: Binary, run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    with wire.api_client(binary) as client:
+        append(client, "t", "m", "Hello", complete="true")
+    result = run("check", "--db", binary.db)
+    assert result.returncode == 0
+    assert result.stdout == f"completed: 1 threads, 1 messages, 1 chunks, 5 bytes of text\n{binary.db} is sound\n"
+
+    copy = tmp_path / "copy.db"
+    assert run("backup", "--db", binary.db, copy).returncode == 0
+    before = copy.read_bytes()
+    assert run("check", "--db", copy).returncode == 0
+    assert run("backup", "--db", binary.db, copy).returncode == 1
+    assert copy.read_bytes() == before
+
+    damaged = tmp_path / "damaged.db"
+    damaged.write_bytes(before[:5000] + b"?" * 5000 + before[10_000:])
+    assert run("check", "--db", damaged).returncode == 1
+
+
+def test_a_token_that_it_makes_opens_what_it_serves(
+    start_binary: Callable[..., Binary], run: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    token = run("token", "--scope", "read write", "--thread", "t", RESUME_STREAM_SECRET=SECRET).stdout.strip()
+    binary = start_binary(environment={"RESUME_STREAM_SECRET": SECRET})
+    with wire.api_client(binary) as client:
+        assert append(client, "t", "m", "Hello").status_code == 401
+        client.headers["Authorization"] = f"Bearer {token}"
+        assert append(client, "t", "m", "Hello").status_code == 201
+        assert append(client, "another", "m", "Hello").status_code == 403
+
+
+def test_size() -> None:
+    assert BINARY.stat().st_size < 20 * MB
+
+
+def test_first_answer_and_memory_when_idle(
+    start_binary: Callable[..., Binary], record_property: Callable[[str, object], None]
+) -> None:
+    began = time.perf_counter()
+    binary = start_binary()
+    httpx.get(f"{binary.url}/health/ready", timeout=TIMEOUT).raise_for_status()
+    took = time.perf_counter() - began
+    memory = binary.memory()
+    print(f"\n{BINARY.stat().st_size / MB:.1f} MB, first answer after {took:.2f} s, {memory / MB:.0f} MB when idle")
+    record_property("first_answer_seconds", took)
+    record_property("idle_memory_bytes", memory)
+    assert took < 5  # below 1 s on a quiet machine
+    assert memory < 80 * MB

@@ -1,0 +1,177 @@
+"""A real nginx with ``deploy/nginx.conf`` in front of a real service."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import wire
+from conftest import ROOT, TIMEOUT, Service, append, wait_until
+from websockets.sync.client import connect
+
+NGINX = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
+
+pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
+
+MAIN = """
+daemon off;
+master_process off;
+pid nginx.pid;
+error_log stderr;
+events {}
+http {
+    client_body_temp_path body;
+    proxy_temp_path proxy;
+    fastcgi_temp_path fastcgi;
+    uwsgi_temp_path uwsgi;
+    scgi_temp_path scgi;
+    include site.conf;
+}
+"""
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def site(service: Service, port: int, folder: Path) -> str:
+    """``deploy/nginx.conf`` without TLS, with ports and files of the test's own."""
+    changes = {
+        "server 127.0.0.1:8000;": f"server 127.0.0.1:{service.port};",
+        "listen 443 ssl http2;": f"listen 127.0.0.1:{port};",
+        "listen [::]:443 ssl http2;": "",
+        "ssl_certificate /etc/ssl/stream.example/fullchain.pem;": "",
+        "ssl_certificate_key /etc/ssl/stream.example/privkey.pem;": "",
+        "/var/log/nginx/": f"{folder}/",
+    }
+    text = (ROOT / "deploy" / "nginx.conf").read_text()
+    for there, here in changes.items():
+        assert there in text
+        text = text.replace(there, here)
+    return text
+
+
+class Proxy:
+    """nginx as a process of its own; has what the helpers of ``wire`` need of a service."""
+
+    def __init__(self, service: Service, folder: Path) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.api = f"{self.url}/api"
+        (folder / "nginx.conf").write_text(MAIN)
+        (folder / "site.conf").write_text(site(service, self.port, folder))
+        command = [NGINX, "-p", str(folder), "-c", "nginx.conf", "-e", "stderr"]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        wait_until(self.is_up, "nginx")
+
+    def is_up(self) -> bool:
+        assert self.process.poll() is None, self.process.stderr.read()
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.communicate(timeout=TIMEOUT)
+
+
+@pytest.fixture
+def proxy(service: Service, tmp_path: Path) -> Iterator[Proxy]:
+    folder = tmp_path / "nginx"
+    folder.mkdir()
+    proxy = Proxy(service, folder)
+    yield proxy
+    proxy.stop()
+
+
+def test_a_stream_arrives_chunk_by_chunk(client: httpx.Client, proxy: Proxy) -> None:
+    client.put("/threads/t/messages/m")
+    with wire.Stream(proxy, "/threads/t/messages/m/stream") as reader:
+        assert reader.headers["content-type"] == "text/event-stream"
+        assert reader.line() == b"retry: 1000\n"  # before there is a chunk
+        for text in ("one", "two", "three"):
+            append(client, "t", "m", text)
+            assert wire.data_of(reader.frame())["content"] == text  # before there is another
+        client.post("/threads/t/messages/m/complete")
+        assert b"event: complete\n" in reader.frame()
+        assert reader.rest() == b""
+
+
+def test_a_streamed_append_is_readable_before_it_ends(client: httpx.Client, proxy: Proxy) -> None:
+    with wire.Upload(proxy, wire.message_path("t", "m"), wire.NDJSON) as upload:
+        texts = []
+        for text in ("one", "two", "three"):
+            upload.send(json.dumps({"content": text}).encode() + b"\n")
+            texts.append(text)
+            wait_until(lambda: wire.contents(client, "t") == texts, f"{texts}")
+        assert upload.finish()[0] == 201
+
+
+def test_a_large_streamed_append_is_not_refused(client: httpx.Client, proxy: Proxy) -> None:
+    line = json.dumps({"content": "x" * 1_000_000}).encode() + b"\n"
+    with wire.Upload(proxy, wire.message_path("t", "m"), wire.NDJSON) as upload:
+        for _ in range(3):
+            upload.send(line)
+        assert upload.finish()[1]["chunkCount"] == 3
+
+
+def test_a_stopped_message_ends_a_streamed_append(client: httpx.Client, proxy: Proxy) -> None:
+    with wire.Upload(proxy, wire.message_path("t", "m"), wire.NDJSON) as upload:
+        upload.send(b'{"content": "one"}\n')
+        wait_until(lambda: wire.contents(client, "t") == ["one"], "the first chunk")
+        client.post("/threads/t/messages/m/abort", json={"reason": "stopped"})
+        status, answer = upload.answer()  # while the producer is still sending
+    assert (status, answer["reason"]) == (409, "stopped")
+
+
+def test_websocket(proxy: Proxy) -> None:
+    with connect(f"ws://127.0.0.1:{proxy.port}/api/ws", proxy=None, origin=proxy.url) as socket:
+        socket.send('{"type": "subscribe", "id": 1, "thread_id": "t", "follow": true}')
+        for text in ("one", "two", "three"):
+            chunks = json.dumps([{"content": text}])
+            socket.send(f'{{"type": "append", "id": 2, "thread_id": "t", "message_id": "m", "chunks": {chunks}}}')
+            answers = {answer["type"]: answer for answer in (json.loads(socket.recv(TIMEOUT)) for _ in range(2))}
+            assert answers["chunk"]["content"] == text
+
+
+def test_a_reader_resumes_with_last_event_id_after_the_service_was_killed(
+    service: Service, client: httpx.Client, proxy: Proxy
+) -> None:
+    append(client, "t", "m", "one", "two")
+    with wire.Stream(proxy, "/threads/t/stream") as reader:
+        reader.line()
+        cursor = reader.frame().splitlines()[0].removeprefix(b"id: ").decode()
+        service.restart()
+    append(client, "t", "m", "three", complete="true")
+    with wire.Stream(proxy, "/threads/t/stream", {"Last-Event-ID": cursor}) as reader:
+        frames = reader.rest().split(b"\n\n")[:-1]
+    assert [wire.data_of(frame).get("content") for frame in frames] == ["two", "three", None]
+
+
+def test_appends_share_connections_to_the_service(client: httpx.Client, proxy: Proxy) -> None:
+    with wire.api_client(proxy) as through:
+        for index in range(200):
+            assert append(through, "t", "m", str(index), index=index).status_code == 201
+    assert wire.contents(client, "t") == [str(index) for index in range(200)]
+
+
+def test_only_pages_of_the_same_origin_may_connect(client: httpx.Client, proxy: Proxy) -> None:
+    append(client, "t", "m", "one")
+    assert httpx.get(f"{proxy.api}/threads/t", headers={"Origin": proxy.url}).status_code == 200
+    assert httpx.get(f"{proxy.api}/threads/t", headers={"Origin": "http://evil.example"}).status_code == 403
+
+
+def test_no_token_is_logged(client: httpx.Client, proxy: Proxy) -> None:
+    append(client, "t", "m", "one", complete="true")
+    with wire.Stream(proxy, "/threads/t/stream?access_token=a-token") as reader:
+        reader.rest()
+    log = proxy.folder / "resume-stream.log"
+    wait_until(lambda: "GET /api/threads/t/stream" in log.read_text(), "the line in the log")
+    assert "a-token" not in log.read_text()

@@ -1,0 +1,273 @@
+"""What the faults share: the verdict, the service under test, and a client that expects its death."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+from urllib.parse import quote
+
+from conftest import ROOT
+
+TIMEOUT = 30.0  # seconds after which something hangs
+BROKEN_LINK = (OSError, EOFError, asyncio.IncompleteReadError, TimeoutError, ValueError)
+TRACEBACK = re.compile(r"Traceback \(most recent call last\)")
+
+
+@dataclass
+class Verdict:
+    """How often a fault was tried, how often every promise was kept, and what broke."""
+
+    fault: str
+    tried: int = 0
+    survived: int = 0
+    lost: int = 0
+    duplicated: int = 0
+    out_of_order: int = 0
+    broken: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def trial(self, name: str) -> Iterator[None]:
+        """One trial: it is survived if nothing breaks in it."""
+        self.tried += 1
+        before = len(self.broken)
+        try:
+            yield
+        except Exception as error:
+            self.fail(f"{name}: {type(error).__name__}: {error}")
+        if len(self.broken) == before:
+            self.survived += 1
+
+    def fail(self, what: str) -> None:
+        self.broken.append(what)
+
+    def expect(self, condition: object, what: str) -> None:
+        if not condition:
+            self.fail(what)
+
+    def compare(self, where: str, found: str, pieces: Sequence[str], acknowledged: int) -> None:
+        """A message's text, as it was found, with the numbered pieces that its producer made."""
+        numbers = [int(number) for number in re.findall(r"(\d+)~", found)]
+        lost = len(set(range(acknowledged)) - set(numbers))
+        duplicated = len(numbers) - len(set(numbers))
+        out_of_order = sum(later < earlier for earlier, later in pairwise(numbers))
+        self.lost += lost
+        self.duplicated += duplicated
+        self.out_of_order += out_of_order
+        if lost or duplicated or out_of_order:
+            self.fail(f"{where}: {lost} lost, {duplicated} duplicated, {out_of_order} out of order")
+        elif not "".join(pieces).startswith(found):
+            self.fail(f"{where}: not what its producer sent")
+
+    @property
+    def is_sound(self) -> bool:
+        return not self.broken
+
+    def __str__(self) -> str:
+        counts = f"tried {self.tried:>5}  survived {self.survived:>5}  lost {self.lost}  duplicated {self.duplicated}"
+        return f"{self.fault:<44} {counts}  out of order {self.out_of_order}"
+
+
+def piece(number: int, size: int) -> str:
+    """The numbered pieces of which producers make their texts."""
+    return f"{number}~" + ("wörd 🙂\n" * (size // 7 + 1))[:size]
+
+
+class Service:
+    """The service as a process, with its log in a file: a pipe that nobody reads would stop it."""
+
+    def __init__(self, db: Path, *flags: str, wrap: Sequence[str] = ()) -> None:
+        self.db = db
+        self.log = db.with_name(f"{db.name}.log")
+        self.port = 0
+        self._flags = flags
+        self._wrap = wrap
+        self._process: subprocess.Popen[str] | None = None
+
+    def spawn(self) -> subprocess.Popen[str]:
+        command = [*self._wrap, sys.executable, str(ROOT / "app.py"), "serve", "--db", str(self.db)]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*command, "--port", str(self.port), *self._flags], stdout=subprocess.PIPE, stderr=log, text=True
+            )
+        return self._process
+
+    def start(self) -> Self:
+        process = self.spawn()
+        assert process.stdout
+        line = process.stdout.readline()
+        found = re.search(r"http://\S+?:(\d+)", line)
+        if not found:
+            self.end(signal.SIGKILL)
+            raise RuntimeError(f"the service did not start: {self.log.read_text()[-500:]}")
+        self.port = int(found[1])
+        return self
+
+    def end(self, sig: int = signal.SIGTERM) -> int:
+        process, self._process = self._process, None
+        assert process
+        assert process.stdout
+        process.send_signal(sig)
+        try:
+            return process.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            process.stdout.close()
+
+    def kill(self) -> None:
+        self.end(signal.SIGKILL)
+
+    @property
+    def pid(self) -> int:
+        assert self._process
+        return self._process.pid
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *error: object) -> None:
+        if self._process is not None:
+            self.kill()
+
+    def tracebacks(self) -> int:
+        return len(TRACEBACK.findall(self.log.read_text()))
+
+    def memory(self) -> float:
+        """MiB that it has in memory."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        found = re.search(r"VmRSS:\s+(\d+) kB", status)
+        assert found
+        return int(found[1]) / 1024
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def is_problem(self) -> bool:
+        """An error in the form that all of them have."""
+        return self.headers.get("content-type") == "application/problem+json" and bool(self.json["detail"])
+
+
+class Link:
+    """One HTTP/1.1 connection, of which every byte is sent and read by hand."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.status = 0
+        self.headers: dict[str, str] = {}
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def to(cls, port: int) -> AsyncIterator[Self]:
+        async with asyncio.timeout(TIMEOUT):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**22)
+        link = cls(reader, writer)
+        try:
+            yield link
+        finally:
+            link.close()
+
+    def close(self) -> None:
+        self.writer.transport.abort()
+
+    def send_head(self, method: str, path: str, headers: dict[str, str] | None = None) -> None:
+        lines = [f"{method} {path} HTTP/1.1", "Host: localhost"]
+        lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
+        self.writer.write("\r\n".join([*lines, "", ""]).encode())
+
+    async def send_piece(self, data: bytes) -> None:
+        """A piece of a chunked body; an empty one ends it."""
+        self.writer.write(b"%x\r\n%s\r\n" % (len(data), data))
+        await self.writer.drain()
+
+    async def read_head(self) -> int:
+        head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        first, *lines = head.rstrip().split("\r\n")
+        self.status = int(first.split()[1])
+        self.headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        return self.status
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        if "chunked" not in self.headers.get("transfer-encoding", ""):
+            if size := int(self.headers.get("content-length", "0")):
+                yield await self.reader.readexactly(size)
+            return
+        while size := int(await self.reader.readline() or b"0", 16):
+            yield (await self.reader.readexactly(size + 2))[:-2]
+        await self.reader.readline()
+
+    async def answer(self) -> Answer:
+        async with asyncio.timeout(TIMEOUT):
+            status = await self.read_head()
+            return Answer(status, self.headers, b"".join([piece async for piece in self.pieces()]))
+
+    async def ask(self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> Answer:
+        self.send_head(method, path, {**(headers or {}), "Content-Length": str(len(body))})
+        self.writer.write(body)
+        return await self.answer()
+
+    async def events(self) -> AsyncIterator[dict[str, str]]:
+        """The server-sent events of a stream: ``id``, ``event`` and ``data`` where they are given."""
+        rest = b""
+        async for piece in self.pieces():
+            *blocks, rest = (rest + piece).split(b"\n\n")
+            for block in blocks:
+                lines = [line.partition(": ") for line in block.decode().split("\n")]
+                yield {name: value for name, _, value in lines if name in ("id", "event", "data")}
+
+
+async def call(port: int, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
+    """One request on a connection of its own; a body that is not bytes is sent as JSON."""
+    data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+    kind = {} if body is None else {"Content-Type": "application/json"}
+    async with Link.to(port) as link:
+        return await link.ask(method, path, data, {**kind, "Connection": "close", **(headers or {})})
+
+
+def thread_path(thread: str, rest: str = "") -> str:
+    return f"/api/threads/{quote(thread, safe='')}{rest}"
+
+
+def message_path(thread: str, message: str, rest: str = "chunks") -> str:
+    return thread_path(thread, f"/messages/{quote(message, safe='')}/{rest}")
+
+
+async def append(port: int, thread: str, message: str, *texts: str, query: str = "") -> Answer:
+    return await call(port, "POST", message_path(thread, message, f"chunks{query}"), [{"content": t} for t in texts])
+
+
+async def eventually(condition: Any, what: str, seconds: float = TIMEOUT) -> Any:
+    """The first true answer of an asynchronous condition."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(*BROKEN_LINK):
+            if found := await condition():
+                return found
+        await asyncio.sleep(0.05)
+    raise TimeoutError(f"{what} did not come true within {seconds:g} s")

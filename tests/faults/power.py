@@ -1,0 +1,255 @@
+"""Power cuts: the service's writes are recorded with strace, and played up to a random place.
+
+At the cut, what was synced is on the disk. Of the writes after that any part may be there, in any
+order, down to single sectors; a new or a removed file is certain only once its folder was synced.
+Then the service must start, and have all that it had told anyone before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+import shutil
+import sqlite3
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .base import Link, Service, Verdict, append, call, message_path, piece, thread_path
+
+SECTOR = 512
+SYSCALLS = "openat,pwrite64,write,writev,sendmsg,sendto,ftruncate,fsync,fdatasync,unlink,rename"
+LINE = re.compile(r"(\d+) (?:<\.\.\. \w+ resumed>)?(.*)")
+CALL = re.compile(r"(\w+)\((.*)\)\s+= (-?\d+)", re.DOTALL)
+PATH = re.compile(r'[<"]((?:\\x[0-9a-f]{2})+)[>"]')
+OPENED = re.compile(r'"((?:\\x[0-9a-f]{2})+)"')
+TOLD = re.compile(rb'"messageId":"(\w+)"(?:,"status":"\w+","reason":null)?,"seq":(\d+)')
+CLEARED = b"HTTP/1.1 204"
+
+
+def why_not() -> str:
+    """Why this cannot be tried here; nothing, if it can."""
+    return "" if shutil.which("strace") else "strace is not installed"
+
+
+@dataclass
+class Step:
+    """Something that happened to a file, or that somebody was told."""
+
+    kind: str
+    path: str = ""
+    offset: int = 0
+    data: bytes = b""
+
+
+def unescape(text: str) -> bytes:
+    return bytes.fromhex(text.replace("\\x", ""))
+
+
+def whole_calls(trace: Path) -> Iterator[tuple[str, str, int]]:
+    """Each call with its arguments and its result, when it returned; what is told, when it began."""
+    unfinished: dict[str, str] = {}
+    with trace.open() as lines:
+        for line in lines:
+            if not (match := LINE.match(line)):
+                continue
+            thread, text = match[1], match[2]
+            if text.endswith("<unfinished ...>"):
+                unfinished[thread] = text.removesuffix("<unfinished ...>")
+                continue
+            if " resumed>" in line[:60]:
+                text = unfinished.pop(thread, "") + text
+            if found := CALL.match(text):
+                yield found[1], found[2], int(found[3])
+
+
+def steps_of(trace: Path, db: Path) -> list[Step]:
+    """What the service did to its database, and what it told whom, in order."""
+    steps = []
+    known: set[str] = set()
+    for name, arguments, result in whole_calls(trace):
+        if result < 0:
+            continue
+        if not (match := PATH.search(arguments) if name != "openat" else OPENED.search(arguments)):
+            continue
+        path = unescape(match[1]).decode().removesuffix(" (deleted)")
+        is_ours = path.startswith(str(db)) and not path.endswith(("-shm", ".lock"))
+        if name == "openat" and is_ours and "O_CREAT" in arguments and path not in known:
+            known.add(path)
+            steps.append(Step("create", path))
+        elif name == "unlink" and is_ours:
+            known.discard(path)
+            steps.append(Step("unlink", path))
+        elif name == "pwrite64" and is_ours:
+            data = unescape(arguments.split('"')[1])[:result]
+            steps.append(Step("write", path, int(arguments.rpartition(",")[2]), data))
+        elif name == "ftruncate" and is_ours:
+            steps.append(Step("truncate", path, int(arguments.rpartition(",")[2])))
+        elif name in ("fsync", "fdatasync"):
+            steps.append(Step("sync", path) if is_ours else Step("sync folder", path))
+        elif path.startswith("socket:"):
+            steps.append(Step("told", data=b"".join(unescape(text) for text in re.findall(r'"([^"]*)"', arguments))))
+    return steps
+
+
+@dataclass
+class Disk:
+    """What is certain to be on the disk, and what is not yet."""
+
+    files: dict[str, bytearray] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+    unsynced: list[Step] = field(default_factory=list)
+
+    def take(self, step: Step) -> None:
+        if step.kind == "sync":
+            for earlier in [one for one in self.unsynced if one.path == step.path and one.kind in ("write", "truncate")]:
+                self._apply(earlier)
+                self.unsynced.remove(earlier)
+        elif step.kind == "sync folder":
+            for earlier in [one for one in self.unsynced if one.kind in ("create", "unlink")]:
+                self._apply(earlier)
+                self.unsynced.remove(earlier)
+        elif step.kind != "told":
+            self.unsynced.append(step)
+
+    def _apply(self, step: Step) -> None:
+        if step.kind == "create":
+            self.names.add(step.path)
+        elif step.kind == "unlink":
+            self.names.discard(step.path)
+            self.files.pop(step.path, None)
+        else:
+            data = self.files.setdefault(step.path, bytearray())
+            if step.kind == "truncate":
+                del data[step.offset :]
+            data.extend(bytes(max(step.offset + len(step.data) - len(data), 0)))
+            data[step.offset : step.offset + len(step.data)] = step.data
+
+    def cut(self, rng: random.Random) -> Disk:
+        """The disk after a power cut now."""
+        disk = Disk({path: bytearray(data) for path, data in self.files.items()}, set(self.names))
+        way = rng.choice(("nothing", "everything", "some first ones", "some", "sectors"))
+        first = rng.randint(0, len(self.unsynced))
+        for number, step in enumerate(self.unsynced):
+            survives = {"nothing": False, "everything": True, "some first ones": number < first}
+            if way == "sectors" and step.kind == "write":
+                for start in range(0, len(step.data), SECTOR):
+                    if rng.random() < 0.5:
+                        disk._apply(Step("write", step.path, step.offset + start, step.data[start : start + SECTOR]))
+            elif survives.get(way, rng.random() < 0.5):
+                disk._apply(step)
+        return disk
+
+    def write(self, folder: Path) -> None:
+        for path in self.names:
+            (folder / Path(path).name).write_bytes(self.files.get(path, b""))
+
+
+def text_of(message: str, number: int) -> str:
+    return piece(number, (number * 37 + len(message)) % 90 + (3000 if number % 11 == 0 else 0))
+
+
+async def write_much(port: int, appends: int) -> None:
+    """Single appends, an upload, readers, and threads that are cleared."""
+
+    async def single(message: str) -> None:
+        for number in range(appends):
+            await append(port, message, message, text_of(message, number), query=f"?index={number}")
+
+    async def upload(message: str) -> None:
+        async with Link.to(port) as link:
+            kind = {"Content-Type": "application/x-ndjson", "Transfer-Encoding": "chunked"}
+            link.send_head("POST", message_path(message, message, "chunks?index=0&complete=true"), kind)
+            for number in range(appends * 3):
+                await link.send_piece(json.dumps({"content": text_of(message, number)}).encode() + b"\n")
+                await asyncio.sleep(0.002)
+            await link.send_piece(b"")
+            await link.answer()
+
+    async def follow(message: str) -> None:
+        async with Link.to(port) as link:
+            link.send_head("GET", thread_path(message, "/stream?follow=true&idle_timeout=1"))
+            await link.read_head()
+            async for _ in link.events():
+                pass
+
+    async def clear() -> None:
+        for number in range(max(appends // 15, 2)):
+            await append(port, f"gone{number}", f"gone{number}", *(text_of("gone", n) for n in range(20)))
+            await call(port, "DELETE", thread_path(f"gone{number}"))
+
+    writers = [f"w{number}" for number in range(5)]
+    await asyncio.gather(*map(single, writers), upload("u0"), *map(follow, ("w0", "w1", "u0")), clear())
+
+
+def record(folder: Path, appends: int, *flags: str) -> list[Step]:
+    """Run the service under strace, and return what it did, until it is killed."""
+    db, trace = folder / "power.db", folder / "trace"
+    strace = ("strace", "-D", "-f", "-qq", "-y", "-xx", "-s", "100000000", "--seccomp-bpf", "-o", str(trace))
+    with Service(db, *flags, wrap=(*strace, "-e", f"trace={SYSCALLS}", "-e", "signal=none")) as service:
+        asyncio.run(write_much(service.port, appends))
+    return steps_of(trace, db)
+
+
+def told_before(steps: list[Step]) -> tuple[dict[str, int], set[str]]:
+    """The last place of each message that anybody was told of, and the threads told to be cleared."""
+    places: dict[str, int] = {}
+    cleared: set[str] = set()
+    for step in steps:
+        for message, seq in TOLD.findall(step.data) if step.kind == "told" else ():
+            places[message.decode()] = max(places.get(message.decode(), 0), int(seq))
+        if step.kind == "told" and step.data.startswith(CLEARED):
+            cleared.add(f"gone{len(cleared)}")
+    return places, cleared
+
+
+async def check(verdict: Verdict, db: Path, where: str, places: dict[str, int], cleared: set[str]) -> None:
+    from resume_stream import ChunkBuffer, NotFound, Settings
+
+    async with ChunkBuffer(Settings(db=str(db))) as buffer:
+        for message, seq in places.items():
+            try:
+                page = await buffer.get_chunks(message, limit=10_000)
+            except NotFound:
+                verdict.lost += 0 if message.startswith("gone") else seq
+                verdict.expect(message.startswith("gone"), f"{where}: {message} is not there")
+                continue
+            verdict.expect(message not in cleared, f"{where}: {message} is there again")
+            name = "gone" if message.startswith("gone") else message
+            pieces = [text_of(name, number) for number in range(len(page.chunks))]
+            stored = [entry.seq for entry in sorted([*page.chunks, *page.ends], key=lambda entry: entry.seq)]
+            verdict.expect(stored == list(range(1, len(stored) + 1)), f"{where}: {message} has {stored[:5]} …")
+            count = min(seq, len(page.chunks)) if page.ends else seq
+            verdict.compare(f"{where}: {message}", "".join(chunk.content for chunk in page.chunks), pieces, count)
+    connection = sqlite3.connect(db)
+    (answer,) = connection.execute("pragma integrity_check").fetchone()
+    connection.close()
+    verdict.expect(answer == "ok", f"{where}: integrity_check: {answer}")
+
+
+def survive_power_cuts(folder: Path, *flags: str, cuts: int, appends: int, seed: int = 1) -> Verdict:
+    """With the flags ``--synchronous NORMAL`` this must fail, which shows that it can."""
+    verdict = Verdict("power cut (FULL)")
+    rng = random.Random(seed)
+    steps = record(folder, appends, *flags)
+    places, cleared = told_before(steps)
+    verdict.expect(len(places) > 6 and cleared, f"too little was recorded: {places}")
+    # Most cuts right before somebody is told, or right after: there a missing sync would show.
+    told = [number for number, step in enumerate(steps) if step.kind == "told" and TOLD.search(step.data)]
+    ends = sorted(rng.choice(told) + 1 if rng.random() < 0.7 else rng.randrange(len(steps)) for _ in range(cuts))
+    disk, done = Disk(), 0
+    for number, end in enumerate(ends):
+        for step in steps[done:end]:
+            disk.take(step)
+        done = end
+        place = folder / f"cut{number}"
+        place.mkdir()
+        disk.cut(rng).write(place)
+        with verdict.trial(f"cut {number}, after step {end}"):
+            asyncio.run(check(verdict, place / "power.db", f"cut {number}", *told_before(steps[:end])))
+        shutil.rmtree(place)
+    verdict.notes.append(f"{len(steps)} steps, of which {bisect_left(told, len(steps))} told somebody of a place")
+    return verdict

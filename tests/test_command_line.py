@@ -1,0 +1,263 @@
+"""``resume-stream``: its settings, what it says at the start, and how it refuses."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import resume_stream
+from conftest import ROOT, TIMEOUT, Service
+from resume_stream import Settings, parse_duration, parse_size
+
+SETTINGS: dict[str, tuple[str, Any, str, Any]] = {
+    # a text and its value, and another pair
+    "host": ("::1", "::1", "localhost", "localhost"),
+    "port": ("0", 0, "8123", 8123),
+    "uds": ("/tmp/a.sock", "/tmp/a.sock", "b.sock", "b.sock"),
+    "db": ("/srv/a.db", "/srv/a.db", "b.db", "b.db"),
+    "ttl": ("2h", 7200, "90s", 90),
+    "cleanup_interval": ("10s", 10, "1m", 60),
+    "idle_timeout": ("1m", 60, "0", 0),
+    "heartbeat": ("500ms", 0.5, "20s", 20),
+    "poll_interval": ("50ms", 0.05, "1s", 1),
+    "producer_timeout": ("0", 0, "2m", 120),
+    "synchronous": ("NORMAL", "NORMAL", "FULL", "FULL"),
+    "max_chunk": ("64KiB", 65536, "1000", 1000),
+    "max_body": ("2MiB", 2 * 1024**2, "1GiB", 1024**3),
+    "max_message": ("10MiB", 10 * 1024**2, "512B", 512),
+    "max_db": ("1GiB", 1024**3, "5MiB", 5 * 1024**2),
+    "max_readers": ("5", 5, "6", 6),
+    "secret": ("s" * 32, "s" * 32, "t" * 40, "t" * 40),
+    "cors_origins": ("https://a.example", ("https://a.example",), "http://b:1,https://c/", ("http://b:1", "https://c")),
+    "log_format": ("json", "json", "console", "console"),
+}
+DEFAULTS = {
+    "host": "127.0.0.1",
+    "port": 8000,
+    "uds": "",
+    "db": "resume-stream.db",
+    "ttl": 3600,
+    "cleanup_interval": 300,
+    "idle_timeout": 30,
+    "heartbeat": 15,
+    "poll_interval": 0.1,
+    "producer_timeout": 300,
+    "synchronous": "FULL",
+    "max_chunk": 1024**2,
+    "max_body": 10 * 1024**2,
+    "max_message": 64 * 1024**2,
+    "max_db": 0,
+    "max_readers": 10_000,
+    "secret": "",
+    "cors_origins": (),
+}
+
+
+@pytest.fixture
+def settings_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
+    """The settings that ``resume-stream serve`` would run with."""
+    taken: list[Settings] = []
+
+    async def serve(settings: Settings) -> None:
+        taken.append(settings)
+
+    monkeypatch.setattr(resume_stream, "serve", serve)
+    monkeypatch.setattr(resume_stream, "set_up_logging", lambda log_format: None)
+
+    def run(*flags: str, **environment: str) -> Settings:
+        with monkeypatch.context() as context:
+            for name, value in environment.items():
+                context.setenv(name, value)
+            assert resume_stream.main(["serve", *flags]) == 0
+        return taken.pop()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("100ms", 0.1),
+        ("30s", 30),
+        ("5m", 300),
+        ("1h", 3600),
+        ("1.5h", 5400),
+        ("0", 0),
+        ("0s", 0),
+        ("2", 2),
+        ("0.25", 0.25),
+        (" 7s ", 7),
+    ],
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("64KiB", 65536),
+        ("10MiB", 10_485_760),
+        ("2GiB", 2_147_483_648),
+        ("17B", 17),
+        ("17", 17),
+        ("0", 0),
+        (" 1KiB ", 1024),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "s", "-1s", "1 s", "1S", "1sec", "1e3", "nan", "inf", "1.s", "٣s", "1h30m", "1" * 400]
+)
+def test_what_is_no_duration_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ValueError, match="not a duration; write it like 100ms"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize("text", ["", "KiB", "-1", "1.5MiB", "10MB", "10mib", "1 MiB", "0x10", "٣", "1" * 400])
+def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ValueError, match="not a size; write it like 64KiB"):
+        parse_size(text)
+
+
+def test_every_setting_has_its_default(settings_of: Callable[..., Settings]) -> None:
+    settings = settings_of()
+    assert {name: getattr(settings, name) for name in DEFAULTS} == DEFAULTS
+
+
+def test_every_setting_is_in_this_table() -> None:
+    assert set(Settings.__struct_fields__) - {"allow_anonymous"} == SETTINGS.keys()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_is_a_variable_and_a_flag_and_the_flag_wins(settings_of: Callable[..., Settings], name: str) -> None:
+    one, value, other, other_value = SETTINGS[name]
+    flag, variable = f"--{name.replace('_', '-')}", f"RESUME_STREAM_{name.upper()}"
+    assert getattr(settings_of(**{variable: one}), name) == value
+    assert getattr(settings_of(flag, other), name) == other_value
+    assert getattr(settings_of(f"{flag}={other}", **{variable: one}), name) == other_value
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "says"),
+    [
+        (["--ttl", "soon"], {}, "--ttl: 'soon' is not a duration"),
+        ([], {"RESUME_STREAM_TTL": "soon"}, "RESUME_STREAM_TTL: 'soon' is not a duration"),
+        (["--max-chunk", "10MB"], {}, "--max-chunk: '10MB' is not a size"),
+        (["--port", "http"], {}, "--port: 'http' is not int"),
+        ([], {"RESUME_STREAM_PORT": ""}, "RESUME_STREAM_PORT: '' is not int"),
+        (["--max-readers", "1.5"], {}, "--max-readers: '1.5' is not int"),
+        (["--synchronous", "OFF"], {}, "--synchronous: 'OFF' is not FULL or NORMAL"),
+        (["--log-format", "xml"], {}, "--log-format: 'xml' is not "),
+    ],
+)
+def test_a_bad_value_is_one_line_that_names_the_flag_or_variable(
+    flags: list[str],
+    environment: dict[str, str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert resume_stream.main(["serve", *flags]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"resume-stream: {says}")
+    assert err.count("\n") == 1
+
+
+def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / "app.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT / 2,
+        check=False,
+    )
+
+
+def refusal(*arguments: Any) -> str:
+    done = run(*arguments)
+    assert done.returncode == 1, done
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+def test_the_version_is_that_of_the_module() -> None:
+    done = run("version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{resume_stream.__version__}\n", "")
+
+
+def test_a_bad_value_ends_the_real_process_too(tmp_path: Path) -> None:
+    db = tmp_path / "chunks.db"
+    assert "--heartbeat: 'never' is not a duration" in refusal("serve", "--db", db, "--heartbeat", "never")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("port", [70000, -1])
+def test_a_port_that_is_none_is_refused(tmp_path: Path, port: int) -> None:
+    assert str(port) in refusal("serve", "--db", tmp_path / "chunks.db", f"--port={port}")
+
+
+def test_a_port_that_is_taken_is_refused(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = refusal("serve", "--db", tmp_path / "chunks.db", "--port", port)
+    assert str(port) in line
+    assert "in use" in line
+
+
+def test_port_0_is_a_free_one_which_is_printed(service: Service) -> None:
+    assert service.port > 0
+    assert httpx.get(f"{service.url}/health/live").status_code == 200
+
+
+def test_a_unix_socket_is_served_in_place_of_a_port(tmp_path: Path, start_process: Callable[..., str]) -> None:
+    uds = tmp_path / "resume.sock"
+    line = start_process("serve", "--db", tmp_path / "chunks.db", "--uds", uds)
+    assert str(uds) in line
+    assert not re.search(r"http://\S+:\d", line)
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(uds)), base_url="http://localhost") as client:
+        assert client.put("/api/threads/t/messages/m").status_code == 201
+
+
+def test_the_environment_of_a_real_process_is_read(tmp_path: Path, start_service: Callable[..., Service]) -> None:
+    environment = {"RESUME_STREAM_MAX_CHUNK": "10B", "RESUME_STREAM_MAX_MESSAGE": "5B"}
+    service = start_service("--max-message", "1KiB", environment=environment)
+    url = f"{service.api}/threads/t/messages/m/chunks"
+    assert httpx.post(url, json={"content": "x" * 10}).status_code == 201
+    assert httpx.post(url, json={"content": "x" * 11}).status_code == 413
+
+
+@pytest.fixture
+def start_process() -> Any:
+    """Start the command, and return its first line; it is killed at the end of the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: Any) -> str:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "app.py", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        started.append(process)
+        return process.stdout.readline()
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()

@@ -1,0 +1,591 @@
+"""``ChunkBuffer`` and ``router`` in somebody else's program."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+import resume_stream
+from conftest import TIMEOUT
+from litestar import Litestar, get
+from litestar.testing import AsyncTestClient
+from resume_stream import (
+    Appended,
+    Chunk,
+    ChunkBuffer,
+    MessageEnd,
+    Problem,
+    Settings,
+    Signal,
+    StoredChunk,
+    create_app,
+    router,
+)
+
+pytestmark = pytest.mark.anyio
+
+
+async def take(items: Any, count: int | None = None) -> list[Any]:
+    """What a reader gets: text, ``(event, text)``, ``END status``, or a Signal."""
+    taken: list[Any] = []
+    async with aclosing(items):
+        async for item in items:
+            if isinstance(item, StoredChunk):
+                taken.append((item.event, item.content) if item.event else item.content)
+            elif isinstance(item, MessageEnd):
+                taken.append(f"END {item.status} {item.reason}")
+            else:
+                taken.append(item)
+            if len(taken) == count:
+                break
+    return taken
+
+
+async def until(condition: Any) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        await asyncio.sleep(0)
+
+
+async def text_of(buffer: ChunkBuffer, message_id: str = "m") -> str:
+    return (await buffer.get_accumulated_content("t", message_id)).content
+
+
+# Producers
+
+
+async def test_opening_tells_whether_the_message_is_new(buffer: ChunkBuffer) -> None:
+    assert await buffer.open_message("t", "m") == (Appended("t", "m", 0, 0, "active"), True)
+    assert await buffer.open_message("t", "m") == (Appended("t", "m", 0, 0, "active"), False)
+    await buffer.add_chunks("t", "m", ["a", "b"])
+    assert await buffer.open_message("t", "m") == (Appended("t", "m", 2, 2, "active"), False)
+
+
+async def test_text_and_chunks_are_appended_in_order_and_numbered(buffer: ChunkBuffer) -> None:
+    assert await buffer.add_chunks("t", "m", ["a", Chunk("b", "tool")]) == Appended("t", "m", 2, 2, "active")
+    assert await buffer.add_chunks("t", "n", ["x"]) == Appended("t", "n", 3, 1, "active")
+    assert await buffer.add_chunks("t", "m", []) == Appended("t", "m", 2, 2, "active")
+    assert await buffer.add_chunks("t", "m", [""], complete=True) == Appended("t", "m", 5, 3, "completed")
+    assert await buffer.complete_message("t", "n") == Appended("t", "n", 6, 1, "completed")
+    page = await buffer.get_chunks("t")
+    assert [(chunk.seq, chunk.message_id, chunk.event, chunk.content) for chunk in page.chunks] == [
+        (1, "m", None, "a"),
+        (2, "m", "tool", "b"),
+        (3, "n", None, "x"),
+        (4, "m", None, ""),
+    ]
+    assert page.ends == [MessageEnd("m", "completed", None, 5), MessageEnd("n", "completed", None, 6)]
+
+
+@pytest.mark.parametrize(
+    ("chunks", "index", "complete", "outcome"),
+    [
+        (["a", "b"], 0, False, Appended("t", "m", 2, 2, "active")),
+        (["b"], 1, False, Appended("t", "m", 2, 2, "active")),
+        (["b", "c"], 1, False, Appended("t", "m", 3, 3, "active")),
+        (["c"], 2, True, Appended("t", "m", 4, 3, "completed")),
+        (["B"], 1, False, {"expectedIndex": 2}),
+        ([Chunk("b", "tool")], 1, False, {"expectedIndex": 2}),
+        (["a", "b", "c"], 1, False, {"expectedIndex": 2}),
+        (["d"], 3, False, {"expectedIndex": 2}),
+    ],
+)
+async def test_a_retried_append_is_stored_once_and_one_that_lost_the_race_is_told(
+    buffer: ChunkBuffer, chunks: list[Any], index: int, complete: bool, outcome: Any
+) -> None:
+    await buffer.add_chunks("t", "m", ["a", "b"])
+    if isinstance(outcome, Appended):
+        for _ in range(2):
+            assert await buffer.add_chunks("t", "m", chunks, index=index, complete=complete) == outcome
+        assert await text_of(buffer) == "abc"[: outcome.chunk_count]
+    else:
+        with pytest.raises(resume_stream.Conflict) as raised:
+            await buffer.add_chunks("t", "m", chunks, index=index, complete=complete)
+        assert raised.value.extra == outcome
+        assert await text_of(buffer) == "ab"
+
+
+@pytest.mark.parametrize(
+    ("call", "status"),
+    [
+        (lambda buffer: buffer.open_message("", "m"), 400),
+        (lambda buffer: buffer.open_message("t", "x" * 201), 400),
+        (lambda buffer: buffer.add_chunks("t/u", "m", ["x"]), 400),
+        (lambda buffer: buffer.add_chunks("t", "m\n", ["x"]), 400),
+        (lambda buffer: buffer.add_chunks("t", "m", ["x"], index=-1), 400),
+        (lambda buffer: buffer.add_chunks("t", "m", ["x", "\ud800"]), 422),
+        (lambda buffer: buffer.add_chunks("t", "m", [Chunk("x", "complete")]), 422),
+        (lambda buffer: buffer.add_chunks("t", "m", [Chunk("x", "a\nb")]), 422),
+        (lambda buffer: buffer.add_chunks("t", "m", ["x", "y" * 101]), 413),
+        (lambda buffer: buffer.add_chunks("t", "m", ["x" * 60, "y" * 60, "z" * 60, "a" * 60, "b" * 70]), 413),
+        (lambda buffer: buffer.add_chunks("done", "m", ["x"]), 409),
+        (lambda buffer: buffer.abort_message("done", "m"), 409),
+        (lambda buffer: buffer.abort_message("live", "m", "\udfff"), 422),
+        (lambda buffer: buffer.complete_message("nowhere", "m"), 404),
+        (lambda buffer: buffer.complete_message("live", "nowhere"), 404),
+        (lambda buffer: buffer.clear_thread_buffer("nowhere"), 404),
+        (lambda buffer: buffer.get_thread_status("nowhere"), 404),
+        (lambda buffer: buffer.get_accumulated_content("nowhere"), 404),
+        (lambda buffer: buffer.get_accumulated_content("live", "nowhere"), 404),
+        (lambda buffer: buffer.get_chunks("nowhere"), 404),
+        (lambda buffer: buffer.get_chunks("live", after="soon"), 400),
+        (lambda buffer: buffer.get_chunks("live", after="12345-1"), 410),
+        (lambda buffer: buffer.get_threads(limit=0), 400),
+        (lambda buffer: take(buffer.resume_stream("nowhere", "m")), 404),
+        (lambda buffer: take(buffer.resume_stream("live", "m", after="-")), 400),
+        (lambda buffer: take(buffer.resume_stream("live", "m", "\ud800")), 422),
+    ],
+)
+async def test_bad_input_is_a_clear_error_and_changes_nothing(make_buffer: Any, call: Any, status: int) -> None:
+    async with make_buffer(max_chunk=100, max_message=300) as buffer:
+        await buffer.add_chunks("done", "m", ["text"], complete=True)
+        await buffer.open_message("live", "m")
+        before = await buffer.get_threads()
+        with pytest.raises(Problem) as raised:
+            await call(buffer)
+        assert raised.value.status_code == status
+        assert raised.value.detail
+        assert await buffer.get_threads() == before
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda buffer: buffer.complete_message("\ud800", "m"),
+        lambda buffer: buffer.abort_message("t", "\ud800"),
+        lambda buffer: buffer.clear_thread_buffer("\ud800"),
+    ],
+)
+async def test_an_id_that_cannot_be_stored_harms_nobody_else(buffer: ChunkBuffer, call: Any) -> None:
+    outcome, appended = await asyncio.gather(
+        call(buffer), buffer.add_chunks("t", "m", ["text"]), return_exceptions=True
+    )
+    assert appended == Appended("t", "m", 1, 1, "active")
+    assert isinstance(outcome, Problem)
+
+
+async def test_an_end_is_final_and_says_so(buffer: ChunkBuffer) -> None:
+    await buffer.add_chunks("t", "m", ["text"])
+    first = await buffer.abort_message("t", "m", "enough")
+    assert first == await buffer.abort_message("t", "m", "another reason") == Appended("t", "m", 2, 1, "aborted")
+    for call in (
+        buffer.add_chunks("t", "m", ["more"]),
+        buffer.add_chunks("t", "m", []),
+        buffer.complete_message("t", "m"),
+    ):
+        with pytest.raises(resume_stream.Conflict) as raised:
+            await call
+        assert raised.value.extra == {"messageStatus": "aborted", "reason": "enough", "chunkCount": 1}
+
+
+# Readers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gets"),
+    [
+        ({}, ["Hello", " wörld", ("tool", "!"), "END completed None"]),
+        ({"known_content": ""}, ["Hello", " wörld", ("tool", "!"), "END completed None"]),
+        ({"known_content": "Hel"}, ["lo", " wörld", ("tool", "!"), "END completed None"]),
+        ({"known_content": "Hello wö"}, ["rld", ("tool", "!"), "END completed None"]),
+        ({"known_content": "ö"}, ["rld", ("tool", "!"), "END completed None"]),
+        ({"known_content": "Hello wörld!"}, ["END completed None"]),
+        ({"known_content": "l"}, [Signal.RESET, "Hello", " wörld", ("tool", "!"), "END completed None"]),
+        ({"known_content": "Hello wörld!?"}, [Signal.RESET, "Hello", " wörld", ("tool", "!"), "END completed None"]),
+        ({"after": 1}, [" wörld", ("tool", "!"), "END completed None"]),
+        ({"after": "3"}, ["END completed None"]),
+        ({"after": 4}, []),
+        ({"after": 5}, [Signal.RESET, "Hello", " wörld", ("tool", "!"), "END completed None"]),
+        ({"after": "1-2"}, [Signal.RESET, "Hello", " wörld", ("tool", "!"), "END completed None"]),
+    ],
+)
+async def test_a_reader_gets_what_it_does_not_have_yet(buffer: ChunkBuffer, arguments: Any, gets: list[Any]) -> None:
+    await buffer.add_chunks("t", "m", ["Hello", " wörld", Chunk("!", "tool")], complete=True)
+    assert await take(buffer.resume_stream("t", "m", **arguments)) == gets
+
+
+async def test_a_reader_waits_for_what_is_not_written_yet(buffer: ChunkBuffer) -> None:
+    await buffer.open_message("t", "m")
+    reading = asyncio.create_task(take(buffer.resume_stream("t", "m")))
+    await until(lambda: buffer.readers)
+    await buffer.add_chunks("t", "other", ["not for this one"], complete=True)
+    for text in "abc":
+        await buffer.add_chunks("t", "m", [text])
+    await buffer.complete_message("t", "m")
+    assert await reading == ["a", "b", "c", "END completed None"]
+    assert buffer.readers == 0
+
+
+async def test_a_quiet_stream_times_out_and_can_be_resumed(buffer: ChunkBuffer) -> None:
+    await buffer.add_chunks("t", "m", ["text"])
+    assert await take(buffer.resume_stream("t", "m", idle_timeout=0.05)) == ["text", Signal.TIMEOUT]
+    assert await take(buffer.resume_stream("t", "m", "text", idle_timeout=0.05)) == [Signal.TIMEOUT]
+
+
+async def test_a_reader_is_told_when_its_thread_is_cleared(buffer: ChunkBuffer) -> None:
+    await buffer.add_chunks("t", "m", ["text"])
+    reading = asyncio.create_task(take(buffer.resume_stream("t", "m")))
+    await until(lambda: buffer.readers)
+    await buffer.clear_thread_buffer("t")
+    assert await reading == ["text", Signal.GONE]
+
+
+async def test_a_cursor_outlives_the_process_but_not_the_thread(make_buffer: Any) -> None:
+    async with make_buffer() as buffer:
+        await buffer.add_chunks("t", "m", ["a", "b"])
+        cursor = (await buffer.get_chunks("t", limit=1)).cursor
+    async with make_buffer() as buffer:
+        await buffer.complete_message("t", "m")
+        assert await take(buffer.resume_stream("t", "m", after=cursor)) == ["b", "END completed None"]
+        await buffer.clear_thread_buffer("t")
+        await buffer.add_chunks("t", "m", ["x", "y"], complete=True)
+        everything = [Signal.RESET, "x", "y", "END completed None"]
+        assert await take(buffer.resume_stream("t", "m", after=cursor)) == everything
+
+
+async def test_too_many_readers_are_refused_and_one_may_come_when_another_has_left(make_buffer: Any) -> None:
+    async with make_buffer(max_readers=1) as buffer:
+        await buffer.add_chunks("t", "m", ["text"])
+        first = buffer.resume_stream("t", "m")
+        await anext(first)
+        with pytest.raises(resume_stream.Unavailable) as raised:
+            await anext(buffer.resume_stream("t", "m"))
+        assert raised.value.headers == {"Retry-After": "1"}
+        await first.aclose()
+        assert await take(buffer.resume_stream("t", "m"), 1) == ["text"]
+
+
+async def test_leaving_the_buffer_ends_its_readers_without_an_end(make_buffer: Any) -> None:
+    async with make_buffer() as buffer:
+        await buffer.add_chunks("t", "m", ["text"])
+        reading = asyncio.create_task(take(buffer.resume_stream("t", "m")))
+        await until(lambda: buffer.readers)
+    assert await reading == ["text"]
+    for call in (buffer.add_chunks("t", "m", ["more"]), take(buffer.resume_stream("t", "m"))):
+        with pytest.raises(resume_stream.Unavailable):
+            await call
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda buffer: buffer.get_thread_status("t"),
+        lambda buffer: buffer.get_accumulated_content("t"),
+        lambda buffer: buffer.get_chunks("t"),
+        lambda buffer: buffer.get_threads(),
+        lambda buffer: buffer.clear_thread_buffer("t"),
+        lambda buffer: take(buffer.resume_stream("t", "m", "text")),
+    ],
+)
+async def test_a_call_after_the_buffer_was_left_is_refused_with_the_reason(make_buffer: Any, call: Any) -> None:
+    async with make_buffer() as buffer:
+        await buffer.add_chunks("t", "m", ["text"])
+    with pytest.raises(resume_stream.Unavailable, match="stopping"):
+        await call(buffer)
+
+
+async def test_threads_and_their_messages_are_listed(buffer: ChunkBuffer) -> None:
+    for number in range(5):
+        await buffer.add_chunks(f"t{number}", "m", ["é"] * number, complete=number % 2 == 0)
+    await buffer.abort_message("t1", "m", "enough")
+    await buffer.add_chunks("t0", "n", ["x"])
+    pages = [await buffer.get_threads(limit=2)]
+    while pages[-1].cursor:
+        pages.append(await buffer.get_threads(limit=2, cursor=pages[-1].cursor))
+    assert [[thread.thread_id for thread in page.threads] for page in pages] == [["t4", "t3"], ["t2", "t1"], ["t0"]]
+    statuses = {
+        thread.thread_id: (thread.status, thread.chunk_count, thread.size) for p in pages for thread in p.threads
+    }
+    assert statuses == {
+        "t0": ("active", 1, 1),
+        "t1": ("aborted", 1, 2),
+        "t2": ("completed", 2, 4),
+        "t3": ("active", 3, 6),
+        "t4": ("completed", 4, 8),
+    }
+    assert [thread.thread_id for thread in (await buffer.get_active_threads()).threads] == ["t3", "t0"]
+    status = await buffer.get_thread_status("t0")
+    assert status.exists
+    assert [(m.message_id, m.status, m.chunk_count, m.first_seq, m.last_seq) for m in status.messages] == [
+        ("m", "completed", 0, 1, 1),
+        ("n", "active", 1, 2, 2),
+    ]
+
+
+# An agent's stream
+
+
+class Source:
+    """An agent that says what it is given, piece by piece, and remembers how it was left."""
+
+    def __init__(self, *pieces: Any) -> None:
+        self.pieces: asyncio.Queue[Any] = asyncio.Queue()
+        self.closed = asyncio.Event()
+        for piece in pieces:
+            self.say(piece)
+
+    def say(self, piece: Any) -> None:
+        self.pieces.put_nowait(piece)
+
+    async def __call__(self) -> AsyncIterator[Any]:
+        try:
+            while (piece := await self.pieces.get()) is not None:
+                if isinstance(piece, Exception):
+                    raise piece
+                yield piece
+        finally:
+            self.closed.set()
+
+
+async def test_an_agents_stream_is_yielded_stored_and_completed(buffer: ChunkBuffer) -> None:
+    pieces = ["Hel", "lo", Chunk("{}", "tool"), ""]
+    source = Source(*pieces, None)
+    assert [piece async for piece in buffer.agent_stream("t", "m", source())] == pieces
+    assert await take(buffer.resume_stream("t", "m")) == ["Hel", "lo", ("tool", "{}"), "", "END completed None"]
+    assert source.closed.is_set()
+
+
+async def test_what_an_agents_stream_yields_is_committed_and_comes_while_the_source_goes_on(
+    buffer: ChunkBuffer,
+) -> None:
+    source = Source("one")
+    async with aclosing(buffer.agent_stream("t", "m", source())) as pieces:
+        assert await anext(pieces) == "one"
+        assert await text_of(buffer) == "one"
+        source.say("two")
+        assert await anext(pieces) == "two"
+        assert (await buffer.get_thread_status("t")).status == "active"
+
+
+async def test_an_agents_stream_goes_on_in_a_message_that_has_text_already(buffer: ChunkBuffer) -> None:
+    await buffer.add_chunks("t", "other", ["x"])
+    await buffer.add_chunks("t", "m", ["before "])
+    assert [piece async for piece in buffer.agent_stream("t", "m", Source("after", None)())] == ["after"]
+    assert await text_of(buffer) == "before after"
+
+
+async def test_a_source_that_fails_aborts_the_message_and_its_error_is_raised(buffer: ChunkBuffer) -> None:
+    pieces = buffer.agent_stream("t", "m", Source("so far", LookupError("no such tool"))())
+    assert await anext(pieces) == "so far"
+    with pytest.raises(LookupError, match="no such tool"):
+        await anext(pieces)
+    assert await take(buffer.resume_stream("t", "m")) == ["so far", "END aborted LookupError"]
+
+
+async def test_a_timeout_in_the_source_is_its_own_failure(buffer: ChunkBuffer) -> None:
+    with pytest.raises(TimeoutError):
+        await anext(buffer.agent_stream("t", "m", Source(TimeoutError())()))
+    assert await take(buffer.resume_stream("t", "m")) == ["END aborted TimeoutError"]
+
+
+async def test_storing_goes_on_when_the_consumer_goes_away(buffer: ChunkBuffer) -> None:
+    source = Source("one ")
+    async with aclosing(buffer.agent_stream("t", "m", source())) as pieces:
+        await anext(pieces)
+    for piece in ("two ", "three", None):
+        source.say(piece)
+    assert await take(buffer.resume_stream("t", "m")) == ["one ", "two ", "three", "END completed None"]
+
+
+async def test_storing_goes_on_when_the_consumer_is_cancelled(buffer: ChunkBuffer) -> None:
+    source = Source("one ")
+    consumer = asyncio.create_task(take(buffer.agent_stream("t", "m", source())))
+    await until(lambda: buffer.readers)
+    await take(buffer.resume_stream("t", "m"), 1)
+    consumer.cancel()
+    await asyncio.wait([consumer])
+    source.say("two")
+    source.say(None)
+    assert await take(buffer.resume_stream("t", "m")) == ["one ", "two", "END completed None"]
+
+
+@pytest.mark.parametrize(
+    ("end", "gets"),
+    [
+        (lambda buffer: buffer.abort_message("t", "m", "stop"), ["one", "END aborted stop"]),
+        (lambda buffer: buffer.complete_message("t", "m"), ["one", "END completed None"]),
+        (lambda buffer: buffer.clear_thread_buffer("t"), None),
+    ],
+)
+async def test_an_end_from_outside_closes_the_source_at_once_even_while_it_is_blocked(
+    buffer: ChunkBuffer, end: Any, gets: list[Any] | None
+) -> None:
+    source = Source("one")
+    pieces = buffer.agent_stream("t", "m", source())
+    assert await anext(pieces) == "one"
+    await end(buffer)
+    async with asyncio.timeout(0.5):
+        await source.closed.wait()
+    async with asyncio.timeout(2):
+        assert [piece async for piece in pieces] == []
+    if gets is not None:
+        assert await take(buffer.resume_stream("t", "m")) == gets
+    else:
+        with pytest.raises(resume_stream.NotFound):
+            await buffer.get_thread_status("t")
+
+
+async def test_a_source_for_a_message_that_has_ended_is_closed_and_stores_nothing(buffer: ChunkBuffer) -> None:
+    await buffer.add_chunks("t", "m", ["done"], complete=True)
+    source, got = Source("more"), []
+    try:
+        async with asyncio.timeout(5):
+            got = [piece async for piece in buffer.agent_stream("t", "m", source())]
+    except resume_stream.Conflict:
+        pass  # telling is fine too
+    await until(source.closed.is_set)
+    assert got == []
+    assert await text_of(buffer) == "done"
+
+
+async def test_leaving_the_buffer_closes_the_source_and_leaves_the_message_active(make_buffer: Any) -> None:
+    source = Source("one")
+    async with make_buffer() as buffer:
+        pieces = buffer.agent_stream("t", "m", source())
+        assert await anext(pieces) == "one"
+    assert source.closed.is_set()
+    with pytest.raises(resume_stream.Unavailable):
+        await anext(pieces)
+    async with make_buffer() as buffer:
+        assert (await buffer.get_thread_status("t")).status == "active"
+
+
+# Callers that are cancelled, and callers that are too fast
+
+
+async def test_a_cancelled_append_leaves_nothing_open_wherever_it_was(buffer: ChunkBuffer) -> None:
+    stored = 0
+    for steps in range(12):
+        appending = asyncio.create_task(buffer.add_chunks("t", "m", [f"{steps}"]))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        appending.cancel()
+        await asyncio.wait([appending])
+        appended = await buffer.add_chunks("t", "m", ["next"])
+        assert not await buffer._store._writer.run(lambda connection: connection.in_transaction)
+        stored = appended.seq
+        assert appended.chunk_count == stored
+    assert 12 <= stored <= 24
+    page = await buffer.get_chunks("t")
+    assert [chunk.seq for chunk in page.chunks] == list(range(1, stored + 1))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda buffer: buffer.get_accumulated_content("t"),
+        lambda buffer: buffer.get_chunks("t", wait=5, after="1"),
+        lambda buffer: take(buffer.resume_stream("t", "m")),
+        lambda buffer: buffer.abort_message("t", "m"),
+        lambda buffer: buffer.clear_thread_buffer("t"),
+    ],
+)
+async def test_cancelled_calls_leave_the_buffer_in_order(buffer: ChunkBuffer, call: Any) -> None:
+    for steps in range(8):
+        await buffer.add_chunks("t", f"m{steps}", ["text"])
+        calling = asyncio.create_task(call(buffer))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        calling.cancel()
+        await asyncio.wait([calling])
+    await buffer.add_chunks("t", "last", ["text"])
+    for connection in (buffer._store._writer, buffer._store._reader):
+        assert not await connection.run(lambda raw: raw.in_transaction)
+    assert buffer.readers == 0
+    assert not buffer._channels
+    assert not buffer._poll_intervals
+
+
+async def test_what_waits_to_be_committed_is_bounded(buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume_stream, "PENDING_BYTES", 5_000)
+    monkeypatch.setattr(resume_stream, "BATCH_BYTES", 2_000)
+    most, enqueue = 0, buffer._take_batch
+
+    def watched() -> Any:
+        nonlocal most
+        most = max(most, sum(pending.size for pending in buffer._queue))
+        return enqueue()
+
+    monkeypatch.setattr(buffer, "_take_batch", watched)
+    await asyncio.gather(*(buffer.add_chunks("t", "m", ["x" * 936]) for _ in range(100)))
+    assert (await buffer.get_thread_status("t")).chunk_count == 100
+    assert 2_000 <= most <= 6_000  # the limit, and the one that goes over it
+
+
+async def test_producers_that_wait_for_room_are_refused_when_the_buffer_stops(
+    make_buffer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume_stream, "PENDING_BYTES", 2_000)
+    async with make_buffer() as buffer:
+        appends = [asyncio.create_task(buffer.add_chunks("t", "m", ["x" * 936])) for _ in range(50)]
+        await asyncio.sleep(0)
+    outcomes = await asyncio.gather(*appends, return_exceptions=True)
+    stored = [outcome for outcome in outcomes if isinstance(outcome, Appended)]
+    assert all(isinstance(outcome, resume_stream.Unavailable) for outcome in outcomes if outcome not in stored)
+    async with make_buffer() as buffer:
+        assert (await buffer.get_thread_status("t")).chunk_count == len(stored) < 50
+
+
+# In another app
+
+
+@get("/", sync_to_thread=False)
+def home() -> str:
+    return "my own page"
+
+
+@get("/broken", sync_to_thread=False)
+def broken() -> str:
+    raise LookupError("my own error")
+
+
+async def test_the_routes_are_mounted_beside_somebodys_own(make_buffer: Any) -> None:
+    buffer = make_buffer()
+    app = Litestar([home, broken, router(buffer, "/streams/v1")], lifespan=[buffer], logging_config=None)
+    async with AsyncTestClient(app, raise_server_exceptions=False) as client:
+        assert (await client.get("/")).text == "my own page"
+        path = "/streams/v1/threads/t/messages/m"
+        answer = await client.post(f"{path}/chunks?complete=true", json=[{"content": "Hello"}])
+        assert (answer.status_code, answer.json()["seq"]) == (201, 2)
+        assert (await buffer.get_accumulated_content("t")).content == "Hello"
+        frames = (await client.get(f"{path}/stream")).text
+        assert frames.startswith("retry: 1000\nid: ")
+        assert frames.endswith('data: {"messageId":"m","status":"completed","reason":null,"seq":2}\n\n')
+        problems = {
+            await client.get("/streams/v1/threads/nowhere"): 404,
+            await client.post(f"{path}/chunks", json=[{"content": "more"}]): 409,
+            await client.post(f"{path}/chunks", content=b"<xml/>", headers={"content-type": "text/xml"}): 415,
+            await client.post(f"{path}/chunks?index=many", json=[]): 400,
+            await client.get("/streams/v1/threads?limit=0"): 400,
+        }
+        for answer, status in problems.items():
+            assert answer.status_code == answer.json()["status"] == status
+            assert answer.headers["content-type"] == "application/problem+json"
+            assert answer.json()["detail"]
+        mine = await client.get("/broken")
+        assert mine.status_code == 500
+        assert mine.headers["content-type"] != "application/problem+json"
+        assert (await client.get("/api/threads")).status_code == 404
+
+
+async def test_the_whole_service_is_an_app_too(tmp_path: Any) -> None:
+    settings = Settings(db=str(tmp_path / "chunks.db"))
+    async with AsyncTestClient(create_app(settings), base_url="http://localhost") as client:
+        assert (await client.put("/api/threads/t/messages/m")).status_code == 201
+        assert (await client.get("/health/live")).status_code == 200
+        answer: httpx.Response = await client.get("/api/threads/t")
+        assert answer.json()["exists"] is True
+
+
+def test_records_are_camel_case_on_the_wire() -> None:
+    assert msgspec.json.encode(Appended("t", "m", 2, 1, "active")) == (
+        b'{"threadId":"t","messageId":"m","seq":2,"chunkCount":1,"status":"active"}'
+    )

@@ -1,0 +1,220 @@
+"""Every ordering of what a reader does and what a producer does, forced with gates.
+
+A reader *locates* its place, *registers* for wake-ups, *reads* and *gets* what it read. A producer's
+change is *committed* and then *published*. Whatever comes between what, the reader gets everything
+once, in order, and the end last, and no wake-up is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+import resume_stream
+from resume_stream import ChunkBuffer, MessageEnd, Signal, StoredChunk
+
+pytestmark = pytest.mark.anyio
+
+READER = ("locates", "registers", "reads", "gets")
+PRODUCER = ("commits 1", "publishes 1", "commits 2", "publishes 2")
+
+
+def interleavings(*lines: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Every order of all steps in which each line keeps its own."""
+    total = sum(map(len, lines))
+    owners = [owner for owner, line in enumerate(lines) for _ in line]
+    for chosen in sorted(set(itertools.permutations(owners))) if total <= 8 else []:
+        steps = [iter(line) for line in lines]
+        yield tuple(next(steps[owner]) for owner in chosen)
+
+
+ORDERS = list(interleavings(READER, PRODUCER))
+
+
+class Gates:
+    """Stops the reader's first two reads and the producer's two commits, before and after each."""
+
+    def __init__(self, buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reader: asyncio.Task[Any] | None = None
+        self._open = {step: asyncio.Event() for step in (*READER, *PRODUCER)}
+        self._busy = 0
+        self._reads = iter([READER[:2], READER[2:]])
+        self._commits = iter([PRODUCER[:2], PRODUCER[2:]])
+        read, commit = buffer._store.read, buffer._store.commit
+
+        async def gated_read(work: Any) -> Any:
+            mine = asyncio.current_task() is self.reader
+            return await self._through(next(self._reads, None) if mine else None, lambda: read(work))
+
+        async def gated_commit(operations: Any) -> Any:
+            return await self._through(next(self._commits, None), lambda: commit(operations))
+
+        monkeypatch.setattr(buffer._store, "read", gated_read)
+        monkeypatch.setattr(buffer._store, "commit", gated_commit)
+
+    async def _through(self, steps: tuple[str, ...] | None, call: Callable[[], Awaitable[Any]]) -> Any:
+        if steps is None:
+            return await call()
+        before, after = steps
+        await self._open[before].wait()
+        self._busy += 1
+        try:
+            return await call()
+        finally:
+            self._busy -= 1
+            await self._open[after].wait()
+
+    async def step(self, name: str) -> None:
+        """Let one step happen, and everything that follows from it up to the next gate."""
+        self._open[name].set()
+        quiet = 0
+        while quiet < 10:
+            await asyncio.sleep(0)
+            quiet = 0 if self._busy else quiet + 1
+
+
+async def read_message(buffer: ChunkBuffer, thread_id: str, after: str | None) -> list[Any]:
+    async with aclosing(buffer.resume_stream(thread_id, "m", after=after, idle_timeout=5)) as items:
+        return [seen(item) async for item in items]
+
+
+async def read_by_content(buffer: ChunkBuffer, thread_id: str, after: str | None) -> list[Any]:
+    async with aclosing(buffer.resume_stream(thread_id, "m", "x" if after else "", idle_timeout=5)) as items:
+        return [seen(item) async for item in items]
+
+
+async def read_thread(buffer: ChunkBuffer, thread_id: str, after: str | None) -> list[Any]:
+    position = await buffer.locate(thread_id, after=after)
+    got: list[Any] = []
+    async with aclosing(buffer.follow(position, idle_timeout=5)) as items:
+        async for item in items:
+            got += [seen(item)] if isinstance(item, Signal) else map(seen, item.entries)
+    return got
+
+
+def seen(item: Any) -> Any:
+    if isinstance(item, StoredChunk):
+        return item.seq, item.content
+    return (item.seq, item.status) if isinstance(item, MessageEnd) else item
+
+
+READERS = [read_message, read_by_content, read_thread]
+
+
+async def happen(
+    buffer: ChunkBuffer, order: tuple[str, ...], reading: Awaitable[Any], changes: Callable[[], Awaitable[Any]]
+) -> Any:
+    """What the reader got (or raised), when it and the changes go through their steps in this order."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        gates = Gates(buffer, monkeypatch)
+        gates.reader = reader = asyncio.ensure_future(reading)
+        producer = asyncio.ensure_future(changes())
+        async with asyncio.timeout(10):
+            for name in order:
+                await gates.step(name)
+            await producer
+            (got,) = await asyncio.gather(reader, return_exceptions=True)
+    return got
+
+
+def test_every_ordering_is_there() -> None:
+    assert len(ORDERS) == len(set(ORDERS)) == 70
+    assert {order[0] for order in ORDERS} == {"locates", "commits 1"}
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("together", [False, True], ids=["append-then-end", "end-with-an-append"])
+async def test_each_chunk_once_and_the_end_last(make_buffer: Any, read: Any, together: bool) -> None:
+    async with make_buffer(synchronous="NORMAL") as buffer:
+        for number, order in enumerate(ORDERS):
+            thread_id = f"t{number}"
+            await buffer.add_chunks(thread_id, "m", ["x"])
+            cursor = (await buffer.get_accumulated_content(thread_id)).cursor
+
+            async def changes(thread_id: str = thread_id) -> None:
+                await buffer.add_chunks(thread_id, "m", ["a", "b"])
+                if together:
+                    await buffer.add_chunks(thread_id, "m", ["c"], complete=True)
+                else:
+                    await buffer.complete_message(thread_id, "m")
+
+            after = cursor if number % 2 else None
+            got = await happen(buffer, order, read(buffer, thread_id, after), changes)
+            rest = [(2, "a"), (3, "b"), *([(4, "c"), (5, "completed")] if together else [(4, "completed")])]
+            assert got == (rest if after else [(1, "x"), *rest]), order
+        assert buffer.readers == 0
+
+
+@pytest.mark.parametrize("read", [read_message, read_thread])
+async def test_an_end_by_somebody_else_is_the_last_thing_too(make_buffer: Any, read: Any) -> None:
+    async with make_buffer(synchronous="NORMAL") as buffer:
+        for number, order in enumerate(ORDERS):
+            thread_id = f"t{number}"
+            await buffer.open_message(thread_id, "m")
+
+            async def changes(thread_id: str = thread_id) -> None:
+                await buffer.abort_message(thread_id, "m", "stop")
+                with pytest.raises(resume_stream.Conflict):
+                    await buffer.add_chunks(thread_id, "m", ["too late"])
+
+            assert await happen(buffer, order, read(buffer, thread_id, None), changes) == [(1, "aborted")], order
+
+
+@pytest.mark.parametrize("read", [read_message, read_thread])
+@pytest.mark.parametrize("together", [False, True], ids=["in-two-commits", "in-one-commit"])
+async def test_a_thread_cleared_and_made_again_never_looks_like_the_old_one(
+    make_buffer: Any, read: Any, together: bool
+) -> None:
+    async with make_buffer(synchronous="NORMAL") as buffer:
+        for number, order in enumerate(ORDERS):
+            thread_id = f"t{number}"
+            await buffer.add_chunks(thread_id, "m", ["x", "y"])
+            cursor = (await buffer.get_accumulated_content(thread_id)).cursor
+
+            async def changes(thread_id: str = thread_id) -> None:
+                clearing = asyncio.ensure_future(buffer.clear_thread_buffer(thread_id))
+                await asyncio.sleep(0)
+                for _ in range(0 if together else 5):  # until it has been taken for the first commit
+                    await asyncio.sleep(0)
+                await buffer.add_chunks(thread_id, "m", ["a", "b", "c"], complete=True)
+                await clearing
+
+            everything = [Signal.RESET, (1, "a"), (2, "b"), (3, "c"), (4, "completed")]
+            after_clear, after_remake = (
+                order.index("locates") > order.index(step) for step in ("commits 1", f"commits {2 - together}")
+            )
+            got = await happen(buffer, order, read(buffer, thread_id, cursor), changes)
+            if after_remake:
+                assert got == everything, order
+            elif after_clear:
+                assert isinstance(got, resume_stream.NotFound), order
+            else:
+                assert got == [Signal.GONE], order
+            assert await read(buffer, thread_id, cursor) == everything
+
+
+async def test_a_follower_of_a_thread_not_made_yet_misses_nothing(make_buffer: Any) -> None:
+    async with make_buffer(synchronous="NORMAL") as buffer:
+        for number, order in enumerate(ORDERS):
+            thread_id = f"t{number}"
+
+            async def follow(thread_id: str = thread_id) -> list[Any]:
+                position = await buffer.locate(thread_id, follow=True)
+                got: list[Any] = []
+                async with aclosing(buffer.follow(position, follow=True, idle_timeout=5)) as items:
+                    async for item in items:
+                        got += [seen(item)] if isinstance(item, Signal) else map(seen, item.entries)
+                        if len(got) >= 4 or Signal.TIMEOUT in got:
+                            break
+                return got
+
+            async def changes(thread_id: str = thread_id) -> None:
+                await buffer.add_chunks(thread_id, "m", ["a"], complete=True)
+                await buffer.add_chunks(thread_id, "n", ["b"], complete=True)
+
+            got = await happen(buffer, order, follow(), changes)
+            assert got == [(1, "a"), (2, "completed"), (3, "b"), (4, "completed")], order

@@ -1,0 +1,358 @@
+"""Dead producers, services that are told to stop, and services that are killed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import signal
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import resume_stream
+from conftest import TIMEOUT, Service, append, wait_until
+from resume_stream import ChunkBuffer, MessageEnd
+
+pytestmark = pytest.mark.anyio
+
+# Dead producers
+
+
+class Clock:
+    """Time that goes on when the test says so, and knows when somebody has looked at it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1_763_829_000_000
+        self.looks = 0
+        monkeypatch.setattr(resume_stream, "now_ms", self)
+
+    def __call__(self) -> int:
+        self.looks += 1
+        return self.now
+
+    async def moves_on(self, ms: int, looks: int = 4) -> None:
+        """Until the periodic tasks have seen the new time."""
+        self.now += ms
+        self.looks = 0
+        deadline = time.monotonic() + TIMEOUT
+        while self.looks < looks:
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            await asyncio.sleep(0.005)
+
+
+async def status_of(buffer: ChunkBuffer, message_id: str = "m") -> tuple[str, str | None]:
+    (found,) = (m for m in (await buffer.get_thread_status("t")).messages if m.message_id == message_id)
+    return found.status, found.reason
+
+
+TIMEOUTS = {"producer_timeout": 0.2, "ttl": 1e9, "cleanup_interval": 1e9}
+TIMED_OUT = ("aborted", "producer_timeout")
+
+
+async def test_a_silent_message_is_aborted_and_its_readers_are_told(
+    make_buffer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    async with make_buffer(**TIMEOUTS) as buffer:
+        await buffer.add_chunks("t", "m", ["text"])
+        await buffer.open_message("t", "opened")
+        items = buffer.resume_stream("t", "m", idle_timeout=10)
+        await anext(items)
+        await clock.moves_on(199)
+        assert await status_of(buffer) == ("active", None)
+        await buffer.add_chunks("t", "talking", ["text"])
+        clock.now += 1
+        assert await anext(items) == MessageEnd("m", *TIMED_OUT, seq=3)
+        await clock.moves_on(0)
+        assert await status_of(buffer, "opened") == TIMED_OUT
+        assert await status_of(buffer, "talking") == ("active", None)
+        with pytest.raises(resume_stream.Conflict, match="producer_timeout"):
+            await buffer.add_chunks("t", "m", ["too late"])
+        await items.aclose()
+
+
+@pytest.mark.parametrize(
+    "sign_of_life",
+    [
+        lambda buffer: buffer.add_chunks("t", "m", []),
+        lambda buffer: buffer.add_chunks("t", "m", [], index=1),
+        lambda buffer: buffer.add_chunks("t", "m", ["more"]),
+        lambda buffer: buffer.open_message("t", "m"),
+    ],
+)
+async def test_a_sign_of_life_postpones_the_abort(
+    make_buffer: Any, monkeypatch: pytest.MonkeyPatch, sign_of_life: Callable[[ChunkBuffer], Any]
+) -> None:
+    clock = Clock(monkeypatch)
+    async with make_buffer(**TIMEOUTS) as buffer:
+        await buffer.add_chunks("t", "m", ["text"])
+        for _ in range(3):
+            await clock.moves_on(150)
+            await sign_of_life(buffer)
+        await clock.moves_on(199)
+        assert await status_of(buffer) == ("active", None)
+        await clock.moves_on(1, looks=8)
+        assert await status_of(buffer) == TIMED_OUT
+
+
+async def test_time_in_which_the_service_was_down_does_not_count(
+    make_buffer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    async with make_buffer(**TIMEOUTS) as buffer:
+        await buffer.add_chunks("t", "m", ["text"])
+    clock.now += 3_600_000
+    async with make_buffer(**TIMEOUTS) as buffer:
+        await clock.moves_on(199)
+        assert await status_of(buffer) == ("active", None)
+        assert (await buffer.add_chunks("t", "m", ["more"], index=1)).seq == 2
+        await clock.moves_on(201, looks=8)
+        assert await status_of(buffer) == TIMED_OUT
+
+
+async def test_no_producer_timeout_is_no_abort(make_buffer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    async with make_buffer(**TIMEOUTS | {"producer_timeout": 0, "cleanup_interval": 0.01}) as buffer:
+        await buffer.add_chunks("t", "m", ["text"])
+        await clock.moves_on(86_400_000)
+        assert await status_of(buffer) == ("active", None)
+
+
+# Told to stop
+
+
+def request(service: Service, head: str, body: bytes = b"", receive_buffer: int = 0) -> socket.socket:
+    connection = socket.socket()
+    if receive_buffer:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    connection.settimeout(TIMEOUT)
+    connection.connect(("127.0.0.1", service.port))
+    connection.sendall(f"{head}\r\nHost: localhost\r\n\r\n".replace("\r\n\r\n\r\n", "\r\n\r\n").encode() + body)
+    return connection
+
+
+def received(connection: socket.socket, until: bytes | None = None) -> bytes:
+    """What comes up to ``until``, or to the end."""
+    data = b""
+    while until is None or until not in data:
+        piece = connection.recv(65536)
+        data += piece
+        if not piece:
+            break
+    return data
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_a_service_that_is_told_to_stop_is_gone_within_a_second(
+    service: Service, client: httpx.Client, sig: signal.Signals
+) -> None:
+    append(client, "t", "m", "text")
+    append(client, "long", "m", *["x" * 500_000] * 16)
+    append(client, "long", "m", *["x" * 500_000] * 16)
+    with contextlib.ExitStack() as exits:
+
+        def opened(*arguments: Any, **options: Any) -> socket.socket:
+            return exits.enter_context(request(service, *arguments, **options))
+
+        readers = [opened("GET /api/threads/t/stream HTTP/1.1") for _ in range(100)]
+        for reader in readers:
+            received(reader, until=b'"seq":1}\n\n')
+        opened("GET /api/threads/long/stream HTTP/1.1", receive_buffer=4096)
+        poll = opened("GET /api/threads/t/chunks?after=1&wait=60 HTTP/1.1")
+        upload = opened(
+            "POST /api/threads/u/messages/m/chunks HTTP/1.1\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked",
+            b"4\r\nkept\r\n",
+        )
+        wait_until(lambda: client.get("/threads/u").status_code == 200, "the upload's first piece")
+        wait_until(
+            lambda: sum(thread["readers"] for thread in client.get("/threads").json()["threads"]) == 102, "the readers"
+        )
+        answers, producing = producers(service, 3)
+        wait_until(lambda: len(answers) > 20, "some appends")
+
+        told_at = time.monotonic()
+        service.process.send_signal(sig)
+        if sig == signal.SIGINT:  # a terminal's Ctrl-C may come twice
+            service.process.send_signal(sig)
+        assert service.process.wait(TIMEOUT) == 0
+        assert time.monotonic() - told_at < 1.0
+
+        for reader in readers:
+            rest = received(reader)
+            assert rest.endswith(b"0\r\n\r\n")
+            assert b"event:" not in rest
+        assert received(poll).startswith((b"HTTP/1.1 200 ", b"HTTP/1.1 503 "))
+        assert b'"status":503' in received(upload)
+        for thread in producing:
+            thread.join(TIMEOUT)
+    service.process.stdout.close()
+    service.process.stderr.close()
+    service.process = None
+    assert not Path(f"{service.db}-wal").exists()
+
+    service.start()
+    with httpx.Client(base_url=service.api, timeout=TIMEOUT) as again:
+        assert again.get("/threads/t").json()["status"] == "active"
+        assert again.get("/threads/u/content").json() | {"cursor": ""} == {
+            "content": "kept",
+            "cursor": "",
+            "status": "active",
+        }
+        stored = {chunk["content"] for chunk in chunks_of(again, "load")}
+    assert {status for _, status in answers} <= {201, 503, None}
+    assert {text for text, status in answers if status == 201} <= stored
+    assert {text for text, status in answers if status == 503}.isdisjoint(stored)
+
+
+def chunks_of(client: httpx.Client, thread_id: str, message_id: str | None = None) -> list[dict[str, Any]]:
+    chunks: list[dict[str, Any]] = []
+    query = {"message_id": message_id} if message_id else {}
+    while page := client.get(
+        f"/threads/{thread_id}/chunks", params={**query, "after": len(chunks), "limit": 5000}
+    ).json()["chunks"]:
+        chunks += page
+        if message_id:
+            break
+    return chunks
+
+
+def producers(service: Service, count: int) -> tuple[list[tuple[str, int | None]], list[threading.Thread]]:
+    """Append to one thread until the service is gone; what was sent, with the answers."""
+    answers: list[tuple[str, int | None]] = []
+
+    def produce(name: int) -> None:
+        with httpx.Client(base_url=service.api, timeout=TIMEOUT) as client:
+            for number in range(100_000):
+                text = f"{name}-{number}"
+                try:
+                    status: int | None = append(client, "load", f"m{name}", text).status_code
+                except httpx.TransportError:
+                    status = None
+                answers.append((text, status))
+                if status != 201:
+                    return
+
+    threads = [threading.Thread(target=produce, args=(name,), daemon=True) for name in range(count)]
+    for thread in threads:
+        thread.start()
+    return answers, threads
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_a_service_with_nothing_to_do_stops_cleanly(service: Service, client: httpx.Client, sig: int) -> None:
+    append(client, "t", "m", "text")
+    assert Path(f"{service.db}-wal").stat().st_size > 0
+    assert service.end(sig) == 0
+    assert not Path(f"{service.db}-wal").exists()
+    with contextlib.closing(sqlite3.connect(service.db)) as connection:
+        assert connection.execute("select content from chunks").fetchall() == [("text",)]
+
+
+# Killed
+
+
+class Producer(threading.Thread):
+    """Sends numbered chunks one after the other, each again and again until it is acknowledged."""
+
+    def __init__(self, service: Service, name: str) -> None:
+        super().__init__(daemon=True)
+        self.api, self.message = service.api, name
+        self.enough = threading.Event()
+        self.acknowledged: list[tuple[int, str]] = []
+        self.conflicts: list[str] = []
+        self.retries = 0
+
+    def text(self, index: int) -> str:
+        return f"{self.message}:{index} " + "é" * (index * 31 % 200)
+
+    def run(self) -> None:
+        with httpx.Client(base_url=self.api, timeout=TIMEOUT) as client:
+            while not self.enough.is_set():
+                index = len(self.acknowledged)
+                try:
+                    answer = append(client, "t", self.message, self.text(index), index=index)
+                except httpx.TransportError:
+                    self.retries += 1
+                    self.enough.wait(0.02)
+                    continue
+                if answer.status_code in (200, 201):
+                    self.acknowledged.append((answer.json()["seq"], self.text(index)))
+                elif answer.status_code != 503:
+                    self.conflicts.append(answer.text)
+                    return
+
+
+def test_nothing_acknowledged_is_missing_after_the_service_was_killed(service: Service) -> None:
+    chance = random.Random(20)
+    loaders = [Producer(service, f"m{number}") for number in range(3)]
+    for loader in loaders:
+        loader.start()
+
+    def total() -> int:
+        return sum(len(loader.acknowledged) for loader in loaders)
+
+    for _ in range(3):
+        goal = total() + chance.randrange(50, 250)
+        wait_until(lambda goal=goal: total() >= goal or any(loader.conflicts for loader in loaders), "appends")
+        service.restart()
+    goal = total() + 50
+    wait_until(lambda: total() >= goal, "appends after the last restart")
+    for loader in loaders:
+        loader.enough.set()
+    for loader in loaders:
+        loader.join(TIMEOUT)
+        assert loader.conflicts == []
+        assert loader.retries > 0
+    service.kill()
+
+    with contextlib.closing(sqlite3.connect(service.db)) as connection:
+        assert connection.execute("pragma integrity_check").fetchall() == [("ok",)]
+        stored = connection.execute(
+            "select seq, message_id, content from chunks join messages using (message) order by seq"
+        ).fetchall()
+        assert connection.execute("select last_seq from threads").fetchone() == (len(stored),)
+    assert [seq for seq, _, _ in stored] == list(range(1, len(stored) + 1))
+    for loader in loaders:
+        mine = [(seq, content) for seq, message_id, content in stored if message_id == loader.message]
+        assert mine[: len(loader.acknowledged)] == loader.acknowledged
+        assert len(mine) - len(loader.acknowledged) in (0, 1)  # the last one may have been stored and not answered
+
+
+def test_a_reader_carries_on_across_a_kill_with_what_it_has(service: Service, client: httpx.Client) -> None:
+    said = ["Once upon ", "a time ", "there was", " a stream 🌊", " that went on", "."]
+    have, cursor = "", ""
+    append(client, "t", "m", *said[:3])
+    with client.stream("GET", "/threads/t/messages/m/stream") as stream:
+        for line in stream.iter_lines():
+            cursor = line[4:] if line.startswith("id: ") else cursor
+            if line.startswith("data: "):
+                have += json.loads(line[6:])["content"]
+                if len(have) > 12:
+                    break  # cut off
+    service.restart()
+    append(client, "t", "m", *said[3:], index=3, complete=True)
+    for resume, known in (
+        (lambda: client.stream("GET", "/threads/t/stream", headers={"Last-Event-ID": cursor}), have),
+        (lambda: resumed(client, have[:-4]), have[:-4]),
+    ):
+        rest, ends = "", 0
+        with resume() as stream:
+            for line in stream.iter_lines():
+                if line.startswith("data: "):
+                    data = json.loads(line[6:])
+                    rest, ends = rest + data.get("content", ""), ends + ("status" in data)
+        assert (known + rest, ends) == ("".join(said), 1)
+
+
+def resumed(client: httpx.Client, known: str) -> Any:
+    body = {"thread_id": "t", "message_id": "m", "known_content": known}
+    return client.stream("POST", "/resume-stream", json=body)

@@ -1,0 +1,559 @@
+"""The SQLite file: what is refused at the start, what a commit is, and that erased means erased."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import re
+import resource
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import resume_stream
+from conftest import ROOT, TIMEOUT, Service, append
+from resume_stream import ChunkBuffer, Problem, Settings
+
+pytestmark = pytest.mark.anyio
+
+THREAD_COUNT = 200
+
+
+def files_of(db: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in db.parent.glob(f"{db.name}*") if path.suffix != ".lock"}
+
+
+def query(db: Path, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
+    """As another process would ask: nothing that is not committed is seen."""
+    with contextlib.closing(sqlite3.connect(f"file:{db}?mode=ro", uri=True)) as connection:
+        return connection.execute(sql, parameters).fetchall()
+
+
+def execute(db: Path, sql: str) -> None:
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.executescript(sql)
+
+
+async def eventually(condition: Callable[[], Any], what: str) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(what)
+        await asyncio.sleep(0.005)
+
+
+def refusal(db: Path) -> str:
+    """The one line that ``serve`` says before it exits with 1."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "app.py", "serve", "--db", db, "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT / 2,
+        check=False,
+    )
+    assert done.returncode == 1, done
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+@pytest.fixture(scope="module")
+def good_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A database that the service itself has made, of a few hundred pages."""
+    db = tmp_path_factory.mktemp("good") / "good.db"
+
+    async def fill() -> None:
+        async with ChunkBuffer(Settings(db=str(db))) as buffer:
+            for number in range(20):
+                await buffer.add_chunks(f"thread-{number}", "run", [f"{number} " * 900] * 20)
+
+    asyncio.run(fill())
+    return db.read_bytes()
+
+
+def overwritten(data: bytes, start: float, end: float) -> bytes:
+    first, last = int(len(data) * start) // 4096 * 4096, int(len(data) * end)
+    return data[:first] + b"\xa5\x5a" * ((last - first) // 2) + data[last:]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        pytest.param(lambda data: overwritten(data, 0.3, 0.6), "is damaged", id="pages-overwritten"),
+        pytest.param(lambda data: data[:4096] + b"\0" * (len(data) - 4096), "is damaged", id="pages-zeroed"),
+        pytest.param(
+            lambda data: data[:100] + b"\xff" * 3996 + data[4096:], "is damaged", id="schema-page-overwritten"
+        ),
+        pytest.param(lambda data: data[: len(data) // 2], "is damaged", id="truncated"),
+        pytest.param(lambda data: data[:50], "is damaged", id="truncated-in-the-header"),
+        pytest.param(lambda data: b"Dear diary,\n" * 500, "is not a database", id="a-text"),
+        pytest.param(lambda data: b"x", "is not a database", id="a-byte"),
+    ],
+)
+def test_a_file_that_is_damaged_or_no_database_is_refused_and_left_as_it_was(
+    tmp_path: Path, good_file: bytes, damage: Callable[[bytes], bytes], says: str
+) -> None:
+    db = tmp_path / "chunks.db"
+    db.write_bytes(bad := damage(good_file))
+    assert says in refusal(db)
+    assert db.read_bytes() == bad
+
+
+@pytest.mark.parametrize(
+    ("sql", "says"),
+    [
+        ("create table recipes (name); insert into recipes values ('soup')", "is the database of another application"),
+        ("pragma application_id = 0x72737472; pragma user_version = 2; create table t (c)", "has version 2"),
+    ],
+)
+def test_a_database_of_another_application_or_version_is_refused_and_left_as_it_was(
+    tmp_path: Path, sql: str, says: str
+) -> None:
+    db = tmp_path / "chunks.db"
+    execute(db, sql)
+    before = db.read_bytes()
+    assert says in refusal(db)
+    assert files_of(db) == {"chunks.db": before}
+
+
+@pytest.mark.parametrize("place", ["missing/chunks.db", "a-file/chunks.db", "a-folder", "/proc/chunks.db"])
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, place: str) -> None:
+    (tmp_path / "a-file").write_text("not a folder")
+    (tmp_path / "a-folder").mkdir()
+    assert place in refusal(tmp_path / place)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == ["a-file", "a-folder"]
+
+
+def test_a_file_that_is_already_served_is_refused_under_every_name(service: Service, client: httpx.Client) -> None:
+    append(client, "t", "m", "one")
+    before = files_of(service.db)
+    alias = service.db.with_name("alias.db")
+    alias.symlink_to(service.db)
+    for name in (service.db, alias):
+        line = refusal(name)
+        assert "is already served" in line
+        assert str(service.process.pid) in line
+    assert files_of(service.db) == before
+    assert append(client, "t", "m", "two").json()["seq"] == 2
+
+
+def test_a_file_whose_owner_died_is_served_again(service: Service, client: httpx.Client) -> None:
+    append(client, "t", "m", "one")
+    service.restart()
+    assert append(client, "t", "m", "two").json()["seq"] == 2
+
+
+@pytest.mark.parametrize("name", ["a b?mode=ro#%41.db", "ünï.db", "link.db"])
+async def test_any_name_of_a_file_will_do(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    db = tmp_path / name
+    if name == "link.db":
+        db.symlink_to(folder / "real.db")
+    for seq in (1, 2):
+        async with ChunkBuffer(Settings(db=str(db))) as buffer:
+            assert (await buffer.add_chunks("t", "m", ["text"])).seq == seq
+    assert db.exists()
+
+
+# What the file is
+
+
+async def test_the_schema_is_strict_and_says_what_made_it(buffer: ChunkBuffer, tmp_path: Path) -> None:
+    db = tmp_path / "chunks.db"
+    tables = {
+        name: (without_rowid, strict)
+        for _, name, kind, _, without_rowid, strict in query(db, "pragma table_list")
+        if kind == "table" and not name.startswith("sqlite_")
+    }
+    assert tables == {"clock": (0, 1), "threads": (0, 1), "messages": (0, 1), "chunks": (1, 1)}
+    pragmas = {"user_version": 1, "application_id": 0x72737472, "auto_vacuum": 2, "journal_mode": "wal"}
+    assert {name: query(db, f"pragma {name}")[0][0] for name in pragmas} == pragmas
+    assert {name for (name,) in query(db, "select name from sqlite_schema where type = 'view'")} >= {
+        "overview",
+        "transcript",
+        "sequence",
+    }
+
+
+@pytest.mark.parametrize(("name", "number"), [("FULL", 2), ("NORMAL", 1)])
+async def test_synchronous_is_what_the_setting_says(make_buffer: Any, name: str, number: int) -> None:
+    async with make_buffer(synchronous=name) as buffer:
+        ((found,),) = await buffer._store._writer.execute_fetchall("pragma synchronous")
+        assert found == number
+
+
+# What a commit is
+
+
+async def test_an_append_is_answered_after_its_commit_and_not_before(
+    buffer: ChunkBuffer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, reached, gate = buffer._store.commit, asyncio.Event(), asyncio.Event()
+
+    async def gated(operations: Any) -> Any:
+        reached.set()
+        await gate.wait()
+        return await commit(operations)
+
+    monkeypatch.setattr(buffer._store, "commit", gated)
+    appending = asyncio.create_task(buffer.add_chunks("t", "m", ["text"]))
+    await reached.wait()
+    done, _ = await asyncio.wait([appending], timeout=0.05)
+    assert not done
+    assert query(tmp_path / "chunks.db", "select * from chunks") == []
+    gate.set()
+    await appending
+    assert query(tmp_path / "chunks.db", "select content from chunks") == [("text",)]
+
+
+async def test_what_comes_while_a_commit_is_under_way_is_committed_together(
+    buffer: ChunkBuffer, tmp_path: Path
+) -> None:
+    statements: list[str] = []
+    await buffer._store._writer.run(lambda connection: connection.set_trace_callback(statements.append))
+    answers = await asyncio.gather(*(buffer.add_chunks(f"t{n % 7}", "m", [f"{n}"]) for n in range(700)))
+    await buffer._store._writer.run(lambda connection: connection.set_trace_callback(None))
+    assert 1 <= statements.count("commit") <= 20
+    for number in range(7):
+        assert sorted(answer.seq for answer in answers if answer.thread_id == f"t{number}") == list(range(1, 101))
+    assert query(tmp_path / "chunks.db", "select count(*) from chunks") == [(700,)]
+
+
+async def test_one_refused_append_does_not_spoil_the_others_of_its_transaction(buffer: ChunkBuffer) -> None:
+    outcomes = await asyncio.gather(
+        buffer.add_chunks("t", "m", ["a"]),
+        buffer.add_chunks("t", "m", ["gap"], index=7),
+        buffer.complete_message("nowhere", "m"),
+        buffer.add_chunks("t", "m", ["b"]),
+        return_exceptions=True,
+    )
+    assert [getattr(outcome, "status_code", 200) for outcome in outcomes] == [200, 409, 404, 200]
+    assert (await buffer.get_accumulated_content("t")).content == "ab"
+
+
+@pytest.mark.parametrize("lock", ["immediate", "exclusive"])
+async def test_a_locked_database_is_a_clear_error_and_no_change_until_it_is_free(
+    make_buffer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lock: str
+) -> None:
+    monkeypatch.setattr(resume_stream, "BUSY_TIMEOUT", 0.1)
+    async with make_buffer() as buffer:
+        await buffer.add_chunks("t", "m", ["before "])
+        with contextlib.closing(sqlite3.connect(tmp_path / "chunks.db", isolation_level=None)) as other:
+            other.execute(f"begin {lock}")
+            calls = [buffer.add_chunks("t", "m", ["x"]), buffer.clear_thread_buffer("t"), buffer.open_message("u", "m")]
+            for problem in await asyncio.gather(*calls, return_exceptions=True):
+                assert isinstance(problem, Problem)
+                assert (problem.status_code, problem.headers) == (503, {"Retry-After": "1"})
+                assert "locked" in problem.detail
+            assert (await buffer.get_accumulated_content("t")).content == "before "
+        assert (await buffer.add_chunks("t", "m", ["after"])).seq == 2
+        assert (await buffer.get_accumulated_content("t")).content == "before after"
+
+
+async def test_a_full_database_is_a_clear_error_and_takes_appends_again_once_there_is_room(make_buffer: Any) -> None:
+    async with make_buffer(max_db=400 * 1024) as buffer:
+        stored: dict[str, int] = {"a": 0, "b": 0}
+
+        async def fill() -> None:
+            for thread_id in ["a", "b"] * 500:
+                await buffer.add_chunks(thread_id, "m", ["x" * 5000])
+                stored[thread_id] += 1
+
+        with pytest.raises(resume_stream.DatabaseFull, match="max_db") as raised:
+            await fill()
+        assert raised.value.status_code == 507
+        for thread_id, count in stored.items():
+            assert (await buffer.get_thread_status(thread_id)).chunk_count == count > 10
+        await buffer.clear_thread_buffer("a")
+        assert (await buffer.add_chunks("b", "m", ["x" * 5000])).chunk_count == stored["b"] + 1
+
+
+def test_a_disk_that_takes_no_more_is_a_clear_error_and_is_used_again_by_itself(
+    service: Service, client: httpx.Client
+) -> None:
+    """A limit on the size of a file stands in for a disk that is full."""
+    append(client, "t", "m", "kept")
+    limit = Path(f"{service.db}-wal").stat().st_size + 5000
+    resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    for _ in range(3):
+        answer = append(client, "t", "m", "lost" * 5000)
+        assert answer.status_code in (503, 507)
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert client.get("/threads/t/content").json()["content"] == "kept"
+    resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert append(client, "t", "m", " and more").json()["seq"] == 2
+    assert client.get("/threads/t/content").json()["content"] == "kept and more"
+    assert query(service.db, "pragma integrity_check") == [("ok",)]
+
+
+async def test_a_checkpoint_that_fails_does_not_take_back_what_was_committed(
+    buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk has room for the WAL, and none for the database: the append is stored all the same."""
+    await buffer.open_message("t", "m")
+    reading = asyncio.create_task(anext(buffer.resume_stream("t", "m", idle_timeout=5)))
+    await eventually(lambda: buffer.readers, "the reader is there")
+
+    def fails(connection: sqlite3.Connection, busy_timeout: float) -> bool:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(resume_stream, "checkpoint", fails)
+    buffer._store._wal_limit = 0
+    assert (await buffer.add_chunks("t", "m", ["text"])).seq == 1
+    assert (await reading).content == "text"
+
+
+@contextlib.contextmanager
+def overlapping_readers(db: Path) -> Iterator[None]:
+    """Two connections, of which at least one is in a read transaction at any time."""
+    stop = threading.Event()
+
+    def read() -> None:
+        pair = [sqlite3.connect(db, isolation_level=None) for _ in range(2)]
+        while not stop.wait(0.005):
+            pair[0].execute("begin")
+            pair[0].execute("select count(*) from threads").fetchall()
+            if pair[1].in_transaction:
+                pair[1].execute("commit")
+            pair.reverse()
+        for connection in pair:
+            connection.close()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+async def test_the_wal_does_not_grow_without_bound_under_readers_that_never_pause(
+    make_buffer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume_stream, "WAL_BYTES", 512 * 1024)
+    wal = tmp_path / "chunks.db-wal"
+    async with make_buffer() as buffer:
+        await buffer.open_message("t", "m")
+        largest = 0
+        with overlapping_readers(tmp_path / "chunks.db"):
+            for _ in range(120):
+                await buffer.add_chunks("t", "m", ["x" * 50_000])
+                largest = max(largest, wal.stat().st_size)
+    assert largest < 3 * 512 * 1024
+
+
+# Generations
+
+
+@pytest.mark.parametrize("later_by", [0, 1, -1, -86_400_000])
+async def test_a_thread_made_again_has_a_higher_generation_whatever_the_clock_does(
+    make_buffer: Any, monkeypatch: pytest.MonkeyPatch, later_by: int
+) -> None:
+    clock = [1_763_829_000_000]
+    monkeypatch.setattr(resume_stream, "now_ms", lambda: clock[0])
+    generations = []
+    async with make_buffer() as buffer:
+        for _ in range(4):
+            await buffer.add_chunks("t", "m", ["text"], complete=True)
+            generations.append(int((await buffer.get_accumulated_content("t")).cursor.split("-")[0]))
+            with contextlib.closing(sqlite3.connect(buffer.settings.db)) as shell, shell:
+                shell.execute("delete from threads")
+            clock[0] += later_by
+    async with make_buffer() as buffer:
+        await buffer.add_chunks("t", "m", ["text"])
+        generations.append(int((await buffer.get_accumulated_content("t")).cursor.split("-")[0]))
+    assert generations == sorted(set(generations))
+    assert generations[0] == 1_763_829_000_000
+
+
+async def test_a_thread_can_be_cleared_after_the_clock_went_back(
+    buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await buffer.add_chunks("t", "m", ["text"])
+    monkeypatch.setattr(resume_stream, "now_ms", lambda: time.time_ns() // 1_000_000 - 3_600_000)
+    await buffer.clear_thread_buffer("t")
+    with pytest.raises(resume_stream.NotFound):
+        await buffer.get_thread_status("t")
+
+
+# Erased means erased
+
+
+def marked(number: int) -> str:
+    return f"<mark {number}>"
+
+
+def marks_in(db: Path) -> set[int]:
+    """The threads of which some text is anywhere in the database or the WAL."""
+    return {int(found) for data in files_of(db).values() for found in re.findall(rb"<mark (\d+)>", data)}
+
+
+async def fill_with_marks(buffer: ChunkBuffer) -> dict[int, str]:
+    """Threads whose chunks, from a few bytes to a few pages, lie among each other in the file."""
+    texts = {(number, run): "" for number in range(THREAD_COUNT) for run in (0, 1)}
+    for turn in range(6):
+        appends = []
+        for number in range(THREAD_COUNT):
+            text = marked(number) * (1 + (number * 37 + turn * 101) % (700 if turn == 3 else 40))
+            texts[number, turn % 2] += text
+            appends.append(buffer.add_chunks(f"thread-{number}", f"run-{turn % 2}", [text]))
+        await asyncio.gather(*appends)
+    return {number: texts[number, 0] + texts[number, 1] for number in range(THREAD_COUNT)}
+
+
+async def live_texts(buffer: ChunkBuffer, numbers: Any) -> dict[int, str]:
+    return {number: (await buffer.get_accumulated_content(f"thread-{number}")).content for number in numbers}
+
+
+async def test_text_that_was_cleared_is_nowhere_in_the_files(buffer: ChunkBuffer, tmp_path: Path) -> None:
+    db = tmp_path / "chunks.db"
+    texts = await fill_with_marks(buffer)
+    assert marks_in(db) == set(texts)
+    live = {number for number in texts if number % 2}
+    await asyncio.gather(*(buffer.clear_thread_buffer(f"thread-{number}") for number in texts.keys() - live))
+    assert marks_in(db) == live
+    assert await live_texts(buffer, live) == {number: texts[number] for number in live}
+    assert query(db, "pragma integrity_check") == [("ok",)]
+
+
+async def test_text_that_expired_is_nowhere_in_the_files(
+    make_buffer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, db = time.time_ns() // 1_000_000, tmp_path / "chunks.db"
+    monkeypatch.setattr(resume_stream, "ERASE_ROWS", 50)
+    monkeypatch.setattr(resume_stream, "now_ms", lambda: now - 7_200_000)
+    async with make_buffer(ttl=3600, cleanup_interval=0.05) as buffer:
+        texts = await fill_with_marks(buffer)
+        live = {number for number in texts if number % 3}
+        monkeypatch.setattr(resume_stream, "now_ms", lambda: now - 1_800_000)
+        await asyncio.gather(*(buffer.add_chunks(f"thread-{number}", "run-1", []) for number in live))
+        assert marks_in(db) == set(texts)
+        monkeypatch.setattr(resume_stream, "now_ms", lambda: now)
+        await eventually(lambda: query(db, "select count(*) from threads") == [(len(live),)], "they are deleted")
+        await eventually(lambda: marks_in(db) == live, "the expired are erased")
+        assert await live_texts(buffer, live) == {number: texts[number] for number in live}
+
+
+async def test_an_expired_thread_is_gone_for_its_reader_and_a_touched_one_stays(
+    make_buffer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with make_buffer(ttl=1000, cleanup_interval=0.02) as buffer:
+        await asyncio.gather(*(buffer.open_message(thread_id, "m") for thread_id in ("t", "touched")))
+        reading = asyncio.create_task(anext(buffer.resume_stream("t", "m", idle_timeout=10)))
+        await eventually(lambda: buffer.readers, "the reader is there")
+        later = time.time_ns() // 1_000_000 + 999_000
+        monkeypatch.setattr(resume_stream, "now_ms", lambda: later)
+        await buffer.open_message("touched", "m")
+        later += 2_000
+        assert await reading is resume_stream.Signal.GONE
+        assert (await buffer.get_thread_status("touched")).status == "active"
+
+
+async def test_a_long_thread_is_erased_a_bounded_number_of_chunks_at_a_time(
+    buffer: ChunkBuffer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume_stream, "ERASE_ROWS", 10)
+    db, erase_some, lefts = tmp_path / "chunks.db", buffer._store.erase_some, [95]
+    await buffer.add_chunks("t", "m", ["text"] * 95)
+    await buffer.add_chunks("other", "m", ["text"])
+
+    async def watched() -> bool:
+        more = await erase_some()
+        lefts.extend(left for (left,) in query(db, "select count(*) - 1 from chunks where content = 'text'"))
+        return more
+
+    monkeypatch.setattr(buffer._store, "erase_some", watched)
+    await buffer.clear_thread_buffer("t")
+    assert lefts[-1] == 0
+    assert max(before - after for before, after in itertools.pairwise(lefts)) == 10
+    assert query(db, "select thread_id from threads") == [("other",)]
+
+
+async def test_a_thread_that_is_being_erased_is_not_there_and_can_be_made_again(
+    buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, erase_some = asyncio.Event(), buffer._store.erase_some
+    await buffer.add_chunks("t", "m", ["old"] * 5, complete=True)
+    old = (await buffer.get_accumulated_content("t")).cursor
+
+    async def never() -> bool:
+        gate.set()
+        raise resume_stream.Unavailable("Not now.")
+
+    monkeypatch.setattr(buffer._store, "erase_some", never)
+    with pytest.raises(resume_stream.Unavailable):
+        await buffer.clear_thread_buffer("t")
+    assert gate.is_set()
+    for call in (buffer.get_thread_status("t"), buffer.get_accumulated_content("t"), buffer.get_chunks("t")):
+        with pytest.raises(resume_stream.NotFound):
+            await call
+    assert (await buffer.get_threads()).threads == []
+    await buffer.add_chunks("t", "m", ["new"])
+    monkeypatch.setattr(buffer._store, "erase_some", erase_some)
+    await buffer.clear_thread_buffer("t")
+    await buffer.add_chunks("t", "m", ["newer"])
+    assert (await buffer.get_accumulated_content("t")).content == "newer"
+    with pytest.raises(resume_stream.CursorGone):
+        await buffer.get_chunks("t", after=old)
+
+
+async def test_a_reader_in_the_way_delays_the_erasure_and_no_more(
+    make_buffer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume_stream, "BUSY_TIMEOUT", 0.1)
+    db = tmp_path / "chunks.db"
+    async with make_buffer(cleanup_interval=0.05) as buffer:
+        await buffer.add_chunks("doomed", "m", [marked(1) * 500])
+        await buffer.add_chunks("live", "m", [marked(2) * 500])
+        with contextlib.closing(sqlite3.connect(f"file:{db}?mode=ro", uri=True, isolation_level=None)) as person:
+            person.execute("begin")
+            text = person.execute("select text from transcript where thread = 'doomed'").fetchone()
+            await buffer.clear_thread_buffer("doomed")
+            with pytest.raises(resume_stream.NotFound):
+                await buffer.get_thread_status("doomed")
+            await buffer.add_chunks("live", "m", [marked(3)])
+            assert person.execute("select text from transcript where thread = 'doomed'").fetchone() == text
+        await eventually(lambda: marks_in(db) == {2, 3}, "the text is erased once the reader is gone")
+        assert (await buffer.get_accumulated_content("live")).content == marked(2) * 500 + marked(3)
+
+
+async def test_in_a_large_file_text_is_erased_while_other_messages_are_streaming(
+    make_buffer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume_stream, "VACUUM_BYTES", 0)  # a large file, then
+    db = tmp_path / "chunks.db"
+    async with make_buffer(cleanup_interval=0.05) as buffer:
+        texts = await fill_with_marks(buffer)  # their messages stay active
+        live = {number for number in texts if number % 2}
+        await asyncio.gather(*(buffer.clear_thread_buffer(f"thread-{number}") for number in texts.keys() - live))
+        assert await live_texts(buffer, live) == {number: texts[number] for number in live}
+        for number in live:
+            for run in ("run-0", "run-1"):
+                await buffer.complete_message(f"thread-{number}", run)
+        await eventually(lambda: marks_in(db) == live, "the rest is erased once nothing streams")
+
+
+async def test_an_erasure_that_was_interrupted_is_finished_after_a_restart(make_buffer: Any, tmp_path: Path) -> None:
+    db = tmp_path / "chunks.db"
+    async with make_buffer() as buffer:
+        await buffer.add_chunks("doomed", "m", [marked(1) * 500] * 20)
+        await buffer.add_chunks("live", "m", [marked(2) * 500])
+    execute(db, "update threads set thread_id = null where thread_id = 'doomed'")
+    assert marks_in(db) == {1, 2}
+    async with make_buffer() as buffer:
+        await eventually(lambda: marks_in(db) == {2}, "the cleared thread is erased")
+        assert [thread.thread_id for thread in (await buffer.get_threads()).threads] == ["live"]
+        assert query(db, "select count(*) from chunks") == [(1,)]
