@@ -57,7 +57,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Annotated, Any, ClassVar, Literal, NewType, Self, TypeVar, cast, get_args, get_type_hints
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import aiosqlite
 import jwt
@@ -76,7 +76,7 @@ from litestar.middleware import DefineMiddleware
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import SwaggerRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
-from litestar.params import PathParameter, QueryParameter
+from litestar.params import FromPath, FromQuery, PathParameter, QueryParameter
 from litestar.plugins.problem_details import ProblemDetailsException
 from litestar.response import File, Stream
 from litestar.static_files import create_static_files_router
@@ -884,9 +884,9 @@ class Transaction:
 
     def _clear(self, clear: ClearThread) -> Commit:
         row = self._connection.execute(
-            "update threads set thread_id = null where thread_id = ? and updated_at <= ?"
+            "update threads set thread_id = null where thread_id = ?1 and (?2 is null or updated_at <= ?2)"
             " returning thread, generation, last_seq",
-            (clear.thread_id, self._now if clear.untouched_since is None else clear.untouched_since),
+            (clear.thread_id, clear.untouched_since),
         ).fetchone()
         if row is None:
             raise no_thread(clear.thread_id)
@@ -1024,6 +1024,10 @@ class Snapshot:
             "select thread, generation, last_seq from threads where thread_id = ?", (thread_id,)
         ).fetchone()
         return self._head(row) if row else None
+
+    def latest_thread(self) -> int:
+        (latest,) = self._connection.execute("select coalesce(max(seq), 0) from sqlite_sequence").fetchone()
+        return cast(int, latest)
 
     def _head(self, row: tuple[int, int, int]) -> Head:
         thread, generation, last_seq = row
@@ -1245,6 +1249,8 @@ class Database(aiosqlite.Connection):
     """
 
     async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        if self._connection is None:
+            raise Stopping
         execute = cast("Callable[..., Awaitable[T]]", self._execute)
         return await execute(work, self._conn)
 
@@ -1269,7 +1275,7 @@ class Store:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._path = Path(settings.db).absolute()
+        self._path = Path(settings.db).resolve()  # so that one file has one lock, whatever it is called
         self._wal = Path(f"{self._path}-wal")
         self._wal_limit = WAL_BYTES
         self._exits = contextlib.AsyncExitStack()
@@ -1370,12 +1376,19 @@ class Store:
         with writing(connection):
             transaction = Transaction(connection, self._settings.max_message)
             outcomes = [outcome_of(transaction, operation) for operation in operations]
+        self._limit_wal(connection)
+        return outcomes
+
+    def _limit_wal(self, connection: sqlite3.Connection) -> None:
         if self._wal.stat().st_size > self._wal_limit:
             # Readers that always overlap would keep the WAL growing; where one of another process
             # stays, wait for it no longer than this, and not again before the WAL has grown.
-            is_reset = checkpoint(connection, busy_timeout=0.1)
+            try:
+                is_reset = checkpoint(connection, busy_timeout=0.1)
+            except sqlite3.Error as error:
+                log.warning("checkpoint failed, and will be tried again: %s", error)  # what is committed stays so
+                is_reset = False
             self._wal_limit = WAL_BYTES if is_reset else self._wal.stat().st_size + WAL_BYTES
-        return outcomes
 
     def _erase_some(self, connection: sqlite3.Connection) -> bool:
         with writing(connection):
@@ -1520,8 +1533,8 @@ class Channel:
 
     def __init__(self) -> None:
         self.head: Head | None = None
-        self.gone = False
         self.followers = 0
+        self._cleared = 0
         self._pages: dict[int, Page] = {}
         self._size = 0
         self._waiting: set[asyncio.Future[None]] = set()
@@ -1531,29 +1544,43 @@ class Channel:
     def unused(self) -> bool:
         return not self.followers and not self._watchers
 
+    def has_lost(self, thread: int) -> bool:
+        """Whether this thread was cleared; numbers are never used twice, and only grow."""
+        return thread <= self._cleared or (self.head is not None and thread < self.head.thread)
+
     def learn(self, head: Head) -> None:
-        """Take a head read from the store, unless a commit has told of a later one."""
-        if self.head is None or (self.head.thread == head.thread and self.head.last_seq < head.last_seq):
-            self.head = head
+        """Take a head from the store or a commit, whichever told of it later."""
+        known = self.head
+        if self.has_lost(head.thread) or (known and (head.thread, head.last_seq) < (known.thread, known.last_seq)):
+            return
+        if known and known.thread != head.thread:
+            self.forget()
+        self.head = head
 
     def publish(self, commit: Commit, queued: float) -> None:
-        self.head = Head(commit.thread, commit.generation, commit.last_seq, commit.active)
-        self.gone = self.gone or commit.cleared
-        if commit.changed and self.followers and not commit.cleared:
-            self._keep(commit, queued)
         if commit.cleared:
-            self.end_watches()
-        elif commit.end:
-            self._end_watch(commit.end.message_id)
+            self.clear(commit.thread)
+        else:
+            self.learn(Head(commit.thread, commit.generation, commit.last_seq, commit.active))
+            if commit.changed and self.followers and not self.has_lost(commit.thread):
+                self._keep(commit, queued)
+            if commit.end:
+                self._end_watch(commit.end.message_id)
         self.wake()
 
-    def refresh(self, head: Head | None, ended: Sequence[str]) -> None:
-        """Take over what another process may have changed."""
-        self.gone = self.head is not None and (head is None or head.thread != self.head.thread)
-        self.head = head
-        self.forget()
-        if self.gone:
+    def clear(self, thread: int) -> None:
+        """Every thread up to this one is gone."""
+        if self.head is not None and self.head.thread <= thread:
+            self.head = None
+            self.forget()
             self.end_watches()
+        self._cleared = max(self._cleared, thread)
+
+    def refresh(self, head: Head | None, latest_thread: int, ended: Sequence[str]) -> None:
+        """Take over what another process may have changed."""
+        self.forget()
+        self.clear(latest_thread if head is None else head.thread - 1)
+        self.head = head
         for message_id in ended:
             self._end_watch(message_id)
         self.wake()
@@ -1682,6 +1709,7 @@ class ChunkBuffer:
         self.readers = 0
         self.metrics = Metrics()
         self._polled = asyncio.Event()
+        self._hurry = asyncio.Event()
         self._scrub_owed = True
         self._erasing = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
@@ -1764,18 +1792,28 @@ class ChunkBuffer:
         thread: int | None = None,
     ) -> Append:
         """The append, if its ids, its events and the size and text of its chunks are good."""
-        if index is not None and index < 0:
+        if index is not None and not 0 <= index < 2**63:
             raise BadRequest(f"index={index} cannot be; the first chunk of a message has index=0.")
-        sizes = []
-        for chunk in chunks:
-            if chunk.event is not None:
-                checked_event(chunk.event)
-            sizes.append(utf8_size(chunk.content))
-        if sizes and max(sizes) > self.settings.max_chunk:
-            raise TooLarge(
-                f"A chunk has {max(sizes)} bytes, over max_chunk ({self.settings.max_chunk}); send it in parts."
-            )
+        sizes, refusal = self.checked_sizes(chunks)
+        if refusal is not None:
+            raise refusal
         return Append(*checked_ids(thread_id, message_id), chunks, sizes, index, complete, thread)
+
+    def checked_sizes(self, chunks: Sequence[Chunk]) -> tuple[list[int], Problem | None]:
+        """The bytes of each chunk, up to the first that is refused, and why it is."""
+        sizes: list[int] = []
+        try:
+            for chunk in chunks:
+                if chunk.event is not None:
+                    checked_event(chunk.event)
+                if (size := utf8_size(chunk.content)) > self.settings.max_chunk:
+                    raise TooLarge(
+                        f"A chunk has {size} bytes, over max_chunk ({self.settings.max_chunk}); send it in parts."
+                    )
+                sizes.append(size)
+        except Problem as problem:
+            return sizes, problem
+        return sizes, None
 
     async def stored_text(self, thread_id: str, message_id: str, index: int | None) -> tuple[str, int | None]:
         """The text stored from chunk ``index`` on, and the index after it: none, without an index."""
@@ -2076,6 +2114,8 @@ class ChunkBuffer:
     ) -> AsyncGenerator[Page | Signal, None]:
         seq, skip = position.after, position.skip
         while not self.stopping:
+            if position.thread is None and channel.head:
+                position = msgspec.structs.replace(position, thread=channel.head.thread)
             more = await self._more(channel, position, seq)
             if isinstance(more, Page) and not quiet.is_expired():
                 seq = more.last_seq
@@ -2099,11 +2139,12 @@ class ChunkBuffer:
 
     async def _more(self, channel: Channel, position: Position, seq: int) -> Page | Signal | None:
         """What comes after ``seq``: a page, GONE, or None for nothing yet."""
-        head = channel.head
-        thread = position.thread or (head.thread if head else None)
-        if channel.gone or (head and head.thread != thread):
+        head, thread = channel.head, position.thread
+        if thread is None:
+            return None
+        if channel.has_lost(thread):
             return Signal.GONE
-        if thread is None or (head and seq >= head.last_seq):
+        if head and seq >= head.last_seq:
             return None
         if page := channel.page_after(seq):
             return page
@@ -2154,6 +2195,8 @@ class ChunkBuffer:
     def _polling(self, interval: float | None = None) -> Iterator[None]:
         """Have other processes' changes noticed within so many seconds."""
         interval = max(self.settings.poll_interval if interval is None else interval, MIN_POLL_INTERVAL)
+        if interval < min(self._poll_intervals, default=math.inf):
+            self._hurry.set()
         self._poll_intervals[interval] += 1
         self._polled.set()
         try:
@@ -2256,34 +2299,36 @@ class ChunkBuffer:
             self._scrub_owed = True
         if channel := self._channels.get(commit.thread_id):
             channel.publish(commit, pending.queued)
-            if commit.cleared:
-                del self._channels[commit.thread_id]
 
     # Periodic work
 
     async def _watch_other_processes(self) -> None:
-        version = None
+        version = await self._maintain(self._store.data_version)
         while not self.stopping:
             await self._polled.wait()
-            await asyncio.sleep(min(self._poll_intervals, default=MIN_POLL_INTERVAL))
+            self._hurry.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(self._poll_intervals, default=MIN_POLL_INTERVAL)):
+                    await self._hurry.wait()
+                    continue  # with the interval of the one who came
             with logged_problems("watch other processes"):
-                known, version = version, await self._maintain(self._store.data_version)
-                if version != known is not None:
+                latest = await self._maintain(self._store.data_version)
+                if latest != version:
                     await self._maintain(self._refresh)
+                    version = latest
 
     async def _refresh(self) -> None:
         """Bring every channel up to date; on the writer, so that no commit comes in between."""
         watched = {thread_id: list(channel.watched) for thread_id, channel in self._channels.items()}
-        found = await self._store.read(
-            lambda snapshot: [(snapshot.head(key), snapshot.ended(key, ids)) for key, ids in watched.items()]
+        latest, found = await self._store.read(
+            lambda snapshot: (
+                snapshot.latest_thread(),
+                [(snapshot.head(key), snapshot.ended(key, ids)) for key, ids in watched.items()],
+            )
         )
         for thread_id, (head, ended) in zip(watched, found, strict=True):
-            channel = self._channels.get(thread_id)
-            if channel is None:
-                continue
-            channel.refresh(head, ended)
-            if channel.gone:
-                del self._channels[thread_id]
+            if channel := self._channels.get(thread_id):
+                channel.refresh(head, latest, ended)
 
     async def _clean_up_forever(self) -> None:
         while not self.stopping:
@@ -2487,36 +2532,43 @@ class Lines:
     def __init__(self, max_line: int) -> None:
         self._max_line = max_line
         self._rest = bytearray()
-        self._taken = 0
+        self._whole = b""
+        self._lines = 0  # those before what is whole now
 
     def feed(self, piece: bytes, is_last: bool) -> tuple[list[Chunk], Problem | None]:
         """The chunks of the lines that are whole now, and what is wrong with the line after them."""
+        self._lines += self._whole.count(b"\n")
         cut = len(piece) if is_last else piece.rfind(b"\n") + 1
-        if not cut:
-            self._rest += piece
-            whole = b""
-        else:
-            whole = bytes(self._rest) + piece[:cut]
+        if cut or is_last:
+            self._whole = bytes(self._rest) + piece[:cut]
             self._rest = bytearray(piece[cut:])
-        chunks, problem = self._decode(whole)
-        self._taken += len(chunks)
+        else:
+            self._whole = b""
+            self._rest += piece
+        chunks, problem = self._decode()
         if problem is None and len(self._rest) > self._max_line:
             problem = TooLarge(
-                f"Line {self._taken + 1} has over {self._max_line} bytes, more than any chunk of max_chunk; send it in"
-                " parts."
+                f"{self.where(len(chunks))} has over {self._max_line} bytes, more than any chunk of max_chunk; send it"
+                " in parts."
             )
         return chunks, problem
 
-    def _decode(self, whole: bytes) -> tuple[list[Chunk], Problem | None]:
+    def where(self, number: int) -> str:
+        """The line of a chunk, by its number (from 0) among those that are whole now."""
+        lines = [line for line, text in enumerate(self._whole.split(b"\n"), self._lines + 1) if text.strip()]
+        after = self._lines + self._whole.count(b"\n") + 1
+        return f"Line {lines[number] if number < len(lines) else after}"
+
+    def _decode(self) -> tuple[list[Chunk], Problem | None]:
         try:
-            return LINES.decode_lines(whole), None
+            return LINES.decode_lines(self._whole), None
         except (msgspec.DecodeError, UnicodeDecodeError):
             chunks: list[Chunk] = []
-            for line in whole.split(b"\n"):
+            for line in self._whole.split(b"\n"):
                 try:
                     chunks += LINES.decode_lines(line)
                 except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                    return chunks, invalid_json(line, error, f"Line {self._taken + len(chunks) + 1}")
+                    return chunks, invalid_json(line, error, self.where(len(chunks)))
             raise
 
 
@@ -2541,6 +2593,9 @@ class Text:
         text = text[len(known) :]
         step = self._max_characters
         return [Chunk(text[start : start + step]) for start in range(0, len(text), step)], None
+
+    def where(self, number: int) -> str:
+        return "The text"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2721,8 +2776,8 @@ async def append_chunks(
     buffer: Buffer,
     thread_id: ThreadId,
     message_id: MessageId,
-    index: int | None = None,
-    complete: bool = False,
+    index: FromQuery[int | None] = None,
+    complete: FromQuery[bool] = False,
 ) -> Response[Appended]:
     """Answered after the commit. JSON: a chunk, or an array of chunks, all or nothing. NDJSON: a
     chunk a line, committed and readable as the lines arrive. Plain text: likewise, a chunk a piece."""
@@ -2769,6 +2824,10 @@ async def append_stream(
     async with buffer.while_active(begin.thread_id, begin.message_id, expires) as lift, aclosing(pieces):
         async for piece, is_last in pieces:
             chunks, problem = decoder.feed(piece, is_last)
+            sizes, refusal = buffer.checked_sizes(chunks)
+            if refusal is not None:
+                refusal.detail = f"{decoder.where(len(sizes))} is refused: {refusal.detail}"
+                chunks, problem = chunks[: len(sizes)], refusal
             ends = complete and is_last and problem is None
             if chunks or (is_last and problem is None and (ends or last is None)):
                 if ends:
@@ -2811,9 +2870,9 @@ async def stream_thread(
     buffer: Buffer,
     thread_id: ThreadId,
     after: After = None,
-    follow: bool = False,
-    idle_timeout: str | None = None,
-    poll_interval: str | None = None,
+    follow: FromQuery[bool] = False,
+    idle_timeout: FromQuery[str | None] = None,
+    poll_interval: FromQuery[str | None] = None,
 ) -> Response[Any]:
     return await stream(request, buffer, thread_id, None, after, follow, idle_timeout, poll_interval)
 
@@ -2825,8 +2884,8 @@ async def stream_message(
     thread_id: ThreadId,
     message_id: MessageId,
     after: After = None,
-    idle_timeout: str | None = None,
-    poll_interval: str | None = None,
+    idle_timeout: FromQuery[str | None] = None,
+    poll_interval: FromQuery[str | None] = None,
 ) -> Response[Any]:
     return await stream(request, buffer, thread_id, message_id, after, False, idle_timeout, poll_interval)
 
@@ -2891,16 +2950,16 @@ async def get_chunks(
     buffer: Buffer,
     thread_id: ThreadId,
     after: After = None,
-    message_id: str | None = None,
-    limit: int = PAGE_ROWS,
-    wait: float = 0,
+    message_id: FromQuery[str | None] = None,
+    limit: FromQuery[int] = PAGE_ROWS,
+    wait: FromQuery[float] = 0,
 ) -> ChunkPage:
     return await buffer.get_chunks(thread_id, message_id, after=after, limit=limit, wait=wait)
 
 
 @get(THREAD + "/content", summary="The text so far", scopes=READ, token_in_query=True)
 async def get_accumulated_content(
-    request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId, message_id: str | None = None
+    request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId, message_id: FromQuery[str | None] = None
 ) -> Response[Any]:
     content = await buffer.get_accumulated_content(thread_id, message_id)
     if request.accept.best_match(["application/json", "text/plain"]) == "text/plain":
@@ -2917,8 +2976,8 @@ async def get_thread_status(buffer: Buffer, thread_id: ThreadId) -> ThreadStatus
 async def get_threads(
     request: Request[Any, Any, Any],
     buffer: Buffer,
-    status: Status | None = None,
-    limit: int = 100,
+    status: FromQuery[Status | None] = None,
+    limit: FromQuery[int] = 100,
     list_cursor: ListCursor = None,
 ) -> ThreadPage:
     return await buffer.get_threads(status, limit, list_cursor, granted(request).covers)
@@ -3217,7 +3276,7 @@ PAGE_HEADERS = {
 
 
 @get("/schema/assets/{name:str}", include_in_schema=False)
-async def swagger_file(name: str) -> File:
+async def swagger_file(name: FromPath[str]) -> File:
     if name not in SWAGGER_FILES:
         raise NotFound(f"There is no file {name!r}.")
     return File(SWAGGER / name, content_disposition_type="inline")
@@ -3247,17 +3306,17 @@ class Gate:
             return
         headers = Headers.from_scope(scope)
         request_id.set(headers.get("x-request-id", "")[:64] or f"{RUN}-{next(REQUESTS):x}")
-        if refusal := self._refusal(headers.get("host", ""), headers.get("origin")):
+        if refusal := self._refusal(headers.getall("host", [""]), headers.getall("origin", [])):
             log.warning("refused: %s", refusal.detail)
             raise refusal
         await self._app(scope, receive, logged(scope, send))
 
-    def _refusal(self, host: str, origin: str | None) -> Forbidden | None:
-        if not self._any_host and not is_loopback(host):
-            return Forbidden(f"{host!r:.80} is not a loopback name; set a secret to serve others than this machine.")
-        if origin is not None and origin not in self._origins and urlsplit(origin).netloc != host:
-            return Forbidden(f"Pages of the origin {origin!r:.80} may not connect; name it in cors_origins.")
-        return None
+    def _refusal(self, hosts: Sequence[str], origins: Sequence[str]) -> Forbidden | None:
+        if not self._any_host and not (len(hosts) == 1 and is_loopback_host(hosts[0])):
+            return Forbidden(f"{hosts!r:.80} is not a loopback name; set a secret to serve others than this machine.")
+        if all(origin in self._origins or origin.partition("://")[2] == hosts[0] for origin in origins):
+            return None
+        return Forbidden(f"Pages of the origin {origins!r:.80} may not connect; name it in cors_origins.")
 
 
 def logged(scope: Scope, send: Send) -> Send:
@@ -3278,12 +3337,20 @@ def logged(scope: Scope, send: Send) -> Send:
     return send_logged
 
 
+HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^][:@/\s]+))(?::[0-9]{1,5})?")  # RFC 9110, 7.2
+
+
 @lru_cache(maxsize=256)
-def is_loopback(host: str) -> bool:
-    """Whether a Host header, or an address to listen on, stays on this machine."""
-    name = urlsplit(f"//{host}").hostname or ""
+def is_loopback_host(header: str) -> bool:
+    """Whether a Host header names this machine."""
+    match = HOST.fullmatch(header)
+    return match is not None and is_loopback(match[1] or match[2])
+
+
+def is_loopback(name: str) -> bool:
+    """Whether what listens on this name can be reached from this machine only."""
     try:
-        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+        return name.lower() == "localhost" or ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
 
@@ -3373,8 +3440,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         addresses = [listener.getsockname() for server in self.servers for listener in server.sockets]
-        where = [a if isinstance(a, str) else f"http://{a[0]}:{a[1]}" for a in addresses]
-        print(start_line(self._buffer.settings, ", ".join(where)), flush=True)
+        where = ", ".join(a if isinstance(a, str) else url_of(*a[:2]) for a in addresses)
+        print(start_line(self._buffer.settings, where), flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.should_exit = True
@@ -3387,6 +3454,10 @@ class Server(uvicorn.Server):
     def _cut_stuck_connections(self) -> None:
         for connection in list(self.server_state.connections):
             connection.transport.abort()
+
+
+def url_of(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def start_line(settings: Settings, where: str) -> str:

@@ -182,7 +182,7 @@ def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
         [sys.executable, ROOT / "app.py", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=TIMEOUT / 2,
+        timeout=TIMEOUT,
         check=False,
     )
 

@@ -314,8 +314,10 @@ class BufferIsLikeItsModel(RuleBasedStateMachine):
             thread = self.model.threads.get(reader.thread_id)
             is_there = thread is not None and reader.message_id in (None, *thread.messages)
             if not is_there:
-                # Told, or a follower that waits for a thread that is not made yet, with nothing.
-                await until(lambda: reader.told or (reader.message_id is None and reader.got == []))
+                # Told, or done before; or a follower that waits for a thread not made yet, with nothing.
+                await until(
+                    lambda: reader.told or reader.task.done() or (reader.message_id is None and reader.got == [])
+                )
                 return
             await until(lambda: reader.told or reader.got == thread.seen_by(reader.message_id))
             if reader.told:

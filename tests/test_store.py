@@ -56,7 +56,7 @@ def refusal(db: Path) -> str:
         [sys.executable, ROOT / "app.py", "serve", "--db", db, "--port", "0"],
         capture_output=True,
         text=True,
-        timeout=TIMEOUT / 2,
+        timeout=TIMEOUT,
         check=False,
     )
     assert done.returncode == 1, done

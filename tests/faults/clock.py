@@ -44,7 +44,9 @@ async def survive_clock(folder: Path, *, step: int) -> Verdict:
     from resume_stream import ChunkBuffer, MessageEnd, Problem, Settings
 
     verdict = Verdict(f"clock set {'back an hour' if step < 0 else 'forward a day'}")
-    settings = Settings(db=str(folder / f"clock{step}.db"), cleanup_interval=0.1, producer_timeout=60, poll_interval=0.02)
+    settings = Settings(
+        db=str(folder / f"clock{step}.db"), cleanup_interval=0.1, producer_timeout=60, poll_interval=0.02
+    )
     with clock() as added, verdict.trial("while it runs"):
         pieces = [piece(number, 30) for number in range(60)]
         async with asyncio.timeout(TIMEOUT), ChunkBuffer(settings) as buffer:

@@ -13,7 +13,19 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
-from .base import BROKEN_LINK, TIMEOUT, Link, Service, Verdict, append, call, eventually, message_path, piece, thread_path
+from .base import (
+    BROKEN_LINK,
+    TIMEOUT,
+    Link,
+    Service,
+    Verdict,
+    append,
+    call,
+    eventually,
+    message_path,
+    piece,
+    thread_path,
+)
 
 UPGRADE = {
     "Upgrade": "websocket",
@@ -27,7 +39,9 @@ NDJSON = {"Content-Type": "application/x-ndjson", "Transfer-Encoding": "chunked"
 def frame(text: str) -> bytes:
     """A WebSocket message of a client, under a mask of zeros (RFC 6455, 5.3)."""
     data = text.encode()
-    return b"\x81" + (bytes([0x80 | len(data)]) if len(data) < 126 else b"\xfe" + len(data).to_bytes(2)) + bytes(4) + data
+    return (
+        b"\x81" + (bytes([0x80 | len(data)]) if len(data) < 126 else b"\xfe" + len(data).to_bytes(2)) + bytes(4) + data
+    )
 
 
 async def small_link(port: int) -> Link:
@@ -168,10 +182,6 @@ async def survive_slow_readers(folder: Path, *, readers: int, mebibytes: int) ->
     verdict = Verdict("readers that never read, or a byte a second")
     with Service(folder / "slow.db") as service, verdict.trial(f"{readers} of each"):
         await append(service.port, "t", "m", piece(0, 10))
-        ways = [never_read(service.port, "t", follow), never_read(service.port, "t", follow_by_websocket)]
-        crowd = [way for _ in range(readers) for way in (*ways, read_slowly(service.port, "t"))][: 3 * readers]
-        for spare in ways:
-            spare.close()
         crowd = [
             one
             for _ in range(readers)
@@ -309,8 +319,10 @@ async def survive_churn(folder: Path, *, seconds: float) -> Verdict:
         later = [one for one in samples if one[0] > seconds / 3]
         slope = statistics.linear_regression(*zip(*later, strict=True)).slope * 60
         low, high = min(size for _, size in later), max(size for _, size in later)
-        sizes = {file.name: file.stat().st_size // 1024 for file in folder.glob("churn.db*") if "log" not in file.name}
-        verdict.notes.append(f"{made} threads, {low:.0f} to {high:.0f} MiB, {slope:+.2f} MiB a minute, KiB of files {sizes}")
+        sizes = {file.name: file.stat().st_size // 1024 for file in (service.db, Path(f"{service.db}-wal"))}
+        verdict.notes.append(
+            f"{made} threads, {low:.0f} to {high:.0f} MiB, {slope:+.2f} MiB a minute, KiB of files {sizes}"
+        )
         verdict.expect(seconds < 60 or slope < 1, f"memory grows by {slope:.2f} MiB a minute")
         verdict.expect(high < 150, f"memory reached {high:.0f} MiB")
         verdict.expect(sum(sizes.values()) < 64 * 1024, f"the files have {sizes} KiB")

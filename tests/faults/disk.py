@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import re
@@ -12,7 +13,7 @@ import signal
 import sqlite3
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,32 +166,36 @@ async def survive_lock(folder: Path, *, seconds: float) -> Verdict:
     return verdict
 
 
+def remount(place: Path, how: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{how}", place], check=True)
+
+
 async def survive_read_only(folder: Path) -> Verdict:
     """A file system mounted read-only refuses the service at its start, in one line."""
+    from resume_stream import ChunkBuffer, Settings
+
     verdict = Verdict("read-only file system at the start")
     with small_disk(folder, 6) as place:
         if place is None:
             return verdict
-        with Service(place / "ro.db") as service:
-            writer = Writer(verdict, service)
-            await writer.append()
-        subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+        service = Service(place / "ro.db")
+        service.log = folder / "ro.log"
+        async with ChunkBuffer(Settings(db=str(service.db))) as buffer:
+            await buffer.add_chunks("t", "m", ["text"])
+        remount(place, "ro")
         with verdict.trial("start"):
-            log = service.log = folder / "ro.log"
             try:
                 service.start()
                 verdict.fail("it started")
                 service.kill()
             except RuntimeError:
-                lines = log.read_text().splitlines()
+                lines = service.log.read_text().splitlines()
                 verdict.expect(len(lines) == 1 and lines[0].startswith("resume-stream: "), f"it said {lines[-3:]}")
                 verdict.notes.append(lines[-1].replace(str(folder), "…"))
-        subprocess.run(["mount", "-o", "remount,rw", place], check=True)
+        remount(place, "rw")
         with verdict.trial("start, once it can be written"):
-            service.start()
-            await writer.check("once it can be written")
-            await writer.resume("once it can be written")
-            service.kill()
+            async with ChunkBuffer(Settings(db=str(service.db))) as buffer:
+                verdict.expect((await buffer.add_chunks("t", "m", ["more"])).seq == 2, "the first chunk is not there")
     return verdict
 
 
@@ -210,10 +215,13 @@ async def survive_failing_disk(folder: Path, *, errors: tuple[str, ...], calls: 
                     verdict.expect(refused or name == "ftruncate", f"{name} {error} was not noticed")
                 with verdict.trial(f"after {name} {error}"):
                     await writer.resume(f"after {name} failed with {error}")
-                    service.kill()
-                    await asyncio.to_thread(service.start)
-                    await writer.check(f"killed after {name} failed with {error}")
-                    verdict.expect(integrity(service.db) == "ok", integrity(service.db))
+        with verdict.trial("killed after all of it"):
+            service.kill()
+            verdict.expect(integrity(service.db) == "ok", integrity(service.db))
+            with contextlib.closing(sqlite3.connect(service.db)) as connection:
+                rows = connection.execute("select content from chunks order by seq").fetchall()
+            found = "".join(content for (content,) in rows)
+            verdict.compare("killed after all of it", found, writer.pieces, writer.acknowledged)
         verdict.expect(not service.tracebacks(), "there is a traceback in the log")
     return verdict
 
@@ -298,14 +306,20 @@ async def survive_damage(folder: Path, *, places: int, seed: int = 1) -> Verdict
                         wrong = await wrong_texts(verdict, client, texts, what)
                     served += not wrong
                     unseen += bool(wrong) and sound == "ok"
-                    verdict.expect(not wrong or sound == "ok", f"{what}: {wrong} served wrong; SQLite knows: {sound:.80}")
+                    verdict.expect(
+                        not wrong or sound == "ok", f"{what}: {wrong} served wrong; SQLite knows: {sound:.80}"
+                    )
             except StartupError as error:
                 refused += 1
                 verdict.expect("\n" not in str(error), f"{what}: refused in several lines: {error}")
-        for file in folder.glob(f"{db.name}*"):
-            file.unlink()
+        remove(db)
     verdict.notes.append(f"{refused} refused, {served} served right, {unseen} changed text in a way SQLite cannot know")
     return verdict
+
+
+def remove(db: Path) -> None:
+    for file in db.parent.glob(f"{db.name}*"):
+        file.unlink()
 
 
 def integrity_or_error(db: Path) -> str:
@@ -339,8 +353,6 @@ async def wrong_texts(verdict: Verdict, client: httpx.AsyncClient, texts: dict[s
 
 
 def text_of_stream(answer: httpx.Response) -> str:
-    import json
-
     frames = re.findall(r"^data: (\{.*\})$", answer.text, re.MULTILINE)
     return "".join(json.loads(frame).get("content", "") for frame in frames)
 
@@ -369,21 +381,13 @@ def replace(db: Path) -> None:
     os.replace(copy, db)
 
 
-def overwrite(db: Path) -> None:
-    """``cp backup.db resume-stream.db``: the same file, with an older state in it."""
-    copy = db.with_name("copy.db")
-    shutil.copy(db, copy)
-    with copy.open("rb") as source, db.open("r+b") as target:
-        shutil.copyfileobj(source, target)
-
-
 TAKEN_AWAY: tuple[Callable[[Path], Any], ...] = (delete_all, delete_database, delete_wal, replace)
 
 
-async def survive_taken_away(folder: Path) -> Verdict:
+async def survive_taken_away(folder: Path, ways: Sequence[Callable[[Path], Any]] = TAKEN_AWAY) -> Verdict:
     """After that nothing may be acknowledged that is not there after a restart."""
     verdict = Verdict("deleted or replaced under the service")
-    for number, take_away in enumerate(TAKEN_AWAY):
+    for number, take_away in enumerate(ways):
         with verdict.trial(take_away.__name__), Service(folder / f"away{number}.db") as service:
             before, after = Writer(verdict, service, "before"), Writer(verdict, service, "after")
             for _ in range(5):

@@ -144,7 +144,9 @@ class Reader:
             self._fail(f"was told {data}")
 
     async def _sse(self) -> AsyncIterator[dict[str, Any]]:
-        path = message_path(self.thread, self.message, "stream") if self.message else thread_path(self.thread, "/stream")
+        path = (
+            message_path(self.thread, self.message, "stream") if self.message else thread_path(self.thread, "/stream")
+        )
         async with Link.to(self.service.port) as link:
             link.send_head("GET", path, {"Last-Event-ID": self.cursor} if self.cursor else {})
             async for entry in self._entries(link):

@@ -105,7 +105,9 @@ class Disk:
 
     def take(self, step: Step) -> None:
         if step.kind == "sync":
-            for earlier in [one for one in self.unsynced if one.path == step.path and one.kind in ("write", "truncate")]:
+            for earlier in [
+                one for one in self.unsynced if one.path == step.path and one.kind in ("write", "truncate")
+            ]:
                 self._apply(earlier)
                 self.unsynced.remove(earlier)
         elif step.kind == "sync folder":
