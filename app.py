@@ -70,6 +70,7 @@ from litestar.config.cors import CORSConfig
 from litestar.connection import ASGIConnection
 from litestar.datastructures import Headers
 from litestar.di import NamedDependency, Provide
+from litestar.enums import ScopeType
 from litestar.exceptions import HTTPException, ValidationException, WebSocketDisconnect
 from litestar.handlers import BaseRouteHandler
 from litestar.middleware import DefineMiddleware
@@ -285,7 +286,7 @@ class Cursor(Record, frozen=True):
     def parse(cls, text: str) -> Cursor:
         match = re.fullmatch(r"(?:(\d{1,18})-)?(\d{1,18})", text, re.ASCII)
         if match is None:
-            raise BadRequest(f"{text!r:.80} is not a cursor; send an id as the stream gave it, like 1763829000123-42")
+            raise BadRequest(f"{text!r:.80} is not a cursor; send an id as the stream gave it, like 1763829000123-42.")
         return cls(int(match[2]), int(match[1]) if match[1] else None)
 
 
@@ -1121,7 +1122,7 @@ class Snapshot:
         rows = self._connection.execute(
             "select content from chunks where thread = ? and message = ? and seq between ? and ?"
             " and content is not null order by seq limit -1 offset ?",
-            (found.thread, found.message, found.first_seq, found.last_seq, index),
+            (found.thread, found.message, found.first_seq, found.last_seq, min(index, found.chunk_count)),
         )
         return "".join(content for (content,) in rows), max(index, found.chunk_count)
 
@@ -1278,6 +1279,7 @@ class Store:
         self._path = Path(settings.db).resolve()  # so that one file has one lock, whatever it is called
         self._wal = Path(f"{self._path}-wal")
         self._wal_limit = WAL_BYTES
+        self._vacuum_owed = True  # a process before this one may not have come to it
         self._exits = contextlib.AsyncExitStack()
 
     async def open(self) -> None:
@@ -1395,6 +1397,7 @@ class Store:
             row = connection.execute("select thread from threads where thread_id is null limit 1").fetchone()
             if row is None:
                 return False
+            self._vacuum_owed = True
             erased = connection.execute(
                 "delete from chunks where thread = ?1 and seq in"
                 " (select seq from chunks where thread = ?1 order by seq limit ?2)",
@@ -1405,24 +1408,21 @@ class Store:
         return True
 
     def _scrub(self, connection: sqlite3.Connection) -> bool:
-        """Rewrite the file and empty the WAL.
+        """Rewrite the file, once for all that was deleted, and empty the WAL.
 
         With secure_delete SQLite overwrites what it deletes, but a page that was rebalanced may
         keep older copies of cells in its unused space; only a vacuum is sure to drop them. A
         large file is vacuumed when no message is active, as appends wait for it.
         """
-        (size,) = connection.execute(
-            "select page_count * page_size from pragma_page_count, pragma_page_size"
-        ).fetchone()
-        (is_quiet,) = connection.execute(
-            "select not exists (select 1 from messages where status = 'active')"
-        ).fetchone()
-        is_clean = size <= VACUUM_BYTES or is_quiet
-        if is_clean:
-            connection.execute("vacuum")
-        else:
-            connection.execute("pragma incremental_vacuum").fetchall()
-        return checkpoint(connection, busy_timeout=BUSY_TIMEOUT) and is_clean
+        if self._vacuum_owed:
+            ((size,),) = connection.execute("select page_count * page_size from pragma_page_count, pragma_page_size")
+            ((is_quiet,),) = connection.execute("select not exists (select 1 from messages where status = 'active')")
+            if size <= VACUUM_BYTES or is_quiet:
+                connection.execute("vacuum")
+                self._vacuum_owed = False
+            else:
+                connection.execute("pragma incremental_vacuum").fetchall()
+        return checkpoint(connection, busy_timeout=0.1) and not self._vacuum_owed
 
     def _check_in_place(self) -> None:
         """SQLite itself would go on writing to files that nobody can open any more."""
@@ -1503,6 +1503,7 @@ def sole_owner(path: Path) -> Iterator[None]:
 
 PENDING_BYTES = 16 * 1024**2  # waiting to be committed; past it producers wait
 PENDING_CHUNK_BYTES = 64  # what a chunk costs besides its text
+SCRUB_PAUSE = 0.25  # seconds between two tries to empty the WAL while another process reads
 BATCH_BYTES = 4 * 1024**2  # what one transaction takes
 MIN_POLL_INTERVAL = 0.01  # seconds
 LIVE_BYTES = 256 * 1024  # of a thread's newest pages, kept while somebody follows it
@@ -1792,7 +1793,7 @@ class ChunkBuffer:
         thread: int | None = None,
     ) -> Append:
         """The append, if its ids, its events and the size and text of its chunks are good."""
-        if index is not None and not 0 <= index < 2**63:
+        if index is not None and index < 0:
             raise BadRequest(f"index={index} cannot be; the first chunk of a message has index=0.")
         sizes, refusal = self.checked_sizes(chunks)
         if refusal is not None:
@@ -1822,7 +1823,12 @@ class ChunkBuffer:
         return await self._store.read(lambda snapshot: snapshot.text_from(thread_id, message_id, index))
 
     async def submit_append(self, append: Append) -> Commit:
-        return await self._submit(append, sum(append.sizes) + PENDING_CHUNK_BYTES * len(append.chunks))
+        await self.room()
+        return await self.queue_append(append)
+
+    def queue_append(self, append: Append) -> asyncio.Future[Commit]:
+        """Put it right behind what was asked for before; the caller has waited for ``room``."""
+        return self._enqueue(append, sum(append.sizes) + PENDING_CHUNK_BYTES * len(append.chunks))
 
     async def complete_message(self, thread_id: str, message_id: str) -> Appended:
         """End a message; again: the same answer. Raises NotFound; Conflict if it was aborted."""
@@ -1905,7 +1911,11 @@ class ChunkBuffer:
         channel = self._channel(thread_id)
         scope = asyncio.timeout(None if expires == math.inf else expires - time.time())
 
+        was_ended = False
+
         def cut() -> None:
+            nonlocal was_ended
+            was_ended = True
             if not scope.expired():
                 scope.reschedule(loop.time())
 
@@ -1922,13 +1932,11 @@ class ChunkBuffer:
             lift()
             self._release(thread_id, channel)
         if scope.expired():
-            raise await self._why_cut(thread_id, message_id, expires)
+            raise await self._why_cut(thread_id, message_id) if was_ended else token_expired()
 
-    async def _why_cut(self, thread_id: str, message_id: str, expires: float) -> Problem:
+    async def _why_cut(self, thread_id: str, message_id: str) -> Problem:
         if self.stopping:
             return Stopping()
-        if time.time() >= expires:
-            return token_expired()
         try:
             found = await self._store.read(lambda snapshot: snapshot.message(thread_id, message_id))
         except NotFound:
@@ -2027,10 +2035,12 @@ class ChunkBuffer:
         after: str | None = None,
         limit: int = PAGE_ROWS,
         wait: float = 0,
+        expires: float = math.inf,
     ) -> ChunkPage:
         """Up to ``limit`` (1 to 10,000) entries after a cursor; waits up to ``wait`` s (0 to 300).
 
-        Raises NotFound, BadRequest, and CursorGone for a cursor of another generation.
+        ``expires`` is in seconds since 1970. Raises NotFound, BadRequest, Unauthorized (expired
+        while it waited), and CursorGone for a cursor of another generation.
         """
         checked_range("limit", limit, 1, 10_000)
         checked_range("wait", wait, 0, 300)
@@ -2043,8 +2053,10 @@ class ChunkBuffer:
         if not wait or position.finished or page.chunks or page.ends:
             return page
         self._check_room_for_reader()
-        async with aclosing(self.follow(position, idle_timeout=wait, heartbeat=0)) as items:
+        async with aclosing(self.follow(position, idle_timeout=wait, heartbeat=0, expires=expires)) as items:
             await anext(items, None)
+        if time.time() >= expires:
+            raise token_expired()
         return await self._store.read(lambda snapshot: snapshot.chunk_page(position, limit))
 
     async def locate(
@@ -2216,23 +2228,24 @@ class ChunkBuffer:
 
     # The writer
 
-    async def _submit(self, operation: Operation, size: int = PENDING_CHUNK_BYTES) -> Commit:
+    async def _submit(self, operation: Operation) -> Commit:
         """Raises Problem, with nothing changed."""
-        return cast(Commit, await self._enqueue(operation, size))
+        await self.room()
+        return cast(Commit, await self._enqueue(operation, PENDING_CHUNK_BYTES))
 
     async def _maintain(self, work: Callable[[], Awaitable[T]]) -> T:
         """Run on the writer, alone, between two commits."""
+        await self.room()
         return cast(T, await self._enqueue(work, 0))
 
-    async def _enqueue(self, work: Operation | Callable[[], Awaitable[Any]], size: int) -> Any:
-        await self.room()
+    def _enqueue(self, work: Operation | Callable[[], Awaitable[Any]], size: int) -> asyncio.Future[Any]:
         pending = Pending(work, size)
         self._queue.append(pending)
         self._queued += size
         if self._queued >= PENDING_BYTES:
             self._room.clear()
         self._work.set()
-        return await pending.done
+        return pending.done
 
     async def room(self) -> None:
         """Wait until less than the limit is waiting to be committed. Raises Unavailable."""
@@ -2334,7 +2347,8 @@ class ChunkBuffer:
         while not self.stopping:
             with logged_problems("clean up"):
                 await self._clean_up()
-            await asyncio.sleep(self.settings.cleanup_interval)
+            interval = self.settings.cleanup_interval
+            await asyncio.sleep(min(interval, BUSY_TIMEOUT) if self._scrub_owed else interval)
 
     async def _clean_up(self) -> None:
         untouched_since = now_ms() - round(self.settings.ttl * 1000)
@@ -2346,16 +2360,17 @@ class ChunkBuffer:
         await self._erase()
 
     async def _erase(self) -> None:
+        """Where another process reads, its snapshot keeps the WAL: wait a while, then leave it owed."""
         async with self._erasing:
             while await self._maintain(self._store.erase_some):
-                pass
-            if self._scrub_owed:
-                self._scrub_owed = False
-                try:
-                    self._scrub_owed = not await self._maintain(self._store.scrub)
-                except BaseException:
-                    self._scrub_owed = True
-                    raise
+                self._scrub_owed = True
+            give_up = asyncio.get_running_loop().time() + BUSY_TIMEOUT
+            while self._scrub_owed:
+                self._scrub_owed = not await self._maintain(self._store.scrub)
+                if self._scrub_owed:
+                    if asyncio.get_running_loop().time() >= give_up:
+                        return
+                    await asyncio.sleep(SCRUB_PAUSE)
 
     async def _abort_idle_messages_forever(self) -> None:
         timeout = self.settings.producer_timeout
@@ -2648,14 +2663,24 @@ async def authorize(secret: str, connection: ASGIConnection[Any, Any, Any, Any],
     scopes = handler.opt["scopes"]
     if scopes is None:
         return
+    try:
+        connection.scope["auth"] = grant_for(connection, secret, scopes, bool(handler.opt.get("token_in_query")))
+    except Problem as problem:
+        connection.scope["refusal"] = problem  # type: ignore[typeddict-unknown-key]
+        raise
+
+
+def grant_for(
+    connection: ASGIConnection[Any, Any, Any, Any], secret: str, scopes: AbstractSet[str], token_in_query: bool
+) -> Grant:
     scheme, _, token = connection.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":
-        token = connection.query_params.get("access_token", "") if handler.opt.get("token_in_query") else ""
+        token = connection.query_params.get("access_token", "") if token_in_query else ""
     if not token:
         raise Unauthorized("This takes a token; send it as 'Authorization: Bearer …'.")
     grant = grant_of(token.strip(), secret)
     grant.require(scopes, connection.path_params.get("thread_id"))
-    connection.scope["auth"] = grant
+    return grant
 
 
 def guards(settings: Settings) -> list[Guard]:
@@ -2947,6 +2972,7 @@ async def resume_stream(request: Request[Any, Any, Any], buffer: Buffer) -> Resp
 
 @get(THREAD + "/chunks", summary="Read chunks by pages, or by a long poll", scopes=READ, token_in_query=True)
 async def get_chunks(
+    request: Request[Any, Any, Any],
     buffer: Buffer,
     thread_id: ThreadId,
     after: After = None,
@@ -2954,7 +2980,8 @@ async def get_chunks(
     limit: FromQuery[int] = PAGE_ROWS,
     wait: FromQuery[float] = 0,
 ) -> ChunkPage:
-    return await buffer.get_chunks(thread_id, message_id, after=after, limit=limit, wait=wait)
+    expires = granted(request).expires
+    return await buffer.get_chunks(thread_id, message_id, after=after, limit=limit, wait=wait, expires=expires)
 
 
 @get(THREAD + "/content", summary="The text so far", scopes=READ, token_in_query=True)
@@ -3007,6 +3034,13 @@ async def mint_token(request: Request[Any, Any, Any], buffer: Buffer, thread_id:
     grant = Grant(scope, (thread_id,), min(time.time() + lifetime, own.expires))
     token = token_for(buffer.settings.secret, grant)
     return Token(token, " ".join(sorted(scope)), thread_id, int(grant.expires) * 1000)
+
+
+UNREAD_ANSWERS = 32
+
+
+class Identified(Record, frozen=True):
+    id: str | int | None = None
 
 
 class Subscribe(Record, frozen=True, rename=None, tag="subscribe", forbid_unknown_fields=True):
@@ -3066,12 +3100,14 @@ class Conversation:
                 task.cancel()
 
     async def _take(self, text: str | bytes) -> None:
-        # Not read on while too much is waiting to be committed, so that the producer is slowed.
+        # Not read on while too much is waiting to be committed or told, so that the producer is slowed.
         identity: str | int | None = None
         try:
             await self._buffer.room()
+            if len(self._appends) >= UNREAD_ANSWERS:
+                await asyncio.wait(self._appends, return_when=asyncio.FIRST_COMPLETED)
+            identity = identity_of(text)
             frame = decode_frame(text)
-            identity = frame.id
             match frame:
                 case Subscribe():
                     self._subscribe(frame)
@@ -3106,14 +3142,15 @@ class Conversation:
         append = self._buffer.checked_append(
             frame.thread_id, frame.message_id, frame.chunks, index=frame.index, complete=frame.complete
         )
-        task = asyncio.create_task(self._acknowledge(frame.id, append))
+        task = asyncio.create_task(self._acknowledge(frame.id, self._buffer.queue_append(append)))
         self._appends.add(task)
         task.add_done_callback(self._appends.discard)
 
-    async def _acknowledge(self, identity: str | int, append: Append) -> None:
+    async def _acknowledge(self, identity: str | int, committing: asyncio.Future[Commit]) -> None:
         try:
-            commit = await self._buffer.submit_append(append)
-            await self._send("appended", identity, commit.answer)
+            answer = (await committing).answer
+            del committing  # and with it what was appended, as its producer may be slow to read this
+            await self._send("appended", identity, answer)
         except Problem as problem:
             await self._send("error", identity, problem_document(problem))
 
@@ -3165,6 +3202,14 @@ class Conversation:
                 await self._socket.send_text(text.decode())
             except OSError:  # how uvicorn tells that the connection is lost
                 self._closed = True
+
+
+def identity_of(text: str | bytes) -> str | int | None:
+    """The id of a frame, if it has one, however wrong the rest is."""
+    try:
+        return msgspec.json.decode(text, type=Identified).id
+    except (msgspec.DecodeError, UnicodeError):
+        return None
 
 
 def decode_frame(text: str | bytes) -> Subscribe | Unsubscribe | AppendFrame | AbortFrame:
@@ -3279,7 +3324,7 @@ PAGE_HEADERS = {
 async def swagger_file(name: FromPath[str]) -> File:
     if name not in SWAGGER_FILES:
         raise NotFound(f"There is no file {name!r}.")
-    return File(SWAGGER / name, content_disposition_type="inline")
+    return File(SWAGGER / name, filename=name, content_disposition_type="inline")
 
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
@@ -3309,7 +3354,9 @@ class Gate:
         if refusal := self._refusal(headers.getall("host", [""]), headers.getall("origin", [])):
             log.warning("refused: %s", refusal.detail)
             raise refusal
-        await self._app(scope, receive, logged(scope, send))
+        await self._app(
+            scope, receive, denied(scope, send) if scope["type"] == ScopeType.WEBSOCKET else logged(scope, send)
+        )
 
     def _refusal(self, hosts: Sequence[str], origins: Sequence[str]) -> Forbidden | None:
         if not self._any_host and not (len(hosts) == 1 and is_loopback_host(hosts[0])):
@@ -3335,6 +3382,28 @@ def logged(scope: Scope, send: Send) -> Send:
                 log.info("%s %s %d %s ms", cast(Any, scope)["method"], quote(path), status, took)
 
     return send_logged
+
+
+def denied(scope: Scope, send: Send) -> Send:
+    """Answer a WebSocket that is refused before it is accepted with the problem, where it can be."""
+    can_answer = "websocket.http.response" in (cast(Any, scope).get("extensions") or {})
+    is_accepted = False
+
+    async def send_denied(message: Message) -> None:
+        nonlocal is_accepted
+        is_accepted = is_accepted or message["type"] == "websocket.accept"
+        if is_accepted or not can_answer or message["type"] != "websocket.close":
+            await send(message)
+            return
+        problem: Problem = cast(Any, scope).get("refusal") or Unavailable("The service cannot answer; try again.")
+        headers = [(b"content-type", b"application/problem+json")]
+        headers += [(name.lower().encode(), value.encode()) for name, value in (problem.headers or {}).items()]
+        start = {"type": "websocket.http.response.start", "status": problem.status_code, "headers": headers}
+        await send(cast(Message, start))
+        body = encode_json(problem_document(problem))
+        await send(cast(Message, {"type": "websocket.http.response.body", "body": body}))
+
+    return send_denied
 
 
 HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^][:@/\s]+))(?::[0-9]{1,5})?")  # RFC 9110, 7.2

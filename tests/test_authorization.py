@@ -232,7 +232,9 @@ def test_a_refused_call_changes_nothing(anyone: httpx.Client, admin: httpx.Clien
     assert admin.get(f"/threads/{thread}").json() == before
 
 
-@pytest.mark.parametrize("route", [route for route in ROUTES if route.allowed is not OPEN], ids=lambda route: route.name)
+@pytest.mark.parametrize(
+    "route", [route for route in ROUTES if route.allowed is not OPEN], ids=lambda route: route.name
+)
 def test_only_what_reads_takes_a_token_in_the_query(
     anyone: httpx.Client, admin: httpx.Client, route: Route, thread: str
 ) -> None:
@@ -260,8 +262,7 @@ def handshake(service: Service, query: str = "", **headers: str) -> int:
         with websocket(service, query, **headers):
             return 101
     except InvalidStatus as refusal:
-        assert refusal.response.status_code in (401, 403)
-        return 0
+        return 0 if refusal.response.status_code in (401, 403) else refusal.response.status_code
 
 
 def test_who_may_open_a_websocket(service: Service) -> None:
@@ -591,11 +592,7 @@ def test_the_token_command_makes_narrower_tokens(
     ],
 )
 def test_the_token_command_says_what_is_wrong(
-    flags: list[str],
-    secret: str | None,
-    said: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str], secret: str | None, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RESUME_STREAM_SECRET", raising=False)
     if secret is not None:

@@ -70,6 +70,10 @@ class Gates:
             self.reached[after].set()
             await self._open[after].wait()
 
+    def open_all(self) -> None:
+        for gate in self._open.values():
+            gate.set()
+
     async def step(self, name: str) -> None:
         """Let one step happen, and everything that follows from it up to the next gate.
 
@@ -120,11 +124,14 @@ async def happen(
         gates = Gates(buffer, monkeypatch)
         gates.reader = reader = asyncio.ensure_future(reading)
         producer = asyncio.ensure_future(changes(gates))
-        async with asyncio.timeout(10):
-            for name in order:
-                await gates.step(name)
-            await producer
-            (got,) = await asyncio.gather(reader, return_exceptions=True)
+        try:
+            async with asyncio.timeout(10):
+                for name in order:
+                    await gates.step(name)
+                await producer
+                (got,) = await asyncio.gather(reader, return_exceptions=True)
+        finally:
+            gates.open_all()
     return got
 
 

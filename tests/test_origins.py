@@ -42,7 +42,9 @@ def client(service: Service) -> Iterator[httpx.Client]:
         yield client
 
 
-def raw_status(service: Service, *lines: str, path: str = "/api/threads", method: str = "GET", version: str = "1.1") -> int:
+def raw_status(
+    service: Service, *lines: str, path: str = "/api/threads", method: str = "GET", version: str = "1.1"
+) -> int:
     """The status of a request with exactly these header lines."""
     request = "\r\n".join([f"{method} {path} HTTP/{version}", *lines, "Connection: close", "", ""])
     with socket.create_connection(("127.0.0.1", service.port), TIMEOUT) as connection:
@@ -104,7 +106,7 @@ ELSEWHERE = [
     "128.0.0.1",
     "",
     ":{port}",
-    "ⅼocalhost".encode().decode("latin-1"),
+    "\N{SMALL ROMAN NUMERAL FIFTY}ocalhost".encode().decode("latin-1"),
 ]
 
 
@@ -215,7 +217,9 @@ def test_a_page_of_another_origin_gets_nothing(service: Service, client: httpx.C
     answers = {
         "GET": client.get("/api/threads", headers=from_there),
         "EventSource": client.get(
-            "/api/threads/t/stream", params={"idle_timeout": 0.01}, headers={"Accept": "text/event-stream", **from_there}
+            "/api/threads/t/stream",
+            params={"idle_timeout": 0.01},
+            headers={"Accept": "text/event-stream", **from_there},
         ),
         "form POST": client.post(chunks, content=b'{"content": "x"}', headers=form),
         "urlencoded POST": client.post(chunks, data={"content": "x"}, headers=from_there),

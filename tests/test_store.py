@@ -211,9 +211,10 @@ async def test_an_append_is_answered_after_its_commit_and_not_before(
     appending = asyncio.create_task(buffer.add_chunks("t", "m", ["text"]))
     await reached.wait()
     done, _ = await asyncio.wait([appending], timeout=0.05)
-    assert not done
-    assert query(tmp_path / "chunks.db", "select * from chunks") == []
+    stored = query(tmp_path / "chunks.db", "select * from chunks")
     gate.set()
+    assert not done
+    assert stored == []
     await appending
     assert query(tmp_path / "chunks.db", "select content from chunks") == [("text",)]
 

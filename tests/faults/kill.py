@@ -298,6 +298,8 @@ async def survive_kills(
                     await asyncio.sleep(rng.uniform(0.05, longest))
                     with verdict.trial(f"kill {kill_number}"):
                         await kill(world, rng)
+                    if not service.is_running:
+                        raise RuntimeError(f"it did not come back: {verdict.broken[-1]}")
                 await asyncio.sleep(rng.uniform(0, 0.3))
                 for producer in world.producers:
                     producer.finishing = True

@@ -14,7 +14,7 @@ import re
 import shutil
 import sqlite3
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,57 +97,63 @@ def steps_of(trace: Path, db: Path) -> list[Step]:
 
 @dataclass
 class Disk:
-    """What is certain to be on the disk, and what is not yet."""
+    """What is certain to be on the disk, and what is not yet: files by number, and their names."""
 
-    files: dict[str, bytearray] = field(default_factory=dict)
-    names: set[str] = field(default_factory=set)
-    unsynced: list[Step] = field(default_factory=list)
+    files: dict[int, bytearray] = field(default_factory=dict)
+    names: dict[str, int] = field(default_factory=dict)
+    unsynced: list[tuple[int, Step]] = field(default_factory=list)
+    latest: dict[str, int] = field(default_factory=dict)  # the names as the service sees them
 
     def take(self, step: Step) -> None:
-        if step.kind == "sync":
-            for earlier in [
-                one for one in self.unsynced if one.path == step.path and one.kind in ("write", "truncate")
-            ]:
-                self._apply(earlier)
-                self.unsynced.remove(earlier)
-        elif step.kind == "sync folder":
-            for earlier in [one for one in self.unsynced if one.kind in ("create", "unlink")]:
-                self._apply(earlier)
-                self.unsynced.remove(earlier)
-        elif step.kind != "told":
-            self.unsynced.append(step)
-
-    def _apply(self, step: Step) -> None:
         if step.kind == "create":
-            self.names.add(step.path)
+            self.latest[step.path] = len(self.files)
+            self.files[len(self.files)] = bytearray()
+        number = self.latest.get(step.path, -1)
+        if step.kind == "sync":
+            self._settle(lambda file, earlier: file == number and earlier.kind in ("write", "truncate"))
+        elif step.kind == "sync folder":
+            self._settle(lambda file, earlier: earlier.kind in ("create", "unlink"))
+        elif step.kind != "told":
+            self.unsynced.append((number, step))
+
+    def _settle(self, is_certain: Callable[[int, Step], bool]) -> None:
+        for number, step in self.unsynced:
+            if is_certain(number, step):
+                self._apply(number, step)
+        self.unsynced = [(number, step) for number, step in self.unsynced if not is_certain(number, step)]
+
+    def _apply(self, number: int, step: Step) -> None:
+        data = self.files[number]
+        if step.kind == "create":
+            self.names[step.path] = number
         elif step.kind == "unlink":
-            self.names.discard(step.path)
-            self.files.pop(step.path, None)
+            self.names.pop(step.path, None)
+        elif step.kind == "truncate":
+            del data[step.offset :]
+            data.extend(bytes(step.offset - len(data)))
         else:
-            data = self.files.setdefault(step.path, bytearray())
-            if step.kind == "truncate":
-                del data[step.offset :]
             data.extend(bytes(max(step.offset + len(step.data) - len(data), 0)))
             data[step.offset : step.offset + len(step.data)] = step.data
 
     def cut(self, rng: random.Random) -> Disk:
         """The disk after a power cut now."""
-        disk = Disk({path: bytearray(data) for path, data in self.files.items()}, set(self.names))
+        disk = Disk({number: bytearray(data) for number, data in self.files.items()}, dict(self.names))
         way = rng.choice(("nothing", "everything", "some first ones", "some", "sectors"))
         first = rng.randint(0, len(self.unsynced))
-        for number, step in enumerate(self.unsynced):
-            survives = {"nothing": False, "everything": True, "some first ones": number < first}
+        for place, (number, step) in enumerate(self.unsynced):
+            survives = {"nothing": False, "everything": True, "some first ones": place < first}
             if way == "sectors" and step.kind == "write":
                 for start in range(0, len(step.data), SECTOR):
                     if rng.random() < 0.5:
-                        disk._apply(Step("write", step.path, step.offset + start, step.data[start : start + SECTOR]))
+                        data = step.data[start : start + SECTOR]
+                        disk._apply(number, Step("write", step.path, step.offset + start, data))
             elif survives.get(way, rng.random() < 0.5):
-                disk._apply(step)
+                disk._apply(number, step)
         return disk
 
     def write(self, folder: Path) -> None:
-        for path in self.names:
-            (folder / Path(path).name).write_bytes(self.files.get(path, b""))
+        for path, number in self.names.items():
+            (folder / Path(path).name).write_bytes(self.files[number])
 
 
 def text_of(message: str, number: int) -> str:
@@ -241,7 +247,8 @@ def survive_power_cuts(folder: Path, *flags: str, cuts: int, appends: int, seed:
     verdict.expect(len(places) > 6 and cleared, f"too little was recorded: {places}")
     # Most cuts right before somebody is told, or right after: there a missing sync would show.
     told = [number for number, step in enumerate(steps) if step.kind == "told" and TOLD.search(step.data)]
-    ends = sorted(rng.choice(told) + 1 if rng.random() < 0.7 else rng.randrange(len(steps)) for _ in range(cuts))
+    places_to_cut = (lambda: rng.choice(told) + 1, lambda: rng.randrange(len(steps)), lambda: rng.randrange(told[0]))
+    ends = sorted(rng.choices(places_to_cut, (7, 2, 1))[0]() for _ in range(cuts))
     disk, done = Disk(), 0
     for number, end in enumerate(ends):
         for step in steps[done:end]:
