@@ -26,6 +26,7 @@ import fcntl
 import http.client
 import ipaddress
 import itertools
+import json
 import logging
 import math
 import os
@@ -36,6 +37,7 @@ import sqlite3
 import sys
 import time
 import warnings
+import weakref
 from collections import Counter as Multiset
 from collections.abc import (
     AsyncGenerator,
@@ -50,6 +52,7 @@ from collections.abc import (
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractAsyncContextManager, aclosing
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from http import HTTPStatus
 from importlib.machinery import ModuleSpec
@@ -76,7 +79,8 @@ from litestar.handlers import BaseRouteHandler
 from litestar.middleware import DefineMiddleware
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import SwaggerRenderPlugin
-from litestar.openapi.spec import Components, SecurityScheme
+from litestar.openapi.spec import Components, OpenAPIMediaType, RequestBody, SecurityScheme
+from litestar.openapi.spec import Operation as OpenAPIOperation
 from litestar.params import FromPath, FromQuery, PathParameter, QueryParameter
 from litestar.plugins.problem_details import ProblemDetailsException
 from litestar.response import File, Stream
@@ -195,6 +199,8 @@ SETTING_PARSERS: dict[Any, Callable[[str], Any]] = {
 def parse_setting(name: str, text: str) -> Any:
     """The value of the setting ``name``. Raises ValueError with one sentence for a person."""
     kind = SETTING_TYPES[name]
+    if kind is str and not text:
+        raise ValueError("it is empty; give it a value, or leave it out")
     if parser := SETTING_PARSERS.get(kind):
         return parser(text)
     try:
@@ -721,6 +727,7 @@ SCHEMA = Path(__file__).with_name("schema.sql")
 
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's lock
 ERASE_ROWS = 2_000  # chunks deleted in one transaction
+SMALLEST_DATABASE = 64 * 1024
 PAGE_ROWS = 512
 PAGE_BYTES = 256 * 1024
 WAL_BYTES = 16 * 1024**2  # past this, a checkpoint also resets the WAL
@@ -1312,9 +1319,9 @@ class Store:
         """Delete a bounded number of the chunks of cleared threads; False once none is left."""
         return await self._writer.run(self._erase_some)
 
-    async def scrub(self) -> bool:
-        """Leave no trace of what was deleted; False if it must be tried again."""
-        return await self._writer.run(self._scrub)
+    async def scrub(self, at_any_size: bool) -> bool:
+        """Leave no trace of what was deleted; False if the WAL must be emptied again."""
+        return await self._writer.run(partial(self._scrub, at_any_size))
 
     async def probe(self) -> None:
         """Write, and change nothing. Raises sqlite3.Error."""
@@ -1367,6 +1374,8 @@ class Store:
         connection.execute(f"pragma synchronous = {self._settings.synchronous}")
         connection.execute("pragma secure_delete = on")
         ((page_size,),) = connection.execute("pragma page_size").fetchall()
+        if 0 < self._settings.max_db < SMALLEST_DATABASE:
+            raise StartupError(f"max_db is {self._settings.max_db} bytes, too few for a database; give it 1MiB or more")
         if self._settings.max_db:
             connection.execute(f"pragma max_page_count = {self._settings.max_db // page_size}")
         with writing(connection):
@@ -1407,22 +1416,23 @@ class Store:
                 connection.execute("delete from threads where thread = ?", row)
         return True
 
-    def _scrub(self, connection: sqlite3.Connection) -> bool:
+    def _scrub(self, at_any_size: bool, connection: sqlite3.Connection) -> bool:
         """Rewrite the file, once for all that was deleted, and empty the WAL.
 
         With secure_delete SQLite overwrites what it deletes, but a page that was rebalanced may
         keep older copies of cells in its unused space; only a vacuum is sure to drop them. A
-        large file is vacuumed when no message is active, as appends wait for it.
+        large file is vacuumed when no message is active, as appends wait for it, or when it has
+        to be.
         """
         if self._vacuum_owed:
             ((size,),) = connection.execute("select page_count * page_size from pragma_page_count, pragma_page_size")
             ((is_quiet,),) = connection.execute("select not exists (select 1 from messages where status = 'active')")
-            if size <= VACUUM_BYTES or is_quiet:
+            if size <= VACUUM_BYTES or is_quiet or at_any_size:
                 connection.execute("vacuum")
                 self._vacuum_owed = False
             else:
                 connection.execute("pragma incremental_vacuum").fetchall()
-        return checkpoint(connection, busy_timeout=0.1) and not self._vacuum_owed
+        return checkpoint(connection, busy_timeout=0.1)
 
     def _check_in_place(self) -> None:
         """SQLite itself would go on writing to files that nobody can open any more."""
@@ -1715,6 +1725,7 @@ class ChunkBuffer:
         self._erasing = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
         self._pumps: set[asyncio.Task[None]] = set()
+        self._probe: asyncio.Task[None] | None = None
         self.stopping = False
 
     async def __aenter__(self) -> Self:
@@ -1793,7 +1804,7 @@ class ChunkBuffer:
         thread: int | None = None,
     ) -> Append:
         """The append, if its ids, its events and the size and text of its chunks are good."""
-        if index is not None and index < 0:
+        if index is not None and not 0 <= index < 2**63:
             raise BadRequest(f"index={index} cannot be; the first chunk of a message has index=0.")
         sizes, refusal = self.checked_sizes(chunks)
         if refusal is not None:
@@ -1864,11 +1875,12 @@ class ChunkBuffer:
         ended from outside, ``source`` is closed and the iteration ends.
         """
         opened, _ = await self.open_message(thread_id, message_id)
-        position = await self.locate(thread_id, message_id, after=str(opened.seq))
+        position = await self._locate(thread_id, message_id, after=str(opened.seq))
         pump = asyncio.create_task(self._pump(thread_id, message_id, source))
         self._pumps.add(pump)
         pump.add_done_callback(self._pumps.discard)
-        async with aclosing(self.follow(position, idle_timeout=0, heartbeat=1)) as items:
+        # Not refused when there are max_readers, as an agent's stream is no reader's.
+        async with aclosing(self._follow(Seat(self), position, idle_timeout=0, heartbeat=1)) as items:
             async for item in items:
                 if isinstance(item, Page):
                     for entry in item.entries:
@@ -2052,7 +2064,6 @@ class ChunkBuffer:
         page = await self._store.read(lambda snapshot: snapshot.chunk_page(position, limit))
         if not wait or position.finished or page.chunks or page.ends:
             return page
-        self._check_room_for_reader()
         async with aclosing(self.follow(position, idle_timeout=wait, heartbeat=0, expires=expires)) as items:
             await anext(items, None)
         if time.time() >= expires:
@@ -2064,9 +2075,8 @@ class ChunkBuffer:
     ) -> Position:
         """Where a reader with this cursor begins.
 
-        Raises NotFound (unless ``follow``, for a thread), BadRequest, Unavailable.
+        Raises NotFound (unless ``follow``, for a thread) and BadRequest.
         """
-        self._check_room_for_reader()
         return await self._locate(thread_id, message_id, after, follow)
 
     async def _locate(
@@ -2081,8 +2091,7 @@ class ChunkBuffer:
         return position
 
     async def match(self, thread_id: str, message_id: str, known_content: str) -> Position:
-        """Where a reader with this text begins. Raises NotFound, InvalidContent, Unavailable."""
-        self._check_room_for_reader()
+        """Where a reader with this text begins. Raises NotFound, BadRequest, InvalidContent."""
         checked_ids(thread_id, message_id)
         utf8_size(known_content)
         position = await self._store.read(lambda snapshot: snapshot.match(thread_id, message_id, known_content))
@@ -2095,7 +2104,7 @@ class ChunkBuffer:
         if self.readers >= self.settings.max_readers:
             raise Unavailable(f"There are {self.readers} readers, as many as max_readers allows; try again later.")
 
-    async def follow(
+    def follow(
         self,
         position: Position,
         *,
@@ -2109,9 +2118,22 @@ class ChunkBuffer:
 
         Times are seconds, by default those of the settings; 0 turns ``idle_timeout`` and
         ``heartbeat`` off; ``expires`` is in seconds since 1970. No transaction is open while the
-        consumer has a page.
+        consumer has a page. Raises Unavailable if there are ``max_readers`` already.
         """
-        with self._attached(position.thread_id, poll_interval) as channel:
+        self._check_room_for_reader()
+        return self._follow(Seat(self), position, follow, idle_timeout, heartbeat, poll_interval, expires)
+
+    async def _follow(
+        self,
+        seat: Seat,
+        position: Position,
+        follow: bool = False,
+        idle_timeout: float | None = None,
+        heartbeat: float | None = None,
+        poll_interval: float | None = None,
+        expires: float = math.inf,
+    ) -> AsyncGenerator[Page | Signal, None]:
+        with contextlib.closing(seat), self._attached(position.thread_id, poll_interval) as channel:
             if position.reset:
                 yield Signal.RESET
             if position.thread is None:
@@ -2168,8 +2190,10 @@ class ChunkBuffer:
 
     async def check_ready(self) -> None:
         """Raises Unavailable or DatabaseFull unless the database answers and takes writes."""
+        if self._probe is None or self._probe.done():  # those who ask at the same time share one answer
+            self._probe = asyncio.create_task(self._maintain(self._store.probe))
         try:
-            await self._maintain(self._store.probe)
+            await asyncio.shield(self._probe)
         except (sqlite3.Error, OSError) as error:
             raise database_problem(error) from error
 
@@ -2192,12 +2216,10 @@ class ChunkBuffer:
     def _attached(self, thread_id: str, poll_interval: float | None) -> Iterator[Channel]:
         channel = self._channel(thread_id)
         channel.followers += 1
-        self.readers += 1
         try:
             with self._polling(poll_interval):
                 yield channel
         finally:
-            self.readers -= 1
             channel.followers -= 1
             if not channel.followers:
                 channel.forget()
@@ -2357,16 +2379,17 @@ class ChunkBuffer:
                 with contextlib.suppress(NotFound):  # touched or cleared in the meantime
                     await self._submit(ClearThread(thread_id, untouched_since))
                     self.metrics.expired.inc()
-        await self._erase()
+        await self._erase(at_any_size=True)
 
-    async def _erase(self) -> None:
+    async def _erase(self, at_any_size: bool = False) -> None:
         """Where another process reads, its snapshot keeps the WAL: wait a while, then leave it owed."""
         async with self._erasing:
             while await self._maintain(self._store.erase_some):
                 self._scrub_owed = True
             give_up = asyncio.get_running_loop().time() + BUSY_TIMEOUT
-            while self._scrub_owed:
-                self._scrub_owed = not await self._maintain(self._store.scrub)
+            while self._scrub_owed or at_any_size:
+                self._scrub_owed = not await self._maintain(partial(self._store.scrub, at_any_size))
+                at_any_size = False
                 if self._scrub_owed:
                     if asyncio.get_running_loop().time() >= give_up:
                         return
@@ -2386,6 +2409,18 @@ class ChunkBuffer:
         for thread_id, message_id in await self._store.read(lambda snapshot: snapshot.idle_messages(untouched_since)):
             with contextlib.suppress(NotFound, Conflict):  # touched or ended in the meantime
                 await self._submit(EndMessage(thread_id, message_id, "aborted", PRODUCER_TIMEOUT, untouched_since))
+
+
+class Seat:
+    """One of ``max_readers``: taken at once, free when its stream is over, or dropped unread."""
+
+    def __init__(self, buffer: ChunkBuffer) -> None:
+        buffer.readers += 1
+        self.close = weakref.finalize(self, self._free, buffer)
+
+    @staticmethod
+    def _free(buffer: ChunkBuffer) -> None:
+        buffer.readers -= 1
 
 
 class Quiet:
@@ -2789,13 +2824,51 @@ ListCursor = Annotated[str | None, QueryParameter(name="cursor", description="as
 After = Annotated[str | None, QueryParameter(name="after", description="a cursor as a stream gave it, or a bare seq")]
 
 
+BODY_SCHEMAS, BODY_COMPONENTS = msgspec.json.schema_components(
+    (Chunk | list[Chunk], AbortBody, ResumeBody, TokenBody), ref_template="#/components/schemas/{name}"
+)
+STREAMED = {"type": "string", "format": "binary"}
+
+
+def body_of(schema: Any, required: bool, *streamed: str) -> RequestBody:
+    content = {"application/json": schema, **dict.fromkeys(streamed, STREAMED)}
+    return RequestBody({kind: OpenAPIMediaType(schema=schema) for kind, schema in content.items()}, required=required)
+
+
+# These read their bodies themselves, so the OpenAPI document is told of them here.
+
+
+@dataclass
+class TakesChunks(OpenAPIOperation):
+    def __post_init__(self) -> None:
+        self.request_body = body_of(BODY_SCHEMAS[0], True, "application/x-ndjson", "text/plain")
+
+
+@dataclass
+class TakesReason(OpenAPIOperation):
+    def __post_init__(self) -> None:
+        self.request_body = body_of(BODY_SCHEMAS[1], False)
+
+
+@dataclass
+class TakesKnownContent(OpenAPIOperation):
+    def __post_init__(self) -> None:
+        self.request_body = body_of(BODY_SCHEMAS[2], True)
+
+
+@dataclass
+class TakesScope(OpenAPIOperation):
+    def __post_init__(self) -> None:
+        self.request_body = body_of(BODY_SCHEMAS[3], False)
+
+
 @put(MESSAGE, summary="Open a message before its first chunk", scopes=WRITE)
 async def open_message(buffer: Buffer, thread_id: ThreadId, message_id: MessageId) -> Response[Appended]:
     appended, is_new = await buffer.open_message(thread_id, message_id)
     return Response(appended, status_code=201 if is_new else 200)
 
 
-@post(MESSAGE + "/chunks", summary="Append chunks", scopes=WRITE)
+@post(MESSAGE + "/chunks", summary="Append chunks", scopes=WRITE, operation_class=TakesChunks)
 async def append_chunks(
     request: Request[Any, Any, Any],
     buffer: Buffer,
@@ -2879,7 +2952,7 @@ async def complete_message(buffer: Buffer, thread_id: ThreadId, message_id: Mess
     return await buffer.complete_message(thread_id, message_id)
 
 
-@post(MESSAGE + "/abort", status_code=200, summary="Abort a message", scopes=ABORT)
+@post(MESSAGE + "/abort", status_code=200, summary="Abort a message", scopes=ABORT, operation_class=TakesReason)
 async def abort_message(
     request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId, message_id: MessageId
 ) -> Appended:
@@ -2948,10 +3021,10 @@ async def stream(
     summary="Resume a message by the text one has (SSE)",
     scopes=READ,
     token_in_query=True,
+    operation_class=TakesKnownContent,
 )
 async def resume_stream(request: Request[Any, Any, Any], buffer: Buffer) -> Response[Any]:
-    # Known text can be as long as a message, and JSON takes up to six bytes for one.
-    body = decode_body(await whole_body(request, 6 * buffer.settings.max_message), ResumeBody)
+    body = decode_body(await whole_body(request, buffer.settings.max_body), ResumeBody)
     if body.known_content is not None and body.after is not None:
         raise BadRequest("known_content and after exclude each other; send the one that you have.")
     quiet, poll = seconds("idle_timeout", body.idle_timeout), seconds("poll_interval", body.poll_interval)
@@ -3015,7 +3088,7 @@ async def clear_thread_buffer(buffer: Buffer, thread_id: ThreadId) -> None:
     await buffer.clear_thread_buffer(thread_id)
 
 
-@post(THREAD + "/tokens", summary="Mint a short-lived token for a browser", scopes=WRITE)
+@post(THREAD + "/tokens", summary="Mint a short-lived token for a browser", scopes=WRITE, operation_class=TakesScope)
 async def mint_token(request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId) -> Token:
     """For this thread alone, and no wider than one's own; for up to a day."""
     body = await whole_body(request, buffer.settings.max_body)
@@ -3036,11 +3109,7 @@ async def mint_token(request: Request[Any, Any, Any], buffer: Buffer, thread_id:
     return Token(token, " ".join(sorted(scope)), thread_id, int(grant.expires) * 1000)
 
 
-UNREAD_ANSWERS = 32
-
-
-class Identified(Record, frozen=True):
-    id: str | int | None = None
+UNREAD_ANSWERS = 32  # of appends on one WebSocket, past which it is not read on
 
 
 class Subscribe(Record, frozen=True, rename=None, tag="subscribe", forbid_unknown_fields=True):
@@ -3106,8 +3175,8 @@ class Conversation:
             await self._buffer.room()
             if len(self._appends) >= UNREAD_ANSWERS:
                 await asyncio.wait(self._appends, return_when=asyncio.FIRST_COMPLETED)
-            identity = identity_of(text)
             frame = decode_frame(text)
+            identity = frame.id
             match frame:
                 case Subscribe():
                     self._subscribe(frame)
@@ -3120,7 +3189,7 @@ class Conversation:
                     answer = await self._buffer.abort_message(frame.thread_id, frame.message_id, frame.reason)
                     await self._send("aborted", frame.id, answer)
         except Problem as problem:
-            await self._send("error", identity, problem_document(problem))
+            await self._send("error", identity or identity_of(text), problem_document(problem))
 
     def _subscribe(self, frame: Subscribe) -> None:
         self._grant.require(READ, frame.thread_id)
@@ -3206,10 +3275,11 @@ class Conversation:
 
 def identity_of(text: str | bytes) -> str | int | None:
     """The id of a frame, if it has one, however wrong the rest is."""
-    try:
-        return msgspec.json.decode(text, type=Identified).id
-    except (msgspec.DecodeError, UnicodeError):
-        return None
+    with contextlib.suppress(ValueError):  # of the standard library, as it takes lone surrogates
+        frame = json.loads(text)
+        if isinstance(frame, dict) and isinstance(identity := frame.get("id"), (str, int)):
+            return identity.encode(errors="replace").decode() if isinstance(identity, str) else identity
+    return None
 
 
 def decode_frame(text: str | bytes) -> Subscribe | Unsubscribe | AppendFrame | AbortFrame:
@@ -3342,7 +3412,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._any_host = bool(settings.secret or settings.allow_anonymous or settings.uds)
+        self._any_host = bool(settings.secret or settings.uds) or not is_loopback(settings.host)
         self._origins = frozenset(settings.cors_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -3448,7 +3518,8 @@ def app_of(buffer: ChunkBuffer, lifespan: Sequence[AbstractAsyncContextManager[A
             title="resume-stream",
             version=__version__,
             components=Components(
-                security_schemes={"bearerAuth": SecurityScheme(type="http", scheme="bearer", bearer_format="JWT")}
+                schemas=cast(Any, BODY_COMPONENTS),
+                security_schemes={"bearerAuth": SecurityScheme(type="http", scheme="bearer", bearer_format="JWT")},
             ),
             security=[{"bearerAuth": []}],
             render_plugins=[
@@ -3471,7 +3542,7 @@ def app_of(buffer: ChunkBuffer, lifespan: Sequence[AbstractAsyncContextManager[A
 # ---------------------------------------------------------------------------------------------
 
 SECRET_BYTES = 32
-STUCK_AFTER = 0.4  # seconds after which a connection whose reader does not read is cut on shutdown
+STUCK_AFTER = 0.2  # seconds after which a connection whose reader does not read is cut on shutdown
 
 
 class JSONFormatter(logging.Formatter):
@@ -3662,7 +3733,9 @@ def backup(path: Path, target: Path) -> None:
         try:
             with contextlib.closing(sqlite3.connect(partial_copy)) as copy:
                 source.backup(copy, pages=1000, progress=progress)
-            partial_copy.rename(target)
+            os.link(partial_copy, target)  # which, unlike a rename, never overwrites
+        except (sqlite3.Error, OSError) as error:
+            raise StartupError(f"{target} cannot be written ({error})") from error
         finally:
             partial_copy.unlink(missing_ok=True)
     print(f"\n{target} is a copy of {path}", file=sys.stderr)
@@ -3683,10 +3756,10 @@ def healthcheck(settings: Settings) -> None:
 
 
 def connection_to(settings: Settings) -> http.client.HTTPConnection:
-    connection = http.client.HTTPConnection(settings.host, settings.port, timeout=5)
+    connection = http.client.HTTPConnection(settings.host, settings.port, timeout=2 * BUSY_TIMEOUT)
     if settings.uds:
         connection.sock = socket.socket(socket.AF_UNIX)
-        connection.sock.settimeout(5)
+        connection.sock.settimeout(2 * BUSY_TIMEOUT)
         connection.sock.connect(settings.uds)
     return connection
 

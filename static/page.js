@@ -159,8 +159,8 @@ function factsOf({ size, messageCount, readers, createdAt, updatedAt }) {
     sized(size),
     ...(messageCount === undefined ? [] : [counted(messageCount, "message")]),
     ...(readers === undefined ? [] : [counted(readers, "reader")]),
-    `made ${lasting(now - createdAt)} ago`,
-    `last activity ${lasting(now - updatedAt)} ago`,
+    `${lasting(now - createdAt)} old`,
+    now - updatedAt < 1500 ? "last activity just now" : `last activity ${lasting(now - updatedAt)} ago`,
   ];
 }
 
@@ -473,6 +473,8 @@ class ThreadView {
       return;
     }
     this.createdAt = status.createdAt;
+    find("gone").hidden = true;
+    find("clear").hidden = false;
     showFacts(find("thread-facts"), factsOf({ ...status, messageCount: status.messages.length }));
     const earlier = status.messages.length - this.shown;
     find("earlier").hidden = earlier <= 0;
@@ -544,9 +546,9 @@ function openFromAddress() {
   thread?.close();
   thread = threadId ? new ThreadView(threadId) : null;
   showNotice("");
-  const isNarrow = getComputedStyle(find("overview")).display === "none" || !thread;
-  if (thread && isNarrow) find("thread-name").focus();
-  else if (left) rows.get(left)?.link.focus();
+  // On a narrow screen one took the place of the other, and the focus goes along.
+  if (!thread) rows.get(left ?? "")?.link.focus();
+  else if (getComputedStyle(find("overview")).display === "none") find("thread-name").focus();
   poll();
 }
 
@@ -594,6 +596,10 @@ async function play(demo) {
   let { index } = demo;
   let last = Date.now();
   try {
+    if (index === 0) {
+      await appendChunks({ ...service, ...demo, chunks: [] }).catch(() => {}); // opens it, and is tried again below
+      location.hash = addressOf(demo.threadId);
+    }
     while (index < WORDS.length) {
       await new Promise((resolve) => setTimeout(resolve, DEMO_PACE));
       // Timers of a hidden tab are slow, and then a few words go together.
@@ -618,7 +624,6 @@ find("play").addEventListener("click", () => {
   const demo = { threadId: `demo-${Date.now().toString(36)}`, messageId: "answer-1", index: 0 };
   memory.set("demo", demo);
   play(demo);
-  location.hash = addressOf(demo.threadId);
 });
 
 // -------------------------------------------------------------------------------------------------

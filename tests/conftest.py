@@ -61,13 +61,18 @@ class Service:
         return f"{self.url}/api"
 
     def start(self, port: int = 0) -> Service:
-        command = [sys.executable, str(ROOT / "app.py"), "serve", "--db", str(self.db), "--port", str(port), *self.flags]
+        command = [
+            sys.executable,
+            str(ROOT / "app.py"),
+            "serve",
+            "--db",
+            str(self.db),
+            "--port",
+            str(port),
+            *self.flags,
+        ]
         self.process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **self.environment},
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **self.environment}
         )
         line = self.process.stdout.readline()
         found = re.search(r"http://\S+:\d+", line)

@@ -96,6 +96,8 @@ async def test_text_and_chunks_are_appended_in_order_and_numbered(buffer: ChunkB
         ([Chunk("b", "tool")], 1, False, {"expectedIndex": 2}),
         (["a", "b", "c"], 1, False, {"expectedIndex": 2}),
         (["d"], 3, False, {"expectedIndex": 2}),
+        (["a"], 3, False, {"expectedIndex": 2}),
+        ([], 3, True, {"expectedIndex": 2}),
     ],
 )
 async def test_a_retried_append_is_stored_once_and_one_that_lost_the_race_is_told(
@@ -222,6 +224,32 @@ async def test_a_reader_waits_for_what_is_not_written_yet(buffer: ChunkBuffer) -
     await buffer.complete_message("t", "m")
     assert await reading == ["a", "b", "c", "END completed None"]
     assert buffer.readers == 0
+
+
+async def test_readers_that_come_at_any_time_get_everything_once(buffer: ChunkBuffer) -> None:
+    """Some of it is in memory by then, for those who came before, and some is not."""
+    readings = []
+    for number in range(8):
+        await buffer.add_chunks("t", f"m{number % 2}", [f"{number}", "-"])
+        position = await buffer.locate("t", after=f"{number}" if number % 3 else None)
+        readings.append(
+            (position.after, asyncio.create_task(take(buffer.resume_stream("t", "m0", after=position.after))))
+        )
+        if number % 2:
+            await until(lambda: buffer.readers == len(readings))
+    await buffer.complete_message("t", "m0")
+    places = [(place, text) for place, text in enumerate("0-1-2-3-4-5-6-7-", 1) if (place - 1) // 2 % 2 == 0]
+    for after, reading in readings:
+        assert await reading == [*(text for place, text in places if place > after), "END completed None"]
+
+
+async def test_a_thread_is_followed_beyond_the_end_of_each_of_its_messages(buffer: ChunkBuffer) -> None:
+    await buffer.open_message("t", "last")
+    reading = asyncio.create_task(take(buffer.follow(await buffer.locate("t"), idle_timeout=10)))
+    await until(lambda: buffer.readers)
+    for message_id in ("m", "n", "last"):
+        await buffer.add_chunks("t", message_id, [message_id], complete=True)
+    assert [entry.seq for page in await reading for entry in page.entries] == [1, 2, 3, 4, 5, 6]
 
 
 async def test_a_quiet_stream_times_out_and_can_be_resumed(buffer: ChunkBuffer) -> None:

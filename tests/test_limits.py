@@ -196,16 +196,6 @@ def test_a_frame_of_max_body(client: httpx.Client, thread: str) -> None:
     assert contents(client, thread) == ["x"]
 
 
-def test_known_content_may_be_as_long_as_a_message(client: httpx.Client, thread: str) -> None:
-    most = ["\x01" * 100, "\x02" * 100, "x" * 50]  # six bytes each in JSON
-    assert [by_json(client, thread, [text]) for text in most] == [(201, "")] * 3
-    client.post(message_path(thread, "run", "complete"))
-    asked = {"thread_id": thread, "message_id": "run", "known_content": "".join(most)}
-    assert "event: complete" in client.post("/resume-stream", json=asked).text
-    refused = client.post("/resume-stream", json={**asked, "known_content": "\x01" * 400})
-    assert problem(refused)[0] == 413
-
-
 # The database
 
 

@@ -178,6 +178,8 @@ class BufferIsLikeItsModel(RuleBasedStateMachine):
     def begin(self) -> None:
         self.buffer = ChunkBuffer(self.settings)
         self.runner.run(self.buffer.__aenter__())
+        for message_id in (None, "m", "n"):
+            self.come("t", message_id)
 
     def teardown(self) -> None:
         try:

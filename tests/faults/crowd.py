@@ -303,7 +303,8 @@ async def survive_churn(folder: Path, *, seconds: float) -> Verdict:
                     await follow(link, thread)
                     await link.read_head()
                     await anext(link.events())
-                    await RUDE[made % len(RUDE)](link if made % 5 == 0 else await stack_link(stack, port), thread)
+                    async with Link.to(port) as rude:
+                        await RUDE[made % len(RUDE)](rude, thread)
                 await append(port, thread, "m", "end", query="?complete=true")
                 if made % 3 == 0:
                     await call(port, "DELETE", thread_path(thread))
@@ -313,8 +314,7 @@ async def survive_churn(folder: Path, *, seconds: float) -> Verdict:
                 samples.append((time.monotonic() - began, service.memory()))
                 await asyncio.sleep(0.25)
 
-        stack = contextlib.AsyncExitStack()
-        async with stack, in_background(sample()):
+        async with in_background(sample()):
             await asyncio.gather(*map(live, range(4)))
         later = [one for one in samples if one[0] > seconds / 3]
         slope = statistics.linear_regression(*zip(*later, strict=True)).slope * 60
@@ -328,7 +328,3 @@ async def survive_churn(folder: Path, *, seconds: float) -> Verdict:
         verdict.expect(sum(sizes.values()) < 64 * 1024, f"the files have {sizes} KiB")
         verdict.expect(not service.tracebacks(), f"{service.tracebacks()} tracebacks in the log")
     return verdict
-
-
-async def stack_link(stack: contextlib.AsyncExitStack, port: int) -> Link:
-    return await stack.enter_async_context(Link.to(port))

@@ -23,6 +23,10 @@ WAYS_TO_PRODUCE = ("single", "ndjson", "text")
 WAYS_TO_READ = ("sse", "websocket", "poll", "known")
 
 
+class Broken(Exception):
+    """There is no point in going on."""
+
+
 class Producer:
     """Sends the pieces of one message, and sends again, with ``index``, what was not acknowledged."""
 
@@ -48,7 +52,7 @@ class Producer:
                 await asyncio.sleep(0.1)
             elif answer.status not in (200, 201):
                 self.verdict.fail(f"{self.message} ({self.way}): {answer.status} {answer.body[:200]!r}")
-                return
+                raise Broken  # its readers would wait in vain
             else:
                 self.acknowledged += len(batch)
                 self.index = answer.json["chunkCount"]
@@ -290,21 +294,37 @@ async def survive_kills(
     with Service(folder / "kill.db", *flags) as service:
         for number in range(0, kills, 5):
             world = World(verdict, service, f"world{number}", producers, readers, seed + number)
-            await world.open()
-            async with asyncio.TaskGroup() as tasks:
-                for one in [*world.producers, *world.readers]:
-                    tasks.create_task(asyncio.wait_for(one.run(), 5 * (longest + 20) + 2 * TIMEOUT))
-                for kill_number in range(number, min(number + 5, kills)):
-                    await asyncio.sleep(rng.uniform(0.05, longest))
-                    with verdict.trial(f"kill {kill_number}"):
-                        await kill(world, rng)
-                    if not service.is_running:
-                        raise RuntimeError(f"it did not come back: {verdict.broken[-1]}")
-                await asyncio.sleep(rng.uniform(0, 0.3))
-                for producer in world.producers:
-                    producer.finishing = True
+            await kill_often(world, range(number, min(number + 5, kills)), longest, rng)
+            if not service.is_running:
+                return verdict
             with verdict.trial(f"everything of {number} to {number + 4}"):
                 world.check_end()
         verdict.expect(service.end(signal.SIGTERM) == 0, "it did not end with 0")
         verdict.expect(not service.tracebacks(), "there is a traceback in the log")
     return verdict
+
+
+async def kill_often(world: World, numbers: range, longest: float, rng: random.Random) -> None:
+    """Under load, which goes on until everything is written and read, or something is broken."""
+    await world.open()
+    try:
+        await load_and_kill(world, numbers, longest, rng)
+    except* Broken:
+        pass  # the verdict has it
+    except* TimeoutError:
+        world.verdict.fail("something hangs")
+
+
+async def load_and_kill(world: World, numbers: range, longest: float, rng: random.Random) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        for one in [*world.producers, *world.readers]:
+            tasks.create_task(asyncio.wait_for(one.run(), 5 * (longest + 20) + 2 * TIMEOUT))
+        for number in numbers:
+            await asyncio.sleep(rng.uniform(0.05, longest))
+            with world.verdict.trial(f"kill {number}"):
+                await kill(world, rng)
+            if not world.service.is_running:
+                raise Broken
+        await asyncio.sleep(rng.uniform(0, 0.3))
+        for producer in world.producers:
+            producer.finishing = True

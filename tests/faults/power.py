@@ -13,16 +13,17 @@ import random
 import re
 import shutil
 import sqlite3
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .base import Link, Service, Verdict, append, call, message_path, piece, thread_path
+from .base import TIMEOUT, Link, Service, Verdict, append, call, message_path, piece, thread_path
 
 SECTOR = 512
 SYSCALLS = "openat,pwrite64,write,writev,sendmsg,sendto,ftruncate,fsync,fdatasync,unlink,rename"
-LINE = re.compile(r"(\d+) (?:<\.\.\. \w+ resumed>)?(.*)")
+LINE = re.compile(r"(\d+) +(?:<\.\.\. \w+ resumed>)?(.*)")
 CALL = re.compile(r"(\w+)\((.*)\)\s+= (-?\d+)", re.DOTALL)
 PATH = re.compile(r'[<"]((?:\\x[0-9a-f]{2})+)[>"]')
 OPENED = re.compile(r'"((?:\\x[0-9a-f]{2})+)"')
@@ -196,9 +197,13 @@ async def write_much(port: int, appends: int) -> None:
 def record(folder: Path, appends: int, *flags: str) -> list[Step]:
     """Run the service under strace, and return what it did, until it is killed."""
     db, trace = folder / "power.db", folder / "trace"
-    strace = ("strace", "-D", "-f", "-qq", "-y", "-xx", "-s", "100000000", "--seccomp-bpf", "-o", str(trace))
+    strace = ("strace", "-D", "-f", "-q", "-y", "-xx", "-s", "100000000", "--seccomp-bpf", "-o", str(trace))
     with Service(db, *flags, wrap=(*strace, "-e", f"trace={SYSCALLS}", "-e", "signal=none")) as service:
         asyncio.run(write_much(service.port, appends))
+        last_words = re.compile(rf"^{service.pid} +\+{{3}} killed", re.MULTILINE)
+    deadline = time.monotonic() + TIMEOUT
+    while not last_words.search(trace.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)  # strace writes on
     return steps_of(trace, db)
 
 

@@ -1,0 +1,243 @@
+"""What tests in a real browser need: Chromium, a page that keeps notes, connections that can be cut."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+
+import pytest
+from conftest import TIMEOUT, Service
+from wire import drain
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+if CHROMIUM is None:
+    pytest.skip("no Chromium is installed (apt install chromium)", allow_module_level=True)
+sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (pip install playwright)")
+Browser, Page = sync_api.Browser, sync_api.Page
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@contextlib.contextmanager
+def new_page(browser: Browser, **options: Any) -> Iterator[Page]:
+    """A page in a profile of its own; an error that nobody catches in it fails the test."""
+    context = browser.new_context(**options)
+    context.set_default_timeout(TIMEOUT * 1000)
+    page = context.new_page()
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    try:
+        yield page
+    finally:
+        context.close()
+    assert not errors
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    with new_page(browser) as page:
+        yield page
+
+
+def restart(service: Service) -> None:
+    """SIGKILL, and back on the same port."""
+    service.restart()
+    drain(service)
+
+
+class Origin:
+    """A web server with nothing but a blank page, as the origin of somebody else's page."""
+
+    def __enter__(self) -> Self:
+        class Blank(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                body = b"<!doctype html><title>blank</title>"
+                self.send_response(200)
+                self.send_header("Content-Type", "text/html")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Blank)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+class Proxy:
+    """A TCP proxy before the service whose connections can be cut, and which can be down."""
+
+    def __init__(self, port: int) -> None:
+        self._to = ("127.0.0.1", port)
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._lock = threading.Lock()
+        self.is_down = False
+
+    def __enter__(self) -> Self:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+
+    def cut(self) -> None:
+        """Reset every connection, as a network that goes away does."""
+        with self._lock:
+            pairs, self._pairs = self._pairs, []
+        for pair in pairs:
+            for end in pair:
+                reset(end)
+
+    def down(self) -> None:
+        self.is_down = True
+        self.cut()
+
+    def up(self) -> None:
+        self.is_down = False
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                try:
+                    if self.is_down:
+                        raise ConnectionRefusedError
+                    far = socket.create_connection(self._to)
+                except OSError:
+                    reset(near)
+                    continue
+                with self._lock:
+                    self._pairs.append((near, far))
+                for source, sink in ((near, far), (far, near)):
+                    threading.Thread(target=pump, args=(source, sink), daemon=True).start()
+
+
+def pump(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while piece := source.recv(65536):
+            sink.sendall(piece)
+        sink.shutdown(socket.SHUT_WR)
+
+
+def reset(end: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        end.shutdown(socket.SHUT_RDWR)
+    end.close()
+
+
+# A page whose readings can be looked at from outside. `read` notes every item of one reading; text
+# and cursor of the reading are kept in sessionStorage, as a page that wants to survive a reload does.
+NOTES = """
+window.notes = {};
+window.read = async (name, options, {over = "fetch", until = null} = {}) => {
+  const client = await import("/static/resume-stream.js");
+  const note = window.notes[name] = {items: [], text: "", down: [], error: null, ended: false};
+  const onConnection = (event) => event.connected || note.down.push(event.delay);
+  window.socket ??= client.connect({token: options.token});
+  try {
+    const items = over === "fetch" ? client.resumeStream({...options, onConnection}) : window.socket.resumeStream(options);
+    for await (const item of items) {
+      note.items.push(item);
+      if (item.type === "reset") note.text = "";
+      if (item.type === "chunk") note.text += item.content;
+      sessionStorage.setItem(name, note.text);
+      if (note.items.length === until) break;
+    }
+  } catch (error) {
+    note.error = {name: error.name, message: error.message, status: error.status};
+  }
+  note.ended = true;
+};
+"""
+
+
+class Reader:
+    """One reading of the page, by its name in the page's notes."""
+
+    def __init__(self, page: Page, name: str = "reader") -> None:
+        self.page = page
+        self.name = name
+
+    def begin(self, over: str = "fetch", until: int | None = None, **options: Any) -> Self:
+        how = {"over": over, "until": until}
+        self.page.evaluate(f"() => void read({json.dumps(self.name)}, {json.dumps(options)}, {json.dumps(how)})")
+        return self
+
+    def wait(self, condition: str) -> Self:
+        """Until a JavaScript expression of ``note`` is true."""
+        self.page.wait_for_function(
+            f"() => {{ const note = window.notes[{json.dumps(self.name)}]; return note && ({condition}) }}", polling=10
+        )
+        return self
+
+    def wait_for_text(self, text: str) -> Self:
+        return self.wait(f"note.text.length >= {len(text)}")
+
+    def wait_for_end(self) -> Self:
+        return self.wait("note.ended")
+
+    @property
+    def note(self) -> dict[str, Any]:
+        return self.page.evaluate("name => window.notes[name]", self.name)
+
+    @property
+    def items(self) -> list[dict[str, Any]]:
+        return self.note["items"]
+
+    @property
+    def text(self) -> str:
+        return self.note["text"]
+
+    @property
+    def types(self) -> list[str]:
+        """The kinds of its items, each run of chunks as one."""
+        types = [item["type"] for item in self.items]
+        return [kind for index, kind in enumerate(types) if index == 0 or kind != "chunk" or types[index - 1] != "chunk"]
+
+    @property
+    def seqs(self) -> list[int]:
+        return [item["seq"] for item in self.items if "seq" in item]
+
+
+def open_notebook(page: Page, url: str) -> Reader:
+    """A page of the service's own origin that keeps notes."""
+    page.add_init_script(NOTES)
+    page.goto(f"{url}/health/live")
+    return Reader(page)
