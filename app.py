@@ -200,7 +200,7 @@ def parse_setting(name: str, text: str) -> Any:
     """The value of the setting ``name``. Raises ValueError with one sentence for a person."""
     kind = SETTING_TYPES[name]
     if kind is str and not text:
-        raise ValueError("it is empty; give it a value, or leave it out")
+        raise ValueError(f"{name} is empty; give it a value, or leave it out")
     if parser := SETTING_PARSERS.get(kind):
         return parser(text)
     try:
@@ -3614,6 +3614,17 @@ def start_line(settings: Settings, where: str) -> str:
     )
 
 
+def listening(settings: Settings) -> list[socket.socket] | None:
+    """None where uvicorn makes the Unix socket. Raises StartupError."""
+    if settings.uds:
+        return None
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return [socket.create_server((settings.host, settings.port), family=family, backlog=2048)]
+    except (OSError, OverflowError) as error:
+        raise StartupError(f"cannot listen on {url_of(settings.host, settings.port)}: {error}") from error
+
+
 async def serve(settings: Settings) -> None:
     if not (settings.secret or settings.allow_anonymous or settings.uds or is_loopback(settings.host)):
         raise StartupError(
@@ -3625,8 +3636,6 @@ async def serve(settings: Settings) -> None:
     async with ChunkBuffer(settings) as buffer:
         config = uvicorn.Config(
             app_of(buffer),
-            host=settings.host,
-            port=settings.port,
             uds=settings.uds or None,
             lifespan="off",
             log_config=None,
@@ -3635,7 +3644,7 @@ async def serve(settings: Settings) -> None:
             proxy_headers=False,
             ws_max_size=settings.max_body,
         )
-        await Server(config, buffer).serve()
+        await Server(config, buffer).serve(listening(settings))
 
 
 def settings_from(environment: Mapping[str, str], flags: Mapping[str, str]) -> Settings:

@@ -604,6 +604,7 @@ async def test_the_routes_are_mounted_beside_somebodys_own(make_buffer: Any) -> 
         assert (await client.get("/api/threads")).status_code == 404
 
 
+@pytest.mark.filterwarnings("ignore:The base_url 'http.//localhost' might cause issues")
 async def test_the_whole_service_is_an_app_too(tmp_path: Any) -> None:
     settings = Settings(db=str(tmp_path / "chunks.db"))
     async with AsyncTestClient(create_app(settings), base_url="http://localhost") as client:

@@ -62,6 +62,19 @@ def page(browser: Browser) -> Iterator[Page]:
         yield page
 
 
+def opened_sockets(page: Page) -> tuple[list[Any], list[str]]:
+    """The WebSockets that a page opens from now on, and the frames it sends."""
+    sockets: list[Any] = []
+    frames: list[str] = []
+
+    def opened(socket: Any) -> None:
+        sockets.append(socket)
+        socket.on("framesent", lambda frame: frames.append(frame))
+
+    page.on("websocket", opened)
+    return sockets, frames
+
+
 def restart(service: Service) -> None:
     """SIGKILL, and back on the same port."""
     service.restart()
@@ -164,7 +177,9 @@ def reset(end: socket.socket) -> None:
 
 # A page whose readings can be looked at from outside. `read` notes every item of one reading; text
 # and cursor of the reading are kept in sessionStorage, as a page that wants to survive a reload does.
+# Waits before a reconnect are a hundredth of what they can be at the most.
 NOTES = """
+Math.random = () => 0.01;
 window.notes = {};
 window.read = async (name, options, {over = "fetch", until = null} = {}) => {
   const client = await import("/static/resume-stream.js");
@@ -229,7 +244,9 @@ class Reader:
     def types(self) -> list[str]:
         """The kinds of its items, each run of chunks as one."""
         types = [item["type"] for item in self.items]
-        return [kind for index, kind in enumerate(types) if index == 0 or kind != "chunk" or types[index - 1] != "chunk"]
+        return [
+            kind for index, kind in enumerate(types) if index == 0 or kind != "chunk" or types[index - 1] != "chunk"
+        ]
 
     @property
     def seqs(self) -> list[int]:

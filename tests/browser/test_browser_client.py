@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import jwt
 import pytest
-from browser_kit import Browser, Origin, Page, Proxy, Reader, browser, new_page, open_notebook, page, restart
+from browser_kit import Origin, Page, Proxy, Reader, browser, open_notebook, opened_sockets, page, restart
 from conftest import ROOT, TIMEOUT, Service, append, wait_until
-from wire import api_client, drain, serving
+from wire import api_client, serving
 
 __all__ = ["browser", "page"]  # fixtures
 
@@ -29,9 +29,14 @@ over_both = pytest.mark.parametrize("over", ["fetch", "websocket"])
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """For the tests that leave it running."""
-    with serving(tmp_path_factory.mktemp("service")) as service:
+def allowed() -> Iterator[Origin]:
+    with Origin() as origin:
+        yield origin
+
+
+@pytest.fixture(scope="module")
+def service(allowed: Origin, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with serving(tmp_path_factory.mktemp("service"), "--cors-origins", allowed.url) as service:
         yield service
 
 
@@ -54,14 +59,6 @@ def reader(page: Page, service: Service) -> Reader:
     return open_notebook(page, service.url)
 
 
-@pytest.fixture
-def own_service(start_service: Callable[..., Service]) -> Service:
-    """For a test that restarts it."""
-    service = start_service()
-    drain(service)
-    return service
-
-
 def readers(client: httpx.Client, thread: str = "t") -> int:
     return client.get(f"/threads/{thread}").json()["readers"]
 
@@ -70,52 +67,44 @@ def readers(client: httpx.Client, thread: str = "t") -> int:
 
 
 def test_event_source_of_an_allowed_origin_resumes_over_a_restart_and_stops_on_the_204(
-    page: Page, start_service: Callable[..., Service]
+    page: Page, service: Service, client: httpx.Client, allowed: Origin
 ) -> None:
-    with Origin() as origin:
-        service = start_service("--cors-origins", origin.url)
-        drain(service)
-        page.goto(origin.url)
-        with api_client(service) as client:
-            append(client, "t", "m", "one ", "two ")
-            page.evaluate(
-                """url => {
-                    window.seen = [];
-                    window.source = new EventSource(url);
-                    source.onmessage = ({data}) => seen.push(JSON.parse(data).content);
-                    source.addEventListener("complete", ({data}) => seen.push(JSON.parse(data).status));
-                }""",
-                f"{service.api}/threads/t/messages/m/stream",
-            )
-            page.wait_for_function("() => seen.length === 2")
-            restart(service)
-            append(client, "t", "m", "three ", "four", complete=True)
-        page.wait_for_function("() => source.readyState === EventSource.CLOSED")
-        assert page.evaluate("seen") == ["one ", "two ", "three ", "four", "completed"]
+    append(client, "t", "m", "one ", "two ")
+    page.goto(allowed.url)
+    page.evaluate(
+        """url => {
+            window.seen = [];
+            window.source = new EventSource(url);
+            source.onmessage = ({data}) => seen.push(JSON.parse(data).content);
+            source.addEventListener("complete", ({data}) => seen.push(JSON.parse(data).status));
+        }""",
+        f"{service.api}/threads/t/messages/m/stream",
+    )
+    page.wait_for_function("() => seen.length === 2")
+    restart(service)
+    append(client, "t", "m", "three ", "four", complete=True)
+    page.wait_for_function("() => source.readyState === EventSource.CLOSED")
+    assert page.evaluate("seen") == ["one ", "two ", "three ", "four", "completed"]
 
 
-def test_client_module_works_from_an_allowed_origin(page: Page, start_service: Callable[..., Service]) -> None:
-    with Origin() as origin:
-        service = start_service("--cors-origins", origin.url)
-        with api_client(service) as client:
-            append(client, "t", "m", "Hello", complete=True)
-        page.goto(origin.url)
-        read = """async ([baseUrl, options]) => {
-            const {resumeStream} = await import(`${baseUrl}/static/resume-stream.js`);
-            const items = [];
-            for await (const item of resumeStream({baseUrl, threadId: "t", messageId: "m", ...options})) items.push(item);
-            return items.map(item => item.content ?? item.status);
-        }"""
-        page.route(
-            f"{service.url}/static/*",
-            lambda route: route.fulfill(
-                path=str(STATIC_MODULE),
-                content_type="text/javascript",
-                headers={"Access-Control-Allow-Origin": origin.url},
-            ),
-        )  # a page of another origin brings its own copy of the module
-        assert page.evaluate(read, [service.url, {}]) == ["Hello", "completed"]
-        assert page.evaluate(read, [service.url, {"knownContent": "Hel"}]) == ["lo", "completed"]
+def test_client_module_works_from_an_allowed_origin(
+    page: Page, service: Service, client: httpx.Client, allowed: Origin
+) -> None:
+    append(client, "t", "m", "Hello", complete=True)
+    # A page of another origin brings its own copy of the module.
+    page.route("**/copy.js", lambda route: route.fulfill(path=STATIC_MODULE, content_type="text/javascript"))
+    page.goto(allowed.url)
+    read = """async ([baseUrl, options]) => {
+        const client = await import("/copy.js");
+        const items = [];
+        for (const source of [client, client.connect({baseUrl})]) {
+            const all = source.resumeStream({baseUrl, threadId: "t", messageId: "m", ...options});
+            for await (const item of all) items.push(item.content ?? item.status);
+        }
+        return items;
+    }"""
+    assert page.evaluate(read, [service.url, {}]) == ["Hello", "completed"] * 2
+    assert page.evaluate(read, [service.url, {"knownContent": "Hel"}]) == ["lo", "completed"] * 2
 
 
 def test_page_of_a_foreign_origin_gets_nothing(page: Page, service: Service, client: httpx.Client) -> None:
@@ -180,13 +169,12 @@ def test_resumes_over_cut_connections(page: Page, client: httpx.Client, proxy: P
 
 
 @over_both
-def test_resumes_over_a_restart(page: Page, own_service: Service, over: str) -> None:
-    with api_client(own_service) as client:
-        append(client, "t", "m", "one ", "two ")
-        reader = open_notebook(page, own_service.url).begin(over, threadId="t", messageId="m").wait_for_text("one two ")
-        restart(own_service)
-        append(client, "t", "m", "three", complete=True)
-        reader.wait_for_end()
+def test_resumes_over_a_restart(reader: Reader, service: Service, client: httpx.Client, over: str) -> None:
+    append(client, "t", "m", "one ", "two ")
+    reader.begin(over, threadId="t", messageId="m").wait_for_text("one two ")
+    restart(service)
+    append(client, "t", "m", "three", complete=True)
+    reader.wait_for_end()
     assert reader.text == "one two three"
     assert reader.seqs == [1, 2, 3, 4]
 
@@ -283,19 +271,21 @@ def test_follow_waits_for_a_thread_and_goes_on_when_it_is_cleared(
     assert reader.types == ["chunk", "complete", "reset", "chunk"]
 
 
-@over_both
 def test_waits_past_the_idle_timeout_of_the_service_unless_asked_not_to(
-    page: Page, start_service: Callable[..., Service], over: str
+    page: Page, start_service: Callable[..., Service]
 ) -> None:
     service = start_service("--idle-timeout", "50ms")
     with api_client(service) as client:
         append(client, "t", "m", "one ")
-        patient = open_notebook(page, service.url).begin(over, threadId="t", messageId="m")
-        hasty = Reader(page, "hasty").begin(over, threadId="t", messageId="m", idleTimeout=40)
-        assert hasty.wait_for_end().types == ["chunk", "timeout"]
+        patient = open_notebook(page, service.url).begin("fetch", threadId="t", messageId="m")
+        socket = Reader(page, "socket").begin("websocket", threadId="t", messageId="m")
+        for over in ("fetch", "websocket"):
+            hasty = Reader(page, f"hasty {over}").begin(over, threadId="t", messageId="m", idleTimeout=100)
+            assert hasty.wait_for_end().types == ["chunk", "timeout"]
         append(client, "t", "m", "two", complete=True)
-    assert patient.wait_for_end().text == "one two"
-    assert patient.seqs == [1, 2, 3]
+    for reader in (patient, socket):
+        assert reader.wait_for_end().text == "one two"
+        assert reader.seqs == [1, 2, 3]
 
 
 @over_both
@@ -345,9 +335,10 @@ def test_leaving_the_loop_ends_the_reading(reader: Reader, client: httpx.Client,
 
 @over_both
 def test_network_that_comes_back_is_tried_at_once(page: Page, client: httpx.Client, proxy: Proxy, over: str) -> None:
-    page.add_init_script("Math.random = () => 100")  # the first wait is 100 s long
     append(client, "t", "m", "one ")
-    reader = open_notebook(page, proxy.url).begin(over, threadId="t", messageId="m").wait_for_text("one ")
+    reader = open_notebook(page, proxy.url)
+    page.evaluate("Math.random = () => 100")  # the first wait is 100 s long
+    reader.begin(over, threadId="t", messageId="m").wait_for_text("one ")
     proxy.down()
     append(client, "t", "m", "two", complete=True)
     wait_until(lambda: readers(client) == 0, "the end of the reader")
@@ -493,7 +484,7 @@ def test_bad_use_is_a_type_error_at_once(reader: Reader) -> None:
                 try { read(options); messages.push("accepted"); }
                 catch (error) { messages.push(error instanceof TypeError ? "TypeError" : String(error)); }
             }
-            for (const options of [{baseUrl: "ftp://x"}, {baseUrl: "http://"}, {token: 3}]) {
+            for (const options of [{baseUrl: "ftp://x"}, {baseUrl: "http://["}, {token: 3}]) {
                 try { resumeStream({threadId: "t", ...options}); messages.push("accepted"); }
                 catch (error) { messages.push(error instanceof TypeError ? "TypeError" : String(error)); }
             }
@@ -589,8 +580,7 @@ def test_append_with_an_index_is_retried_over_a_lost_network(page: Page, client:
 
 
 def test_socket_carries_many_threads_over_one_connection(page: Page, client: httpx.Client, proxy: Proxy) -> None:
-    sockets: list[Any] = []
-    page.on("websocket", sockets.append)
+    sockets, _ = opened_sockets(page)
     reader = open_notebook(page, proxy.url)
     threads = [f"t{number}" for number in range(20)]
     for thread in threads:
@@ -616,9 +606,13 @@ def test_socket_appends_and_aborts_over_a_lost_network(page: Page, client: httpx
     first = page.evaluate("m => socket.append({...m, chunks: [{content: 'one '}], index: 1})", message)
     assert (first["seq"], first["chunkCount"], first["status"]) == (2, 2, "active")
     proxy.cut()
-    again = page.evaluate("m => socket.append({...m, chunks: [{content: 'one '}, {content: 'two'}], index: 1})", message)
+    again = page.evaluate(
+        "m => socket.append({...m, chunks: [{content: 'one '}, {content: 'two'}], index: 1})", message
+    )
     assert again["chunkCount"] == 3
-    problem = page.evaluate("m => socket.append({...m, chunks: [{content: '?'}], index: 9}).catch(e => e.status)", message)
+    problem = page.evaluate(
+        "m => socket.append({...m, chunks: [{content: '?'}], index: 9}).catch(e => e.status)", message
+    )
     assert problem == 409
     assert page.evaluate("m => socket.abort({...m, reason: 'enough'})", message)["status"] == "aborted"
     reader.wait_for_end()
@@ -628,8 +622,7 @@ def test_socket_appends_and_aborts_over_a_lost_network(page: Page, client: httpx
 def test_slow_consumer_of_a_socket_loses_nothing_and_holds_up_nobody(reader: Reader, client: httpx.Client) -> None:
     texts = [f"{number} " for number in range(6000)]
     append(client, "t", "m", *texts, complete=True)
-    frames: list[str] = []
-    reader.page.on("websocket", lambda socket: socket.on("framesent", lambda sent: frames.append(sent)))
+    _, frames = opened_sockets(reader.page)
     reader.page.evaluate("""async () => {
         const {connect} = await import("/static/resume-stream.js");
         const socket = connect();

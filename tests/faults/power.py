@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .base import TIMEOUT, Link, Service, Verdict, append, call, message_path, piece, thread_path
+from .base import Link, Service, Verdict, append, call, message_path, piece, thread_path
 
 SECTOR = 512
 SYSCALLS = "openat,pwrite64,write,writev,sendmsg,sendto,ftruncate,fsync,fdatasync,unlink,rename"
@@ -200,10 +200,9 @@ def record(folder: Path, appends: int, *flags: str) -> list[Step]:
     strace = ("strace", "-D", "-f", "-q", "-y", "-xx", "-s", "100000000", "--seccomp-bpf", "-o", str(trace))
     with Service(db, *flags, wrap=(*strace, "-e", f"trace={SYSCALLS}", "-e", "signal=none")) as service:
         asyncio.run(write_much(service.port, appends))
-        last_words = re.compile(rf"^{service.pid} +\+{{3}} killed", re.MULTILINE)
-    deadline = time.monotonic() + TIMEOUT
-    while not last_words.search(trace.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)  # strace writes on
+    size = -1
+    while size != (size := trace.stat().st_size):
+        time.sleep(0.1)  # strace writes on
     return steps_of(trace, db)
 
 
