@@ -647,17 +647,25 @@ def thread_cleared() -> Conflict:
     return Conflict("The thread was cleared while this message was being written; begin a new message.")
 
 
-def database_problem(error: sqlite3.Error | OSError) -> Problem:
+DATABASE_ERRORS = (sqlite3.Error, OSError, UnicodeDecodeError)
+
+
+def database_problem(error: Exception) -> Problem:
     """What went wrong in SQLite (https://www.sqlite.org/rescode.html), for the one who asked."""
     # Text that is not UTF-8 is found by Python's own part, which has no code for it.
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT if isinstance(error, sqlite3.Error) else 0) & 0xFF
+    code = getattr(error, "sqlite_errorcode", 0 if isinstance(error, OSError) else sqlite3.SQLITE_CORRUPT) & 0xFF
     if code == sqlite3.SQLITE_FULL:
-        return DatabaseFull("The disk or the size limit (max_db) is full; nothing was stored. Free space and retry.")
+        return DatabaseFull("The disk or the size limit (max_db) is full; free space and retry.")
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return Unavailable("Another process keeps the database locked; nothing was stored. Retry once it is done.")
+        return Unavailable("Another process keeps the database locked; retry once it is done.")
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return Unavailable("The database is damaged; restore it from a backup.")
-    return Unavailable(f"The database cannot be used ({error}); nothing was stored. Mend the cause and retry.")
+    return Unavailable(f"The database cannot be used ({error}); mend the cause and retry.")
+
+
+def problem_of(error: Exception) -> Exception:
+    """The error as its asker is to see it; one of our own making stays what it is."""
+    return database_problem(error) if isinstance(error, DATABASE_ERRORS) else error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1294,7 +1302,7 @@ class Store:
         async with contextlib.AsyncExitStack() as exits:
             exits.enter_context(sole_owner(self._path))
             try:
-                is_new = not self._path.exists() or self._path.stat().st_size == 0
+                is_new = is_to_be_made(self._path)
                 if not is_new:
                     await self._check()
                 self._writer = await connect(self._path, "rwc")
@@ -1313,15 +1321,15 @@ class Store:
 
     async def commit(self, operations: Sequence[Operation]) -> list[Commit | Problem]:
         """What became of each operation, all committed together. Raises sqlite3.Error: of none."""
-        return await self._writer.run(partial(self._commit, operations))
+        return await self._writer.run(partial(with_room, partial(self._commit, operations)))
 
     async def erase_some(self) -> bool:
         """Delete a bounded number of the chunks of cleared threads; False once none is left."""
-        return await self._writer.run(self._erase_some)
+        return await self._writer.run(partial(with_room, self._erase_some))
 
     async def scrub(self, at_any_size: bool) -> bool:
         """Leave no trace of what was deleted; False if the WAL must be emptied again."""
-        return await self._writer.run(partial(self._scrub, at_any_size))
+        return await self._writer.run(partial(with_room, partial(self._scrub, at_any_size)))
 
     async def probe(self) -> None:
         """Write, and change nothing. Raises sqlite3.Error."""
@@ -1340,18 +1348,18 @@ class Store:
         """What ``work`` finds in one snapshot. Raises Problem."""
         try:
             return await self._reader.run(partial(self._in_snapshot, work))
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             raise database_problem(error) from error
 
     async def _check(self) -> None:
-        with self._path.open("r+b") as file:
-            if file.read(16) != b"SQLite format 3\0":
+        with self._path.open("r+b"):  # or else say now that it cannot be written
+            if not is_database(self._path):
                 raise StartupError(f"{self._path} is not a database; name another file with --db")
         connection = await connect(self._path, "ro")
         try:
             ((application_id,),) = await connection.execute_fetchall("pragma application_id")
             ((version,),) = await connection.execute_fetchall("pragma user_version")
-            ((verdict,),) = await connection.execute_fetchall("pragma quick_check(1)")
+            ((verdict,),) = await connection.execute_fetchall("pragma integrity_check(1)")
         except sqlite3.DatabaseError as error:
             raise StartupError(f"{self._path} is damaged ({error}); restore it from a backup") from error
         finally:
@@ -1456,6 +1464,27 @@ class Store:
             connection.execute("commit")
 
 
+def is_database(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(16) == b"SQLite format 3\0"
+
+
+def is_to_be_made(path: Path) -> bool:
+    """Whether there is no database yet, or one whose making was cut short before it had a table."""
+    if not path.exists() or path.stat().st_size == 0:
+        return True
+    if not is_database(path):
+        return False
+    mode: Literal["ro", "rw"] = "rw" if Path(f"{path}-journal").exists() else "ro"  # only a writer can roll back
+    try:
+        with contextlib.closing(sqlite3.connect(database_uri(path, mode), uri=True)) as connection:
+            ((application_id,),) = connection.execute("pragma application_id")
+            ((is_empty,),) = connection.execute("select not exists (select 1 from sqlite_schema)")
+    except sqlite3.DatabaseError:
+        return False  # and the check says what it is
+    return bool(is_empty) and application_id == 0
+
+
 def outcome_of(transaction: Transaction, operation: Operation) -> Commit | Problem:
     try:
         return transaction.apply(operation)
@@ -1486,6 +1515,16 @@ def checkpoint(connection: sqlite3.Connection, busy_timeout: float) -> bool:
     return not is_busy
 
 
+def with_room(work: Callable[[sqlite3.Connection], T], connection: sqlite3.Connection) -> T:
+    """Where the disk is full, make what room the WAL takes, and try once more."""
+    try:
+        return work(connection)
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_FULL or not checkpoint(connection, busy_timeout=0.1):
+            raise
+        return work(connection)
+
+
 @contextlib.contextmanager
 def sole_owner(path: Path) -> Iterator[None]:
     """Hold the lock beside the database, whose name ends in .lock and which stays when we go."""
@@ -1513,6 +1552,7 @@ def sole_owner(path: Path) -> Iterator[None]:
 
 PENDING_BYTES = 16 * 1024**2  # waiting to be committed; past it producers wait
 PENDING_CHUNK_BYTES = 64  # what a chunk costs besides its text
+CLOCK_STEP_MS = 2_000  # more than a clock drifts between two looks
 SCRUB_PAUSE = 0.25  # seconds between two tries to empty the WAL while another process reads
 BATCH_BYTES = 4 * 1024**2  # what one transaction takes
 MIN_POLL_INTERVAL = 0.01  # seconds
@@ -1732,6 +1772,7 @@ class ChunkBuffer:
         """Raises StartupError where the database cannot be served."""
         await self._store.open()
         self._started_ms = now_ms()
+        self._clock_offset, self._clock_set_ms = now_ms() - ms_since_boot(), 0
         self._writer = asyncio.create_task(self._write(), name="writer")
         self._tasks = [
             asyncio.create_task(self._watch_other_processes(), name="watch other processes"),
@@ -1862,7 +1903,11 @@ class ChunkBuffer:
         Raises NotFound.
         """
         await self._submit(ClearThread(checked_id("thread_id", thread_id)))
-        await self._erase()
+        try:
+            await self._erase()
+        except (DatabaseFull, Unavailable) as problem:
+            problem.detail = f"The thread is cleared, and its text will be erased later. {problem.detail}"
+            raise
 
     async def agent_stream(
         self, thread_id: str, message_id: str, source: AsyncIterable[str | Chunk]
@@ -2192,10 +2237,7 @@ class ChunkBuffer:
         """Raises Unavailable or DatabaseFull unless the database answers and takes writes."""
         if self._probe is None or self._probe.done():  # those who ask at the same time share one answer
             self._probe = asyncio.create_task(self._maintain(self._store.probe))
-        try:
-            await asyncio.shield(self._probe)
-        except (sqlite3.Error, OSError) as error:
-            raise database_problem(error) from error
+        await asyncio.shield(self._probe)
 
     async def scrape(self) -> bytes:
         """The metrics, in Prometheus' text format."""
@@ -2291,7 +2333,7 @@ class ChunkBuffer:
                 try:
                     batch[0].answer(await batch[0].work())
                 except Exception as error:
-                    batch[0].answer(error)
+                    batch[0].answer(problem_of(error))
 
     def _take_batch(self) -> list[Pending]:
         """Operations for one transaction, or one piece of maintenance; what came first, first."""
@@ -2317,7 +2359,7 @@ class ChunkBuffer:
         except Exception as error:
             log.error("commit failed: %s", error)
             for pending in batch:
-                pending.answer(database_problem(error) if isinstance(error, (sqlite3.Error, OSError)) else error)
+                pending.answer(problem_of(error))
             return
         chunks = 0
         for pending, outcome in zip(batch, outcomes, strict=True):
@@ -2374,12 +2416,22 @@ class ChunkBuffer:
 
     async def _clean_up(self) -> None:
         untouched_since = now_ms() - round(self.settings.ttl * 1000)
-        while expired := await self._store.read(lambda snapshot: snapshot.idle_threads(untouched_since)):
+        while untouched_since >= self._clock_set_at() and (
+            expired := await self._store.read(lambda snapshot: snapshot.idle_threads(untouched_since))
+        ):
             for thread_id in expired:
                 with contextlib.suppress(NotFound):  # touched or cleared in the meantime
                     await self._submit(ClearThread(thread_id, untouched_since))
                     self.metrics.expired.inc()
         await self._erase(at_any_size=True)
+
+    def _clock_set_at(self) -> int:
+        """When the clock was last set, by its own new time (ms); what is older cannot be told apart by age."""
+        offset = now_ms() - ms_since_boot()
+        if abs(offset - self._clock_offset) > CLOCK_STEP_MS:
+            log.warning("the clock was set; nothing expires until its time has passed anew")
+            self._clock_offset, self._clock_set_ms = offset, now_ms()
+        return self._clock_set_ms
 
     async def _erase(self, at_any_size: bool = False) -> None:
         """Where another process reads, its snapshot keeps the WAL: wait a while, then leave it owed."""
@@ -2400,7 +2452,7 @@ class ChunkBuffer:
         while timeout and not self.stopping:
             await asyncio.sleep(min(max(timeout / 10, 0.02), 5))
             untouched_since = now_ms() - round(timeout * 1000)
-            if untouched_since < self._started_ms:
+            if untouched_since < max(self._started_ms, self._clock_set_at()):
                 continue  # while the service was down nobody could append
             with logged_problems("abort idle messages"):
                 await self._abort_idle_messages(untouched_since)
@@ -2409,6 +2461,11 @@ class ChunkBuffer:
         for thread_id, message_id in await self._store.read(lambda snapshot: snapshot.idle_messages(untouched_since)):
             with contextlib.suppress(NotFound, Conflict):  # touched or ended in the meantime
                 await self._submit(EndMessage(thread_id, message_id, "aborted", PRODUCER_TIMEOUT, untouched_since))
+
+
+def ms_since_boot() -> int:
+    """A clock that nobody can set."""
+    return time.clock_gettime_ns(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)) // 1_000_000
 
 
 class Seat:
@@ -2471,7 +2528,7 @@ def logged_problems(task: str) -> Iterator[None]:
     """A periodic task goes on after an error, since its cause may go away."""
     try:
         yield
-    except (Problem, sqlite3.Error, OSError) as error:
+    except Problem as error:
         if isinstance(error, Stopping):
             return
         log.warning("%s failed, and will be tried again: %s", task, error)
@@ -3444,7 +3501,12 @@ def logged(scope: Scope, send: Send) -> Send:
     began = time.perf_counter()
 
     async def send_logged(message: Message) -> None:
-        await send(message)
+        try:
+            await send(message)
+        except RuntimeError as error:
+            if "closed" not in str(error):
+                raise
+            log.debug("the client is gone: %s", error)  # uvloop's way to say so
         if message["type"] == "http.response.start":
             status, path = message["status"], scope["path"]
             if status >= 400 or not path.endswith("/chunks"):

@@ -295,8 +295,9 @@ async def test_leaving_the_buffer_ends_its_readers_without_an_end(make_buffer: A
     async with make_buffer() as buffer:
         await buffer.add_chunks("t", "m", ["text"])
         reading = asyncio.create_task(take(buffer.resume_stream("t", "m")))
-        await until(lambda: buffer.readers)
-    assert await reading == ["text"]
+        await until(lambda: buffer.readers and buffer._channels["t"]._waiting)
+    async with asyncio.timeout(5):
+        assert await reading == ["text"]
     for call in (buffer.add_chunks("t", "m", ["more"]), take(buffer.resume_stream("t", "m"))):
         with pytest.raises(resume_stream.Unavailable):
             await call

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import re
 import resource
 import sqlite3
@@ -450,6 +451,7 @@ async def test_text_that_was_cleared_is_nowhere_in_the_files(buffer: ChunkBuffer
 async def test_text_that_expired_is_nowhere_in_the_files(
     make_buffer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(resume_stream, "CLOCK_STEP_MS", math.inf)  # its times are made up
     now, db = time.time_ns() // 1_000_000, tmp_path / "chunks.db"
     monkeypatch.setattr(resume_stream, "ERASE_ROWS", 50)
     monkeypatch.setattr(resume_stream, "now_ms", lambda: now - 7_200_000)
@@ -468,6 +470,7 @@ async def test_text_that_expired_is_nowhere_in_the_files(
 async def test_an_expired_thread_is_gone_for_its_reader_and_a_touched_one_stays(
     make_buffer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(resume_stream, "CLOCK_STEP_MS", math.inf)  # its times are made up
     async with make_buffer(ttl=1000, cleanup_interval=0.02) as buffer:
         await asyncio.gather(*(buffer.open_message(thread_id, "m") for thread_id in ("t", "touched")))
         reading = asyncio.create_task(anext(buffer.resume_stream("t", "m", idle_timeout=10)))
