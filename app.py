@@ -1520,7 +1520,9 @@ def with_room(work: Callable[[sqlite3.Connection], T], connection: sqlite3.Conne
     try:
         return work(connection)
     except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_FULL or not checkpoint(connection, busy_timeout=0.1):
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_FULL or not checkpoint(
+            connection, busy_timeout=0.1
+        ):
             raise
         return work(connection)
 

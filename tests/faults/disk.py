@@ -96,7 +96,7 @@ class Writer:
 async def survive_full_disk(folder: Path, *, times: int) -> Verdict:
     """Fill it to the last byte, go on asking, kill the service in the middle, and make room."""
     verdict = Verdict("disk full, and freed")
-    with small_disk(folder, 6) as place:
+    with small_disk(folder, 12) as place:
         if place is None:
             return verdict
         ballast = place / "ballast"
@@ -104,7 +104,7 @@ async def survive_full_disk(folder: Path, *, times: int) -> Verdict:
             writer = Writer(verdict, service)
             for number in range(times):
                 with verdict.trial(f"filling {number}"):
-                    ballast.write_bytes(bytes(2 * 1024**2))
+                    ballast.write_bytes(bytes(7 * 1024**2))  # as much room, once it is freed, as a checkpoint needs
                     while (await writer.append(SIZE)).status in (200, 201):
                         pass
                     for _ in range(5):
