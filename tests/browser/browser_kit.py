@@ -56,12 +56,6 @@ def new_page(browser: Browser, **options: Any) -> Iterator[Page]:
     assert not errors
 
 
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    with new_page(browser) as page:
-        yield page
-
-
 def opened_sockets(page: Page) -> tuple[list[Any], list[str]]:
     """The WebSockets that a page opens from now on, and the frames it sends."""
     sockets: list[Any] = []
@@ -177,7 +171,8 @@ def reset(end: socket.socket) -> None:
 
 # A page whose readings can be looked at from outside. `read` notes every item of one reading; text
 # and cursor of the reading are kept in sessionStorage, as a page that wants to survive a reload does.
-# Waits before a reconnect are a hundredth of what they can be at the most.
+# `readStub` reads from answers that are made up by the test. Waits before a reconnect are a hundredth
+# of what they can be at the most.
 NOTES = """
 Math.random = () => 0.01;
 window.notes = {};
@@ -199,6 +194,31 @@ window.read = async (name, options, {over = "fetch", until = null} = {}) => {
     note.error = {name: error.name, message: error.message, status: error.status};
   }
   note.ended = true;
+};
+
+window.stub = (...answers) => {
+  window.asked = [];
+  return async (url, options) => {
+    asked.push({url: String(url), method: options.method, authorization: options.headers.Authorization ?? null});
+    options.signal?.throwIfAborted();
+    const {status = 200, headers = {"Content-Type": "text/event-stream"}, body = "", pieces = null} = answers.shift();
+    if (pieces === null) return new Response(status === 204 ? null : body, {status, headers});
+    const queue = pieces.map(piece => Uint8Array.from(piece));
+    return new Response(new ReadableStream({pull: (c) => queue.length ? c.enqueue(queue.shift()) : c.close()}), {headers});
+  };
+};
+window.readStub = async (answers, options = {}) => {
+  const {resumeStream} = await import("/static/resume-stream.js");
+  const [items, delays] = [[], []];
+  const onConnection = (event) => event.connected || delays.push(event.delay);
+  const fetch = stub(...answers);
+  try {
+    const all = resumeStream({threadId: "t", messageId: "m", ...options, fetch, onConnection});
+    for await (const item of all) items.push(item.content ?? item.type);
+    return {items, delays, asked};
+  } catch (error) {
+    return {items, delays, asked, error: error.name, status: error.status, message: error.message};
+  }
 };
 """
 
@@ -253,8 +273,22 @@ class Reader:
         return [item["seq"] for item in self.items if "seq" in item]
 
 
+@pytest.fixture(scope="module")
+def notebook(browser: Browser) -> Iterator[Page]:
+    """A page that keeps notes, for all tests of a file, as a page each would take most of the time."""
+    with new_page(browser) as page:
+        page.add_init_script(NOTES)
+        yield page
+
+
+@pytest.fixture
+def page(notebook: Page) -> Iterator[Page]:
+    yield notebook
+    notebook.goto("about:blank")
+
+
 def open_notebook(page: Page, url: str) -> Reader:
-    """A page of the service's own origin that keeps notes."""
-    page.add_init_script(NOTES)
+    """Go to a page of the service's own origin."""
     page.goto(f"{url}/health/live")
+    page.evaluate("sessionStorage.clear()")
     return Reader(page)

@@ -10,11 +10,11 @@ from typing import Any
 import httpx
 import jwt
 import pytest
-from browser_kit import Origin, Page, Proxy, Reader, browser, open_notebook, opened_sockets, page, restart
+from browser_kit import Origin, Page, Proxy, Reader, browser, notebook, open_notebook, opened_sockets, page, restart
 from conftest import ROOT, TIMEOUT, Service, append, wait_until
 from wire import api_client, serving
 
-__all__ = ["browser", "page"]  # fixtures
+__all__ = ["browser", "notebook", "page"]  # fixtures
 
 STATIC_MODULE = ROOT / "static" / "resume-stream.js"
 SECRET = "correct horse battery staple, 32+"
@@ -105,6 +105,7 @@ def test_client_module_works_from_an_allowed_origin(
     }"""
     assert page.evaluate(read, [service.url, {}]) == ["Hello", "completed"] * 2
     assert page.evaluate(read, [service.url, {"knownContent": "Hel"}]) == ["lo", "completed"] * 2
+    page.unroute("**/copy.js")
 
 
 def test_page_of_a_foreign_origin_gets_nothing(page: Page, service: Service, client: httpx.Client) -> None:
@@ -350,33 +351,6 @@ def test_network_that_comes_back_is_tried_at_once(page: Page, client: httpx.Clie
     assert reader.text == "one two"
 
 
-STUB = """
-window.stub = (...answers) => {
-  window.asked = [];
-  return async (url, options) => {
-    asked.push({url: String(url), method: options.method, authorization: options.headers.Authorization ?? null});
-    options.signal?.throwIfAborted();
-    const {status = 200, headers = {"Content-Type": "text/event-stream"}, body = "", pieces = null} = answers.shift();
-    if (pieces === null) return new Response(status === 204 ? null : body, {status, headers});
-    const queue = pieces.map(piece => Uint8Array.from(piece));
-    return new Response(new ReadableStream({pull: (c) => queue.length ? c.enqueue(queue.shift()) : c.close()}), {headers});
-  };
-};
-window.readStub = async (answers, options = {}) => {
-  const {resumeStream} = await import("/static/resume-stream.js");
-  const [items, delays] = [[], []];
-  const onConnection = (event) => event.connected || delays.push(event.delay);
-  const fetch = stub(...answers);
-  try {
-    const all = resumeStream({threadId: "t", messageId: "m", ...options, fetch, onConnection});
-    for await (const item of all) items.push(item.content ?? item.type);
-    return {items, delays, asked};
-  } catch (error) {
-    return {items, delays, asked, error: error.name, status: error.status, message: error.message};
-  }
-};
-"""
-
 COMPLETE = 'id: 7-9\nevent: complete\ndata: {"messageId":"m","status":"completed","reason":null,"seq":9}\n\n'
 
 
@@ -388,8 +362,7 @@ def chunk(seq: int, content: str, generation: int = 7) -> str:
 @pytest.fixture
 def stubbed(page: Page, service: Service) -> Callable[..., dict[str, Any]]:
     """Read from answers made up here."""
-    page.add_init_script(STUB + "Math.random = () => 0.01;")
-    page.goto(f"{service.url}/health/live")
+    open_notebook(page, service.url)
 
     def read(*answers: dict[str, Any], **options: Any) -> dict[str, Any]:
         return page.evaluate("([answers, options]) => readStub(answers, options)", [answers, options])
@@ -617,35 +590,6 @@ def test_socket_appends_and_aborts_over_a_lost_network(page: Page, client: httpx
     assert page.evaluate("m => socket.abort({...m, reason: 'enough'})", message)["status"] == "aborted"
     reader.wait_for_end()
     assert (reader.text, reader.items[-1]["reason"]) == ("zero one two", "enough")
-
-
-def test_slow_consumer_of_a_socket_loses_nothing_and_holds_up_nobody(reader: Reader, client: httpx.Client) -> None:
-    texts = [f"{number} " for number in range(6000)]
-    append(client, "t", "m", *texts, complete=True)
-    _, frames = opened_sockets(reader.page)
-    reader.page.evaluate("""async () => {
-        const {connect} = await import("/static/resume-stream.js");
-        const socket = connect();
-        let release;
-        const released = new Promise(resolve => release = resolve);
-        window.release = release;
-        window.read = async () => {
-            let text = "", seqs = [];
-            for await (const item of socket.resumeStream({threadId: "t", messageId: "m"})) {
-                seqs.push(item.seq);
-                text += item.content ?? "";
-                if (seqs.length === 1) await released;
-            }
-            return {text, seqs};
-        };
-        window.slow = window.read();
-    }""")
-    wait_until(lambda: any('"unsubscribe"' in frame for frame in frames) or reader.page.evaluate("0"), "the pause")
-    assert reader.page.evaluate("read().then(({text}) => text)") == "".join(texts)
-    reader.page.evaluate("release()")
-    got = reader.page.evaluate("slow")
-    assert got["text"] == "".join(texts)
-    assert got["seqs"] == list(range(1, 6002))
 
 
 def test_closed_socket_ends_everything_on_it(reader: Reader, client: httpx.Client) -> None:
