@@ -592,6 +592,34 @@ def test_socket_appends_and_aborts_over_a_lost_network(page: Page, client: httpx
     assert (reader.text, reader.items[-1]["reason"]) == ("zero one two", "enough")
 
 
+def test_slow_consumer_of_a_socket_loses_nothing_and_holds_up_nobody(reader: Reader, client: httpx.Client) -> None:
+    texts = [f"{number} " for number in range(3000)]
+    append(client, "t", "m", *texts, complete=True)
+    _, frames = opened_sockets(reader.page)
+    reader.page.evaluate("""async () => {
+        const {connect} = await import("/static/resume-stream.js");
+        const socket = connect();
+        const released = new Promise(resolve => window.release = resolve);
+        window.readAll = async (isSlow) => {
+            let text = "", seqs = [];
+            for await (const item of socket.resumeStream({threadId: "t", messageId: "m"})) {
+                seqs.push(item.seq);
+                text += item.content ?? "";
+                if (isSlow && seqs.length === 1) await released;
+            }
+            return {text, seqs};
+        };
+        window.slow = readAll(true);
+    }""")
+    # Playwright tells of frames while it is asked for something.
+    wait_until(lambda: reader.page.evaluate("0") or any('"unsubscribe"' in frame for frame in frames), "the pause")
+    assert reader.page.evaluate("readAll(false).then(({text}) => text)") == "".join(texts)
+    reader.page.evaluate("release()")
+    got = reader.page.evaluate("slow")
+    assert got["text"] == "".join(texts)
+    assert got["seqs"] == list(range(1, 3002))
+
+
 def test_closed_socket_ends_everything_on_it(reader: Reader, client: httpx.Client) -> None:
     append(client, "t", "m", "Hello")
     reader.begin("websocket", threadId="t", messageId="m").wait_for_text("Hello")

@@ -1,0 +1,55 @@
+"""What is installed is what is checked out, and runs from anywhere."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import ROOT, TIMEOUT
+
+
+@pytest.fixture(scope="module")
+def installed() -> metadata.Distribution:
+    try:
+        return metadata.distribution("resume-stream")
+    except metadata.PackageNotFoundError:
+        pytest.skip("resume-stream is not installed in this environment")
+
+
+@pytest.fixture
+def served(installed: metadata.Distribution, tmp_path: Path) -> Iterator[str]:
+    command = [Path(sys.executable).with_name("resume-stream"), "serve", "--port", "0"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        found = re.search(r"http://\S+:\d+", process.stdout.readline())
+        assert found
+        yield found[0]
+        process.terminate()
+        assert process.wait(TIMEOUT) == 0
+
+
+def test_the_package_has_every_file_as_it_is_checked_out(installed: metadata.Distribution) -> None:
+    sources = [ROOT / "app.py", ROOT / "schema.sql", *(file for file in (ROOT / "static").iterdir() if file.is_file())]
+    for source in sources:
+        name = "__init__.py" if source.name == "app.py" else source.relative_to(ROOT)
+        copy = Path(str(installed.locate_file(f"resume_stream/{name}")))
+        assert copy.is_file(), copy
+        assert copy.read_bytes() == source.read_bytes(), f"{copy} is old; install the project again"
+
+
+def test_the_installed_command_serves_the_api_and_the_page(served: str) -> None:
+    assert httpx.put(f"{served}/api/threads/t/messages/m").status_code == 201
+    assert httpx.get(f"{served}/").status_code == 200
+    assert httpx.get(f"{served}/static/resume-stream.js").status_code == 200
+    assert httpx.get(f"{served}/schema/assets/swagger-ui.css").status_code == 200
+
+
+def test_the_installed_module_has_what_the_design_promises(installed: metadata.Distribution, tmp_path: Path) -> None:
+    code = "from resume_stream import ChunkBuffer, Settings, create_app, router"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
