@@ -23,6 +23,7 @@ import codecs
 import contextlib
 import enum
 import fcntl
+import gc
 import http.client
 import ipaddress
 import itertools
@@ -3435,7 +3436,7 @@ async def metrics(buffer: Buffer) -> Response[bytes]:
 
 @get("/", include_in_schema=False, media_type=MediaType.HTML)
 async def page() -> Response[bytes]:
-    return Response((STATIC / "index.html").read_bytes(), media_type=MediaType.HTML, headers=PAGE_HEADERS)
+    return with_page_headers(Response((STATIC / "index.html").read_bytes(), media_type=MediaType.HTML))
 
 
 STATIC = Path(__file__).with_name("static")
@@ -3447,6 +3448,12 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+
+
+def with_page_headers(response: Response[Any]) -> Response[Any]:
+    """Asked for again each time, as a new version of the service has new files under the same names."""
+    response.headers.update(PAGE_HEADERS)
+    return response
 
 
 @get("/schema/assets/{name:str}", include_in_schema=False)
@@ -3572,7 +3579,7 @@ def app_of(buffer: ChunkBuffer, lifespan: Sequence[AbstractAsyncContextManager[A
         guards=guards(settings),
         dependencies={"buffer": Provide(lambda: buffer, use_cache=True, sync_to_thread=False)},
     )
-    pages = create_static_files_router("/static", [STATIC], include_in_schema=False)
+    pages = create_static_files_router("/static", [STATIC], after_request=with_page_headers)
     return Litestar(
         [router(buffer), operations, live, page, pages, swagger_file],
         lifespan=list(lifespan),
@@ -3646,18 +3653,33 @@ class Server(uvicorn.Server):
         addresses = [listener.getsockname() for server in self.servers for listener in server.sockets]
         where = ", ".join(a if isinstance(a, str) else url_of(*a[:2]) for a in addresses)
         print(start_line(self._buffer.settings, where), flush=True)
+        notify_systemd("READY=1")
+        if interval := int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6:
+            self._feed_watchdog(interval / 2)
+
+    def _feed_watchdog(self, every: float) -> None:
+        notify_systemd("WATCHDOG=1")
+        self._loop.call_later(every, self._feed_watchdog, every)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.should_exit = True
         self._loop.call_soon_threadsafe(self._buffer.stop)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        notify_systemd("STOPPING=1")
         self._loop.call_later(STUCK_AFTER, self._cut_stuck_connections)
         await super().shutdown(sockets)
 
     def _cut_stuck_connections(self) -> None:
         for connection in list(self.server_state.connections):
             connection.transport.abort()
+
+
+def notify_systemd(state: str) -> None:
+    """Tell systemd, where it has asked to be told (sd_notify(3)); ``@`` begins an abstract name."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(state.encode(), re.sub("^@", "\0", address))
 
 
 def url_of(host: str, port: int) -> str:
@@ -3883,6 +3905,7 @@ def run(command: str, flags: dict[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    gc.freeze()  # what is imported stays: the collector need not walk it, neither now nor at the end
     flags = vars(argument_parser().parse_args(arguments))
     try:
         run(flags.pop("command"), flags)

@@ -183,7 +183,10 @@ export interface ResumeStreamSocket {
   close(): void;
 }
 
-/** Connects when there is something to do, and again, from the last cursors, when the connection is lost. */
+/**
+ * Connects when there is something to do, and again, from the last cursors, when the connection is lost.
+ * A token that is refused (401) ends everything on it; `connect` again with another.
+ */
 export function connect(
   options?: ServiceOptions & { onConnection?: (event: ConnectionEvent) => void },
 ): ResumeStreamSocket;

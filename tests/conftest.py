@@ -9,10 +9,11 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -49,6 +50,8 @@ def wait_until(condition: Callable[[], Any], what: str = "the condition") -> Any
 class Service:
     """``resume-stream serve`` as a process of its own."""
 
+    command: ClassVar[list[str]] = [sys.executable, str(ROOT / "app.py")]
+
     def __init__(self, db: Path, *flags: str, environment: dict[str, str] | None = None) -> None:
         self.db = db
         self.flags = flags
@@ -61,25 +64,22 @@ class Service:
         return f"{self.url}/api"
 
     def start(self, port: int = 0) -> Service:
-        command = [
-            sys.executable,
-            str(ROOT / "app.py"),
-            "serve",
-            "--db",
-            str(self.db),
-            "--port",
-            str(port),
-            *self.flags,
-        ]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **self.environment}
-        )
-        line = self.process.stdout.readline()
-        found = re.search(r"http://\S+:\d+", line)
-        if not found:
-            raise RuntimeError(f"the service did not start: {line}{self.process.stderr.read()}")
+        command = [*self.command, "serve", "--db", str(self.db), "--port", str(port), *self.flags]
+        with tempfile.TemporaryFile("w+") as log:
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, text=True, env=self.whole_environment
+            )
+            line = self.process.stdout.readline()
+            found = re.search(r"http://\S+:\d+", line)
+            if not found:
+                log.seek(0)
+                raise RuntimeError(f"the service did not start: {line}{log.read()}")
         self.url = found[0]
         return self
+
+    @property
+    def whole_environment(self) -> dict[str, str]:
+        return {**os.environ, **self.environment}
 
     @property
     def port(self) -> int:
@@ -95,7 +95,6 @@ class Service:
         self.process.send_signal(sig)
         code = self.process.wait(TIMEOUT)
         self.process.stdout.close()
-        self.process.stderr.close()
         self.process = None
         return code
 

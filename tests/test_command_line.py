@@ -206,9 +206,8 @@ def test_a_bad_value_ends_the_real_process_too(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("port", [70000, -1])
-def test_a_port_that_is_none_is_refused(tmp_path: Path, port: int) -> None:
-    assert str(port) in refusal("serve", "--db", tmp_path / "chunks.db", f"--port={port}")
+def test_a_port_that_is_none_is_refused(tmp_path: Path) -> None:
+    assert "70000" in refusal("serve", "--db", tmp_path / "chunks.db", "--port=70000")
 
 
 def test_a_port_that_is_taken_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -315,6 +316,33 @@ def test_the_start_up_line(tmp_path: Path, flags: list[str], who: str) -> None:
     ):
         assert part in line
     assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["{}/notify.sock", "@{}/notify"], ids=["file", "abstract"])
+def test_systemd_is_told_when_it_serves_that_it_lives_and_when_it_stops(
+    tmp_path: Path, start_service: Callable[..., Service], name: str
+) -> None:
+    address = name.format(tmp_path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(address.replace("@", "\0"))
+        systemd.settimeout(TIMEOUT)
+        service = start_service(environment={"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "200000"})
+        assert [systemd.recv(100) for _ in range(4)] == [b"READY=1", *[b"WATCHDOG=1"] * 3]
+        assert service.terminate() == 0
+        systemd.settimeout(0)
+        rest = [systemd.recv(100)]
+        while rest[-1] == b"WATCHDOG=1":
+            rest.append(systemd.recv(100))
+        assert rest[-1] == b"STOPPING=1"
+
+
+@pytest.mark.parametrize("path", ["/", "/static/resume-stream.js", "/static/page.css"])
+def test_a_page_and_its_files_are_asked_for_again_and_run_nothing_of_others(service: Service, path: str) -> None:
+    headers = httpx.get(f"{service.url}{path}").raise_for_status().headers
+    assert headers["cache-control"] == "no-cache"
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["referrer-policy"] == "no-referrer"
+    assert headers["content-security-policy"] == "default-src 'self'; frame-ancestors 'none'"
 
 
 # The schema

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from conftest import TIMEOUT, Service, append, wait_until
 from httpx_sse import ServerSentEvent, connect_sse
-from wire import NDJSON, Stream, Upload, api_client, data_of, drain, message_path, serving
+from wire import NDJSON, Stream, Upload, api_client, data_of, message_path, serving
 
 ANSWER = """# Why the sky is blue 🌌
 
@@ -107,7 +107,6 @@ def test_a_reader_cut_mid_sentence_ends_up_with_what_the_producer_sent(
             wait_until(lambda: client.get("/threads/talk").json()["chunkCount"] == half, "all that was sent")
             if killed:
                 service.restart()
-                drain(service)
         known = "".join(event.json()["content"] for event in read)
         assert known == "".join(TOKENS[:cut_after])
 
@@ -135,7 +134,6 @@ def test_nothing_acknowledged_is_missing_after_a_kill(tmp_path_factory: pytest.T
         client.post(message_path("talk", "over", "chunks"), json=[{"content": "x"}], params={"complete": True})
         cursor = client.get("/threads/talk/content").json()["cursor"]
         service.restart()
-        drain(service)
         assert client.get("/threads/talk/content", params={"message_id": "run"}).json()["content"] == "".join(
             acknowledged
         )

@@ -195,7 +195,6 @@ def test_a_service_that_is_told_to_stop_is_gone_within_a_second(
         for thread in producing:
             thread.join(TIMEOUT)
     service.process.stdout.close()
-    service.process.stderr.close()
     service.process = None
     assert not Path(f"{service.db}-wal").exists()
 

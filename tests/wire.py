@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import threading
 from collections.abc import Iterator
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
@@ -19,21 +17,9 @@ NDJSON = {"Content-Type": "application/x-ndjson"}
 TEXT = {"Content-Type": "text/plain"}
 
 
-def drain(service: Service) -> None:
-    """Take the log of a service that says more than a pipe holds (64 KiB), so that it is not stopped by it."""
-    log = os.fdopen(os.dup(service.process.stderr.fileno()), "rb")
-
-    def read() -> None:
-        with log:
-            log.read()
-
-    threading.Thread(target=read, daemon=True).start()
-
-
 @contextlib.contextmanager
 def serving(folder: Path, *flags: str) -> Iterator[Service]:
     service = Service(folder / "chunks.db", *flags).start()
-    drain(service)
     try:
         yield service
     finally:

@@ -14,7 +14,6 @@ from typing import Any, Self
 
 import pytest
 from conftest import TIMEOUT, Service
-from wire import drain
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [
@@ -72,7 +71,6 @@ def opened_sockets(page: Page) -> tuple[list[Any], list[str]]:
 def restart(service: Service) -> None:
     """SIGKILL, and back on the same port."""
     service.restart()
-    drain(service)
 
 
 class Origin:
@@ -110,6 +108,7 @@ class Proxy:
         self._to = ("127.0.0.1", port)
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._lock = threading.Lock()
+        self._dead: set[socket.socket] = set()
         self.is_down = False
 
     def __enter__(self) -> Self:
@@ -130,6 +129,14 @@ class Proxy:
         for pair in pairs:
             for end in pair:
                 reset(end)
+
+    def go_silent(self) -> None:
+        """Lose all that the service sends on the connections there are; who sends to it finds them reset.
+
+        As a router does that was restarted, while the laptop slept.
+        """
+        with self._lock:
+            self._dead.update(end for pair in self._pairs for end in pair)
 
     def down(self) -> None:
         self.is_down = True
@@ -152,14 +159,17 @@ class Proxy:
                 with self._lock:
                     self._pairs.append((near, far))
                 for source, sink in ((near, far), (far, near)):
-                    threading.Thread(target=pump, args=(source, sink), daemon=True).start()
+                    threading.Thread(target=self._pump, args=(source, sink, source is near), daemon=True).start()
 
-
-def pump(source: socket.socket, sink: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while piece := source.recv(65536):
-            sink.sendall(piece)
-        sink.shutdown(socket.SHUT_WR)
+    def _pump(self, source: socket.socket, sink: socket.socket, is_request: bool) -> None:
+        with contextlib.suppress(OSError):
+            while piece := source.recv(65536):
+                if source not in self._dead:
+                    sink.sendall(piece)
+                elif is_request:
+                    reset(source)
+            if source not in self._dead:
+                sink.shutdown(socket.SHUT_WR)
 
 
 def reset(end: socket.socket) -> None:

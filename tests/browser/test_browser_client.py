@@ -351,6 +351,21 @@ def test_network_that_comes_back_is_tried_at_once(page: Page, client: httpx.Clie
     assert reader.text == "one two"
 
 
+@over_both
+def test_connection_that_died_in_silence_is_left_when_the_network_is_back(
+    page: Page, client: httpx.Client, proxy: Proxy, over: str
+) -> None:
+    append(client, "t", "m", "one ")
+    reader = open_notebook(page, proxy.url).begin(over, threadId="t", messageId="m").wait_for_text("one ")
+    proxy.go_silent()
+    append(client, "t", "m", "two", complete=True)
+    wait_until(lambda: readers(client) == 0, "the end of the message, sent into the void")
+    assert reader.text == "one "
+    page.evaluate("() => void dispatchEvent(new Event('online'))")
+    reader.wait_for_end()
+    assert (reader.text, reader.seqs) == ("one two", [1, 2, 3])
+
+
 COMPLETE = 'id: 7-9\nevent: complete\ndata: {"messageId":"m","status":"completed","reason":null,"seq":9}\n\n'
 
 
@@ -413,6 +428,12 @@ def test_never_yields_a_chunk_twice_even_if_it_is_sent_twice(stubbed: Callable[.
     assert got["items"] == ["one ", "two ", "three", "complete"]
     other = stubbed({"body": twice}, {"body": chunk(1, "new", generation=8)}, {"status": 204})
     assert other["items"] == ["one ", "two ", "reset", "new"]
+
+
+def test_text_that_was_reset_is_not_asked_for_again(stubbed: Callable[..., dict[str, Any]]) -> None:
+    got = stubbed({"body": "event: reset\ndata: {}\n\n"}, {"body": chunk(1, "one") + COMPLETE}, knownContent="other")
+    assert got["items"] == ["reset", "one", "complete"]
+    assert [request["method"] for request in got["asked"]] == ["POST", "GET"]
 
 
 def test_half_an_event_at_the_end_of_a_connection_does_not_count(stubbed: Callable[..., dict[str, Any]]) -> None:

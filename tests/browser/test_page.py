@@ -13,7 +13,7 @@ import pytest
 from browser_kit import Browser, Page, browser, new_page, opened_sockets, restart
 from conftest import TIMEOUT, Service, append, wait_until
 from playwright.sync_api import expect
-from wire import api_client, drain, serving
+from wire import api_client, serving
 
 __all__ = ["browser"]  # a fixture
 
@@ -214,7 +214,6 @@ def luminance(color: str) -> float:
 
 def test_asks_for_a_token_and_keeps_it_in_the_tab(browser: Browser, start_service: Callable[..., Service]) -> None:
     service = start_service("--secret", SECRET)
-    drain(service)
 
     def make_token(**claims: Any) -> str:
         return jwt.encode({"exp": int(time.time()) + 3600, **claims}, SECRET, "HS256")

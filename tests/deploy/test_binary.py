@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import pytest
@@ -28,24 +29,22 @@ pytestmark = pytest.mark.skipif(not BINARY.is_file(), reason=f"there is no {BINA
 class Binary(Service):
     """The binary as two processes, with nothing in its environment: one unpacks it, and the other serves."""
 
+    command: ClassVar[list[str]] = [str(BINARY)]
     serving: int | None = None
 
     def start(self, port: int = 0) -> Binary:
-        self.unpacked = self.db.parent / "unpacked"
         self.unpacked.mkdir(exist_ok=True)
-        self.process = subprocess.Popen(
-            [BINARY, "serve", "--db", str(self.db), "--port", str(port), *self.flags],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={"PATH": "", "TMPDIR": str(self.unpacked), **self.environment},
-        )
-        line = self.process.stdout.readline()
-        found = re.search(r"http://\S+:\d+", line)
-        assert found, f"the binary did not start: {line}{self.process.stderr.read()}"
-        self.url = found[0]
+        super().start(port)
         self.serving = int(Path(f"{self.db}.lock").read_text())
         return self
+
+    @property
+    def unpacked(self) -> Path:
+        return self.db.parent / "unpacked"
+
+    @property
+    def whole_environment(self) -> dict[str, str]:
+        return {"PATH": "", "TMPDIR": str(self.unpacked), **self.environment}
 
     def kill(self) -> None:
         """Both at once, as the kernel does when the power goes."""
@@ -57,7 +56,7 @@ class Binary(Service):
     def is_gone(self) -> bool:
         try:
             return Path(f"/proc/{self.serving}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):  # before the open, and between open and read
             return True
 
     def memory(self) -> int:

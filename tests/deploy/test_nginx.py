@@ -8,6 +8,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -82,96 +83,111 @@ class Proxy:
         self.process.communicate(timeout=TIMEOUT)
 
 
-@pytest.fixture
-def proxy(service: Service, tmp_path: Path) -> Iterator[Proxy]:
-    folder = tmp_path / "nginx"
-    folder.mkdir()
-    proxy = Proxy(service, folder)
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with wire.serving(tmp_path_factory.mktemp("service")) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def client(service: Service) -> Iterator[httpx.Client]:
+    with wire.api_client(service) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def proxy(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    proxy = Proxy(service, tmp_path_factory.mktemp("nginx"))
     yield proxy
     proxy.stop()
 
 
-def test_a_stream_arrives_chunk_by_chunk(client: httpx.Client, proxy: Proxy) -> None:
-    client.put("/threads/t/messages/m")
-    with wire.Stream(proxy, "/threads/t/messages/m/stream") as reader:
+@pytest.fixture
+def thread() -> str:
+    return f"thread-{uuid4()}"
+
+
+def test_a_stream_arrives_chunk_by_chunk(client: httpx.Client, proxy: Proxy, thread: str) -> None:
+    client.put(f"/threads/{thread}/messages/m")
+    with wire.Stream(proxy, f"/threads/{thread}/messages/m/stream") as reader:
         assert reader.headers["content-type"] == "text/event-stream"
         assert reader.line() == b"retry: 1000\n"  # before there is a chunk
         for text in ("one", "two", "three"):
-            append(client, "t", "m", text)
+            append(client, thread, "m", text)
             assert wire.data_of(reader.frame())["content"] == text  # before there is another
-        client.post("/threads/t/messages/m/complete")
+        client.post(f"/threads/{thread}/messages/m/complete")
         assert b"event: complete\n" in reader.frame()
         assert reader.rest() == b""
 
 
-def test_a_streamed_append_is_readable_before_it_ends(client: httpx.Client, proxy: Proxy) -> None:
-    with wire.Upload(proxy, wire.message_path("t", "m"), wire.NDJSON) as upload:
+def test_a_streamed_append_is_readable_before_it_ends(client: httpx.Client, proxy: Proxy, thread: str) -> None:
+    with wire.Upload(proxy, wire.message_path(thread, "m"), wire.NDJSON) as upload:
         texts = []
         for text in ("one", "two", "three"):
             upload.send(json.dumps({"content": text}).encode() + b"\n")
             texts.append(text)
-            wait_until(lambda: wire.contents(client, "t") == texts, f"{texts}")
+            wait_until(lambda: wire.contents(client, thread) == texts, f"{texts}")
         assert upload.finish()[0] == 201
 
 
-def test_a_large_streamed_append_is_not_refused(client: httpx.Client, proxy: Proxy) -> None:
+def test_a_large_streamed_append_is_not_refused(client: httpx.Client, proxy: Proxy, thread: str) -> None:
     line = json.dumps({"content": "x" * 1_000_000}).encode() + b"\n"
-    with wire.Upload(proxy, wire.message_path("t", "m"), wire.NDJSON) as upload:
+    with wire.Upload(proxy, wire.message_path(thread, "m"), wire.NDJSON) as upload:
         for _ in range(3):
             upload.send(line)
         assert upload.finish()[1]["chunkCount"] == 3
 
 
-def test_a_stopped_message_ends_a_streamed_append(client: httpx.Client, proxy: Proxy) -> None:
-    with wire.Upload(proxy, wire.message_path("t", "m"), wire.NDJSON) as upload:
+def test_a_stopped_message_ends_a_streamed_append(client: httpx.Client, proxy: Proxy, thread: str) -> None:
+    with wire.Upload(proxy, wire.message_path(thread, "m"), wire.NDJSON) as upload:
         upload.send(b'{"content": "one"}\n')
-        wait_until(lambda: wire.contents(client, "t") == ["one"], "the first chunk")
-        client.post("/threads/t/messages/m/abort", json={"reason": "stopped"})
+        wait_until(lambda: wire.contents(client, thread) == ["one"], "the first chunk")
+        client.post(f"/threads/{thread}/messages/m/abort", json={"reason": "stopped"})
         status, answer = upload.answer()  # while the producer is still sending
     assert (status, answer["reason"]) == (409, "stopped")
 
 
-def test_websocket(proxy: Proxy) -> None:
+def test_websocket(proxy: Proxy, thread: str) -> None:
     with connect(f"ws://127.0.0.1:{proxy.port}/api/ws", proxy=None, origin=proxy.url) as socket:
-        socket.send('{"type": "subscribe", "id": 1, "thread_id": "t", "follow": true}')
+        socket.send(json.dumps({"type": "subscribe", "id": 1, "thread_id": thread, "follow": True}))
         for text in ("one", "two", "three"):
-            chunks = json.dumps([{"content": text}])
-            socket.send(f'{{"type": "append", "id": 2, "thread_id": "t", "message_id": "m", "chunks": {chunks}}}')
+            place = {"thread_id": thread, "message_id": "m"}
+            socket.send(json.dumps({"type": "append", "id": 2, **place, "chunks": [{"content": text}]}))
             answers = {answer["type"]: answer for answer in (json.loads(socket.recv(TIMEOUT)) for _ in range(2))}
             assert answers["chunk"]["content"] == text
 
 
 def test_a_reader_resumes_with_last_event_id_after_the_service_was_killed(
-    service: Service, client: httpx.Client, proxy: Proxy
+    service: Service, client: httpx.Client, proxy: Proxy, thread: str
 ) -> None:
-    append(client, "t", "m", "one", "two")
-    with wire.Stream(proxy, "/threads/t/stream") as reader:
+    append(client, thread, "m", "one", "two")
+    with wire.Stream(proxy, f"/threads/{thread}/stream") as reader:
         reader.line()
         cursor = reader.frame().splitlines()[0].removeprefix(b"id: ").decode()
         service.restart()
-    append(client, "t", "m", "three", complete="true")
-    with wire.Stream(proxy, "/threads/t/stream", {"Last-Event-ID": cursor}) as reader:
+    append(client, thread, "m", "three", complete="true")
+    with wire.Stream(proxy, f"/threads/{thread}/stream", {"Last-Event-ID": cursor}) as reader:
         frames = reader.rest().split(b"\n\n")[:-1]
     assert [wire.data_of(frame).get("content") for frame in frames] == ["two", "three", None]
 
 
-def test_appends_share_connections_to_the_service(client: httpx.Client, proxy: Proxy) -> None:
+def test_appends_share_connections_to_the_service(client: httpx.Client, proxy: Proxy, thread: str) -> None:
     with wire.api_client(proxy) as through:
         for index in range(200):
-            assert append(through, "t", "m", str(index), index=index).status_code == 201
-    assert wire.contents(client, "t") == [str(index) for index in range(200)]
+            assert append(through, thread, "m", str(index), index=index).status_code == 201
+    assert wire.contents(client, thread) == [str(index) for index in range(200)]
 
 
-def test_only_pages_of_the_same_origin_may_connect(client: httpx.Client, proxy: Proxy) -> None:
-    append(client, "t", "m", "one")
-    assert httpx.get(f"{proxy.api}/threads/t", headers={"Origin": proxy.url}).status_code == 200
-    assert httpx.get(f"{proxy.api}/threads/t", headers={"Origin": "http://evil.example"}).status_code == 403
+def test_only_pages_of_the_same_origin_may_connect(client: httpx.Client, proxy: Proxy, thread: str) -> None:
+    append(client, thread, "m", "one")
+    assert httpx.get(f"{proxy.api}/threads/{thread}", headers={"Origin": proxy.url}).status_code == 200
+    assert httpx.get(f"{proxy.api}/threads/{thread}", headers={"Origin": "http://evil.example"}).status_code == 403
 
 
-def test_no_token_is_logged(client: httpx.Client, proxy: Proxy) -> None:
-    append(client, "t", "m", "one", complete="true")
-    with wire.Stream(proxy, "/threads/t/stream?access_token=a-token") as reader:
+def test_no_token_is_logged(client: httpx.Client, proxy: Proxy, thread: str) -> None:
+    append(client, thread, "m", "one", complete="true")
+    with wire.Stream(proxy, f"/threads/{thread}/stream?access_token=a-token") as reader:
         reader.rest()
     log = proxy.folder / "resume-stream.log"
-    wait_until(lambda: "GET /api/threads/t/stream" in log.read_text(), "the line in the log")
+    wait_until(lambda: f"GET /api/threads/{thread}/stream" in log.read_text(), "the line in the log")
     assert "a-token" not in log.read_text()
