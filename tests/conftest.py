@@ -34,6 +34,12 @@ load_app()
 
 from resume_stream import ChunkBuffer, Settings  # noqa: E402
 
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores, as many tests wait for another process."""
+    return (os.cpu_count() or 1) + 1
+
+
 TIMEOUT = 20.0  # seconds after which a test gives up waiting
 
 
