@@ -1388,8 +1388,7 @@ class Store:
             raise StartupError(f"max_db is {self._settings.max_db} bytes, too few for a database; give it 1MiB or more")
         if self._settings.max_db:
             connection.execute(f"pragma max_page_count = {self._settings.max_db // page_size}")
-        with writing(connection):
-            connection.execute("update clock set latest_generation = latest_generation")  # makes the WAL
+        try_write(connection)  # makes the WAL
         self._opened_inodes = self._inodes()
 
     def _commit(self, operations: Sequence[Operation], connection: sqlite3.Connection) -> list[Commit | Problem]:
@@ -1457,8 +1456,7 @@ class Store:
 
     def _probe(self, connection: sqlite3.Connection) -> None:
         self._check_in_place()
-        with writing(connection):
-            connection.execute("update clock set latest_generation = latest_generation")
+        try_write(connection)
 
     @staticmethod
     def _in_snapshot(work: Callable[[Snapshot], T], connection: sqlite3.Connection) -> T:
@@ -1508,6 +1506,11 @@ def writing(connection: sqlite3.Connection) -> Iterator[None]:
         if connection.in_transaction:  # a full disk may have rolled it back already
             connection.execute("rollback")
         raise
+
+
+def try_write(connection: sqlite3.Connection) -> None:
+    with writing(connection):
+        connection.execute("update clock set latest_generation = latest_generation")
 
 
 def checkpoint(connection: sqlite3.Connection, busy_timeout: float) -> bool:

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -142,6 +143,12 @@ def client(service: Service) -> Iterator[httpx.Client]:
     """A client of the running service's API."""
     with httpx.Client(base_url=service.api, timeout=TIMEOUT) as client:
         yield client
+
+
+@pytest.fixture
+def thread() -> str:
+    """A thread of the test's own, in a service that it shares with others."""
+    return f"thread-{uuid4()}"
 
 
 @pytest.fixture

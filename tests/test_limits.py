@@ -7,7 +7,6 @@ import json
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
-from uuid import uuid4
 
 import httpx
 import pytest
@@ -31,11 +30,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def client(service: Service) -> Iterator[httpx.Client]:
     with api_client(service) as client:
         yield client
-
-
-@pytest.fixture
-def thread() -> str:
-    return f"thread-{uuid4()}"
 
 
 Answer = tuple[int, str]  # a status, and the detail of what is wrong

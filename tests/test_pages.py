@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from uuid import uuid4
 
 import httpx
 import pytest
@@ -23,11 +22,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def client(service: Service) -> Iterator[httpx.Client]:
     with api_client(service) as client:
         yield client
-
-
-@pytest.fixture
-def thread() -> str:
-    return f"thread-{uuid4()}"
 
 
 def page_of(client: httpx.Client, thread: str, **query: Any) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
-from uuid import uuid4
 
 import httpx
 import pytest
@@ -32,11 +31,6 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     limits = ("--max-chunk", "64B", "--max-body", "1KiB", "--max-message", "256B")
     with serving(tmp_path_factory.mktemp("limited"), *limits) as service, api_client(service) as client:
         yield client
-
-
-@pytest.fixture
-def thread() -> str:
-    return f"thread-{uuid4()}"
 
 
 def post(client: httpx.Client, thread: str, kind: dict[str, str], body: Any, **query: Any) -> httpx.Response:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from uuid import uuid4
 
 import httpx
 import pytest
@@ -21,11 +20,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def client(service: Service) -> Iterator[httpx.Client]:
     with api_client(service) as client:
         yield client
-
-
-@pytest.fixture
-def thread() -> str:
-    return f"thread-{uuid4()}"
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import httpx
 import pytest
@@ -35,11 +34,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def client(service: Service) -> Iterator[httpx.Client]:
     with api_client(service) as client:
         yield client
-
-
-@pytest.fixture
-def thread() -> str:
-    return f"thread-{uuid4()}"
 
 
 class Socket:

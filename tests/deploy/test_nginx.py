@@ -8,7 +8,6 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from uuid import uuid4
 
 import httpx
 import pytest
@@ -100,11 +99,6 @@ def proxy(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     proxy = Proxy(service, tmp_path_factory.mktemp("nginx"))
     yield proxy
     proxy.stop()
-
-
-@pytest.fixture
-def thread() -> str:
-    return f"thread-{uuid4()}"
 
 
 def test_a_stream_arrives_chunk_by_chunk(client: httpx.Client, proxy: Proxy, thread: str) -> None:
