@@ -1,0 +1,86 @@
+"""Run the benchmark: ``python -m bench``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from .plan import Plan
+from .report import filesystem_of, write_report
+from .results import BenchError, Row, Unavailable
+from .rows_host import cold_start, footprint
+from .rows_live import fan_out, latency
+from .rows_resume import catch_up, known_content, near_the_end
+from .rows_write import appends, streamed
+
+ROWS: dict[str, Callable[[Plan], Row]] = {
+    "appends": appends,
+    "streamed": streamed,
+    "latency": latency,
+    "fan-out": fan_out,
+    "catch-up": catch_up,
+    "near-the-end": near_the_end,
+    "known-content": known_content,
+    "footprint": footprint,
+    "cold-start": cold_start,
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m bench", description="Measure resume-stream beside its peers.")
+    parser.add_argument("--only", metavar="NAME[,NAME]", help=f"some of {', '.join(ROWS)}")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each measurement (default: 5)")
+    parser.add_argument("--quick", action="store_true", help="one short round, to see that it works")
+    parser.add_argument("--dir", type=Path, default=Path(), help="a folder on a real disk (default: this one)")
+    found = parser.parse_args()
+    found.names = found.only.split(",") if found.only else list(ROWS)
+    if unknown := set(found.names) - set(ROWS):
+        parser.error(f"there is no row {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    if found.rounds < 1:
+        parser.error("--rounds is 1 or more")
+    if filesystem_of(found.dir) in ("tmpfs", "ramfs"):
+        parser.error(f"{found.dir} is in memory; name a folder on a disk with --dir")
+    return found
+
+
+def measured(name: str, plan: Plan) -> Row:
+    """The row, or why there is none."""
+    began = time.monotonic()
+    print(f"{name} …", end=" ", file=sys.stderr, flush=True)
+    try:
+        row = ROWS[name](plan)
+    except (BenchError, OSError) as error:
+        row = Row(name, "", failure=f"FAILED: {error}")
+    except Unavailable as unavailable:
+        row = Row(name, "", failure=f"not measured: {unavailable}")
+    print(f"{row.failure or 'done'} ({time.monotonic() - began:.0f} s)", file=sys.stderr)
+    return row
+
+
+def end(signum: int, frame: object) -> None:
+    raise SystemExit(128 + signum)
+
+
+def main() -> int:
+    options = arguments()
+    signal.signal(signal.SIGTERM, end)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))  # servers inherit it: a thousand readers each
+    began = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=options.dir))).resolve()
+        plan = Plan(1 if options.quick else options.rounds, options.quick, folder)
+        rows = [measured(name, plan) for name in options.names]
+    write_report(rows, plan, options.dir, time.monotonic() - began)
+    return 1 if any(row.failure.startswith("FAILED") for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""The chart: bars as SVG, readable on light and on dark, with no script and no font of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from .results import Figure, Line, Row, Samples, shown
+
+WIDTH, LABEL, BAR = 860, 330, 330  # pixels: all, the names, the longest bar
+BAR_HEIGHT, STEP, GAP = 14, 20, 16
+STYLE = """
+text { font: 12px system-ui, sans-serif; fill: #24292f; }
+.title { font-weight: 600; }
+.range { stroke: #24292f; }
+.ours { fill: #1f6feb; } .other { fill: #8c959f; }
+@media (prefers-color-scheme: dark) {
+  text { fill: #e6edf3; } .range { stroke: #e6edf3; } .ours { fill: #58a6ff; } .other { fill: #6e7681; }
+}
+"""
+
+
+def chart(rows: Sequence[Row]) -> str:
+    """Bars of each charted line; those of one line share a scale, and begin at nothing."""
+    parts: list[str] = []
+    y = 8
+    for row in rows:
+        for line in row.lines:
+            if line.charted and isinstance(line.ours, Samples):
+                y = _line(parts, y, row, line)
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y}" viewBox="0 0 {WIDTH} {y}" role="img">'
+    return "\n".join(
+        [head, "<title>resume-stream beside its peers</title>", f"<style>{STYLE}</style>", *parts, "</svg>\n"]
+    )
+
+
+def _line(parts: list[str], y: int, row: Row, line: Line) -> int:
+    parts.append(_text(0, y + 12, f"{row.title}: {line.title} ({line.unit})", "title"))
+    y += STEP
+    figures: dict[str, Figure] = {"resume-stream": line.ours, **line.beside}
+    longest = max(max(figure.values) for figure in figures.values() if isinstance(figure, Samples))
+    for name, figure in figures.items():
+        parts.append(_text(LABEL - 8, y + 12, name, anchor="end"))
+        if isinstance(figure, Samples):
+            _bar(parts, y, figure, BAR / longest, "ours" if name == "resume-stream" else "other")
+        else:
+            parts.append(_text(LABEL, y + 12, "not measured"))
+        y += STEP
+    return y + GAP
+
+
+def _bar(parts: list[str], y: int, figure: Samples, scale: float, kind: str) -> None:
+    """A bar to the median, and a stroke from the least to the most."""
+    middle = y + BAR_HEIGHT / 2 + 1
+    low, high = LABEL + min(figure.values) * scale, LABEL + max(figure.values) * scale
+    width = max(figure.median * scale, 1)
+    parts.append(
+        f'<rect class="{kind}" x="{LABEL}" y="{y + 1}" width="{width:.1f}" height="{BAR_HEIGHT}" rx="2"/>'
+        f'<line class="range" x1="{low:.1f}" y1="{middle}" x2="{high:.1f}" y2="{middle}"/>'
+    )
+    parts.append(_text(max(high, LABEL + width) + 8, y + 12, shown(figure.median)))
+
+
+def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y}" text-anchor="{anchor}">{escape(text)}</text>'

@@ -1,0 +1,281 @@
+"""The load generator: wrk, keep-alive clients, uploads and SSE readers over plain sockets.
+
+Every answer's status is looked at: anything but 2xx raises BenchError with the body.
+"""
+
+from __future__ import annotations
+
+import json
+import selectors
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Self
+
+from .results import BenchError
+from .servers import PACKAGE, program
+
+TIMEOUT = 60.0  # seconds without a byte, after which a row fails
+RECEIVE = 256 * 1024
+MARK = b"~"  # once in each chunk's content and nowhere else, so that counting it counts chunks
+TOKEN = " tok~"  # the size of a token
+JSON = "application/json"
+
+
+def request_bytes(method: str, path: str, body: bytes = b"", kind: str = JSON, extra: str = "") -> bytes:
+    head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{extra}"
+    if body:
+        head += f"Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
+    return head.encode() + b"\r\n" + body
+
+
+def connect(port: int) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+def checked_status(head: bytes, what: str) -> int:
+    status = int(head[9:12])
+    if not 200 <= status <= 299:
+        raise BenchError(f"{what} was answered {status}: {head[:2000].decode(errors='replace')}")
+    return status
+
+
+class Client:
+    """One keep-alive connection with one request under way at a time."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = connect(port)
+        self._buffer = b""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def send(self, request: bytes) -> None:
+        self._buffer = b""
+        self.socket.sendall(request)
+
+    def receive(self) -> bytes | None:
+        """The answer's body once it is whole, else None."""
+        if not (piece := self.socket.recv(RECEIVE)):
+            raise BenchError(f"the server closed the connection after {self._buffer[:500]!r}")
+        self._buffer += piece
+        head, end, body = self._buffer.partition(b"\r\n\r\n")
+        if not end:
+            return None
+        lowered = head.lower()
+        if b"transfer-encoding: chunked" in lowered:
+            whole = _dechunked(body)
+        else:
+            _, found, length = lowered.partition(b"content-length: ")
+            size = int(length.partition(b"\r\n")[0]) if found else 0
+            whole = body if len(body) >= size else None
+        if whole is not None:
+            checked_status(self._buffer, "a request")
+        return whole
+
+    def exchange(self, request: bytes) -> bytes:
+        self.send(request)
+        while (body := self.receive()) is None:
+            pass
+        return body
+
+
+def _dechunked(body: bytes) -> bytes | None:
+    """The content of a chunked body, or None if its end is not there yet."""
+    content, place = [], 0
+    while (end := body.find(b"\r\n", place)) >= 0:
+        size = int(body[place:end], 16)
+        if size == 0:
+            return b"".join(content)
+        content.append(body[end + 2 : end + 2 + size])
+        place = end + 2 + size + 2
+    return None
+
+
+def call(server_port: int, method: str, path: str, body: Any = None, extra: str = "") -> Any:
+    """One request with JSON, for what is not measured; the answer's JSON, or None."""
+    encoded = b"" if body is None else json.dumps(body).encode()
+    with Client(server_port) as client:
+        answer = client.exchange(request_bytes(method, path, encoded, extra=extra))
+    return json.loads(answer) if answer else None
+
+
+# resume-stream's own paths
+
+
+def chunks_path(thread: str, message: str = "run") -> str:
+    return f"/api/threads/{thread}/messages/{message}/chunks"
+
+
+def stream_path(thread: str, after: int | str | None = None) -> str:
+    return f"/api/threads/{thread}/stream?follow=true" + (f"&after={after}" if after is not None else "")
+
+
+def open_thread(port: int, thread: str) -> None:
+    call(port, "PUT", f"/api/threads/{thread}/messages/run")
+
+
+def stored_chunks(port: int, thread: str) -> int:
+    return int(call(port, "GET", f"/api/threads/{thread}")["chunkCount"])
+
+
+# wrk
+
+
+@dataclass(frozen=True)
+class Load:
+    """What wrk did: requests answered, and how fast. ``p50`` and ``p99`` are ms."""
+
+    requests: int
+    seconds: float
+    p50: float
+    p99: float
+
+    @property
+    def per_second(self) -> float:
+        return self.requests / self.seconds
+
+
+def wrk(port: int, prefix: str, count: int, suffix: str, body: str, connections: int, seconds: float) -> Load:
+    """POST ``body`` to prefix1suffix … prefix{count}suffix in turn. Raises Unavailable, BenchError."""
+    arguments = [prefix, str(count), suffix, body]
+    result = _run_wrk(port, arguments, connections, f"{seconds * 1000:.0f}ms" if seconds < 1 else f"{seconds:.0f}s")
+    found = json.loads(result.partition("RESULT ")[2])
+    if found["bad_status"]:
+        shown = _run_wrk(port, [*arguments, "hunt"], connections, "1s").partition("BAD ")[2]
+        raise BenchError(f"{found['bad_status']} answers of {prefix}… were not 2xx, one of them: {shown[:500]}")
+    if found["socket_errors"] or not found["requests"]:
+        raise BenchError(f"wrk had socket errors at {prefix}…: {found}")
+    return Load(found["requests"], found["seconds"], found["p50"], found["p99"])
+
+
+def _run_wrk(port: int, arguments: Sequence[str], connections: int, duration: str) -> str:
+    flags = ["-t1", f"-c{connections}", f"-d{duration}", "--timeout", "10s", "-s", str(PACKAGE / "append.lua")]
+    command = [program("wrk"), *flags, f"http://127.0.0.1:{port}", "--", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "RESULT " not in done.stdout:
+        raise BenchError(f"wrk failed: {done.stderr or done.stdout}")
+    return done.stdout
+
+
+# Uploads
+
+
+def ndjson_lines(count: int) -> bytes:
+    """So many chunks, a line each, each line a piece of its own (chunked encoding)."""
+    line = json.dumps({"content": TOKEN}).encode() + b"\n"
+    return (b"%x\r\n%s\r\n" % (len(line), line)) * count
+
+
+def upload(port: int, thread: str, count: int) -> int:
+    """Stream so many token-sized chunks to a thread as NDJSON, as fast as they are taken; the last seq."""
+    block = 1000
+    lines = ndjson_lines(block)
+    head = request_bytes(
+        "POST", chunks_path(thread), extra="Content-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n"
+    )
+    with Client(port) as client:
+        client.send(head)
+        for _ in range(count // block):
+            client.socket.sendall(lines)
+        client.socket.sendall(ndjson_lines(count % block) + b"0\r\n\r\n")
+        while (answer := client.receive()) is None:
+            pass
+    appended = json.loads(answer)
+    if appended["chunkCount"] != count:
+        raise BenchError(f"an upload of {count} chunks was answered {appended}")
+    return int(appended["seq"])
+
+
+def uploads(port: int, threads: Sequence[str], count: int) -> float:
+    """Chunks a second of as many uploads at a time, of ``count`` chunks each."""
+    with ThreadPoolExecutor(len(threads)) as pool:
+        began = time.monotonic()
+        list(pool.map(lambda thread: upload(port, thread, count), threads))
+        return count * len(threads) / (time.monotonic() - began)
+
+
+def post_many(port: int, request: bytes, count: int, connections: int) -> None:
+    """Send a request so many times; each connection awaits an answer before it sends again."""
+    clients = [Client(port) for _ in range(min(connections, count))]
+    selector = selectors.DefaultSelector()
+    try:
+        for client in clients:
+            selector.register(client, selectors.EVENT_READ)
+            client.send(request)
+        sent, answered = len(clients), 0
+        while answered < count:
+            ready = selector.select(TIMEOUT)
+            if not ready:
+                raise BenchError(f"no answer for {TIMEOUT:.0f} s, after {answered} of {count}")
+            for key, _ in ready:
+                waiting: Any = key.fileobj
+                if waiting.receive() is None:
+                    continue
+                answered += 1
+                if sent < count:
+                    waiting.send(request)
+                    sent += 1
+    finally:
+        selector.close()
+        for client in clients:
+            client.socket.close()
+
+
+# SSE
+
+
+class Stream:
+    """An SSE stream, once its headers are there; ``began`` is when its request was sent."""
+
+    def __init__(self, port: int, request: bytes) -> None:
+        self.socket = connect(port)
+        self.began = time.monotonic()
+        self.socket.sendall(request)
+        self.received = b""
+        while b"\r\n\r\n" not in self.received:
+            self.receive()
+        checked_status(self.received, "a stream")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def receive(self) -> bytes:
+        piece = self.socket.recv(RECEIVE)
+        if not piece:
+            raise BenchError(f"a stream ended after {self.received[-500:]!r}")
+        self.received += piece
+        return piece
+
+
+def sse_request(path: str, method: str = "GET", body: bytes = b"") -> bytes:
+    return request_bytes(method, path, body, extra="Accept: text/event-stream\r\n")
+
+
+def seconds_to_last(port: int, request: bytes, chunks: int) -> float:
+    """From sending the request to the arrival of so many chunks, and not one more."""
+    with Stream(port, request) as stream:
+        count = stream.received.count(MARK)
+        while count < chunks:
+            count += stream.receive().count(MARK)
+        took = time.monotonic() - stream.began
+    if count != chunks:
+        raise BenchError(f"a stream gave {count} chunks where {chunks} were to come")
+    return took

@@ -1,0 +1,137 @@
+"""What a run leaves: ``bench/RESULTS.md`` and ``bench/results.svg``."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sqlite3
+import subprocess
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from .chart import chart
+from .plan import Plan
+from .results import Line, Row
+from .servers import CACHE, PACKAGE
+
+RESULTS, CHART, NOTES = PACKAGE / "RESULTS.md", PACKAGE / "results.svg", PACKAGE / "NOTES.md"
+PACKAGES = ("litestar", "uvicorn", "uvloop", "httptools", "msgspec", "aiosqlite")
+PROGRAMS = {
+    "nginx": ("nginx", "-v"),
+    "Redis": ("redis-server", "--version"),
+    "Node": ("node", "--version"),
+    "wrk": ("wrk", "-v"),
+}
+
+
+def write_report(rows: Sequence[Row], plan: Plan, folder: Path, seconds: float) -> None:
+    parts = ["# What it costs", *summary(rows), machine(folder), versions(), conditions(plan, seconds)]
+    parts += ["![the figures as bars](results.svg)", table(rows), *hows(rows), *unreached(rows)]
+    if NOTES.exists():
+        parts.append(NOTES.read_text().strip())
+    RESULTS.write_text("\n\n".join(part for part in parts if part) + "\n")
+    CHART.write_text(chart(rows))
+
+
+def summary(rows: Sequence[Row]) -> list[str]:
+    return ["\n".join(f"- {row.summary}" for row in rows if row.summary)]
+
+
+def machine(folder: Path) -> str:
+    cpu = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.processor(),
+    )
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1024**3
+    return (
+        f"**Machine:** {cpu}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, {platform.system()}"
+        f" {platform.release()}, {filesystem_of(folder)}."
+    )
+
+
+def filesystem_of(folder: Path) -> str:
+    """The type of the file system that holds the folder."""
+    path = str(folder.resolve())
+    mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    holding = [(point, kind) for point, kind in mounts if Path(path).is_relative_to(point)]
+    return max(holding, key=lambda mount: len(mount[0]))[1]
+
+
+def versions() -> str:
+    found = {"Python": platform.python_version(), "SQLite": sqlite3.sqlite_version}
+    found |= {name: metadata.version(name) for name in PACKAGES}
+    found |= {name: said for name, command in PROGRAMS.items() if (said := first_version(command))}
+    manifest = CACHE / "node_modules" / "@durable-streams" / "server" / "package.json"
+    if manifest.exists():
+        found["@durable-streams/server"] = json.loads(manifest.read_text())["version"]
+    if nchan := first_version(("dpkg-query", "-W", "libnginx-mod-nchan")):
+        found["nchan"] = nchan
+    return f"**Versions:** {', '.join(f'{name} {version}' for name, version in found.items())}."
+
+
+def first_version(command: Sequence[str]) -> str:
+    """The first number with a point in it that a program says of itself; empty where there is none."""
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    words = (said.stdout + said.stderr).replace("/", " ").replace("=", " ").replace("v", " ").replace(":", " ").split()
+    return next((word for word in words if "." in word and word[0].isdigit()), "")
+
+
+def conditions(plan: Plan, seconds: float) -> str:
+    rounds = "1 short round (`--quick`): good for a look, not to rely on" if plan.quick else f"{plan.rounds} rounds"
+    return (
+        f"Measured on {time.strftime('%Y-%m-%d')} in {seconds / 60:.0f} minutes with `python -m bench`, {rounds}. Figures"
+        " are medians, with the least and the most in parentheses; a share is the median of the rounds' own shares. In"
+        " each round everything in a row is measured in turn; a first round warms up and is discarded. All servers"
+        " and the load run on this machine and share its cores."
+    )
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = ["| measure | resume-stream | aim | reached | beside it |", "| --- | --- | --- | --- | --- |"]
+    for row in rows:
+        lines.append(f"| **{row.title}** | {row.failure} | | | |")
+        lines += [_table_line(line) for line in row.lines]
+    return "\n".join(lines)
+
+
+def _table_line(line: Line) -> str:
+    beside = "<br>".join(f"{name}: {figure}" for name, figure in line.beside.items())
+    aim, reached = ("", "")
+    if line.aim:
+        aim = line.aim.text
+        reached = {True: "yes", False: "**no**", None: "unknown"}[line.aim.reached] + f": {line.aim.outcome}"
+    return f"| {line.title}, {line.unit} | {line.ours} | {aim} | {reached} | {beside} |"
+
+
+def hows(rows: Sequence[Row]) -> list[str]:
+    told = [f"- **{row.title}.** {row.how}" for row in rows if row.how]
+    return ["## What each row measures, and how", "\n".join(told)] if told else []
+
+
+def unreached(rows: Sequence[Row]) -> list[str]:
+    """Which aims were missed and by how much, from the data alone."""
+    judged = [(row, line, line.aim) for row in rows for line in row.lines if line.aim]
+    missed = [
+        f"- {row.title}, {line.title}: the aim is {aim.text}; measured {aim.outcome}."
+        for row, line, aim in judged
+        if aim.reached is False
+    ]
+    unknown = [
+        f"- {row.title}, {line.title}: cannot be told, as {aim.outcome}."
+        for row, line, aim in judged
+        if aim.reached is None
+    ]
+    failed = [f"- {row.title}: {row.failure}." for row in rows if row.failure]
+    reached = sum(aim.reached is True for _, _, aim in judged)
+    count = f"{reached} of {len(judged)} aims were reached in this run."
+    return ["## Where an aim is not reached", count, "\n".join(missed + unknown + failed)]

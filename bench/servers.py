@@ -1,0 +1,219 @@
+"""Servers to measure, each a process of its own on 127.0.0.1, ended by its own pid."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .results import BenchError, Unavailable
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).resolve().parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "resume-stream-bench"
+DURABLE_STREAMS = "0.3.7"
+NCHAN_PLACES = ("/usr/lib/nginx/modules", "/usr/lib64/nginx/modules", "/usr/share/nginx/modules")
+START_TIMEOUT = 30.0  # seconds
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server; ``folder`` holds its data and its log."""
+
+    port: int
+    pid: int
+    folder: Path
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running(
+    command: Sequence[str | Path],
+    folder: Path,
+    port: int | None = None,
+    end: signal.Signals = signal.SIGTERM,
+    cwd: Path = ROOT,
+) -> Iterator[Server]:
+    """The command as a server, once it accepts connections.
+
+    With no ``port`` it says in its first lines on stdout where it listens. A session of its own,
+    so that Ctrl-C reaches this process alone, which then ends what it has started.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RESUME_STREAM_")}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            cwd=cwd,
+            start_new_session=True,
+        )
+    try:
+        yield Server(_listening(process, port, log), process.pid, folder)
+    finally:
+        process.send_signal(end)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _listening(process: subprocess.Popen[bytes], port: int | None, log: Path) -> int:
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        if port is None and (said := re.search(r"http://127\.0\.0\.1:(\d+)", log.read_text(errors="replace"))):
+            port = int(said[1])
+        if port is not None:
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+                return port
+        time.sleep(0.01)
+    raise BenchError(f"{process.args!r} did not start: {log.read_text(errors='replace')[-500:]}")
+
+
+def program(name: str) -> str:
+    """The path of a program. Raises Unavailable."""
+    if (path := shutil.which(name)) is None:
+        raise Unavailable(f"{name} is not installed")
+    return path
+
+
+def service(folder: Path, *flags: str) -> contextlib.AbstractContextManager[Server]:
+    """resume-stream as it comes, except that no stream ends while the benchmark looks elsewhere."""
+    patience = ("--idle-timeout", "0", "--producer-timeout", "0")
+    database = folder / "chunks.db"
+    return running(
+        [sys.executable, ROOT / "app.py", "serve", "--port", "0", "--db", database, *patience, *flags], folder
+    )
+
+
+def handler(folder: Path, *arguments: str) -> contextlib.AbstractContextManager[Server]:
+    """A Litestar handler of ``bench.peer_apps``."""
+    port = free_port()
+    return running([sys.executable, "-m", "bench.peer_apps", str(port), *arguments], folder, port)
+
+
+@contextlib.contextmanager
+def handler_with_redis(folder: Path) -> Iterator[tuple[Server, Server]]:
+    """A Litestar handler in front of Redis Streams, and that Redis. Raises Unavailable."""
+    try:
+        import redis  # noqa: F401
+    except ImportError as error:
+        raise Unavailable("the Python package redis is not installed") from error
+    port = free_port()
+    flags = ("--bind", "127.0.0.1", "--save", "", "--appendonly", "yes", "--appendfsync", "always")
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [program("redis-server"), "--port", str(port), "--dir", folder, *flags]
+    with running(command, folder, port) as store, handler(folder / "handler", str(port)) as server:
+        yield server, store
+
+
+def durable_streams(folder: Path) -> contextlib.AbstractContextManager[Server]:
+    """The Node server of Durable Streams with its file store. Raises Unavailable."""
+    node = program("node")
+    install_durable_streams()
+    data = folder / "data"
+    data.mkdir(parents=True)
+    return running([node, PACKAGE / "durable_streams.mjs", CACHE, data], folder)
+
+
+def install_durable_streams() -> None:
+    """Once, into a cache outside of the repository. Raises Unavailable."""
+    manifest = CACHE / "node_modules" / "@durable-streams" / "server" / "package.json"
+    if manifest.exists() and json.loads(manifest.read_text())["version"] == DURABLE_STREAMS:
+        return
+    CACHE.mkdir(parents=True, exist_ok=True)
+    command = [program("npm"), "install", "--prefix", str(CACHE), "--no-audit", "--no-fund", "--ignore-scripts"]
+    done = subprocess.run(
+        [*command, f"@durable-streams/server@{DURABLE_STREAMS}"], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise Unavailable(f"npm cannot install @durable-streams/server: {done.stderr.strip().splitlines()[-1:]}")
+
+
+NGINX = """
+{head}
+daemon off;
+worker_processes 1;
+pid {folder}/nginx.pid;
+events {{ worker_connections 8192; }}
+http {{
+    access_log off;
+    keepalive_requests 1000000000;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    {http}
+    server {{
+        listen 127.0.0.1:{port} backlog=4096;
+        {locations}
+    }}
+}}
+"""
+
+ANSWERS_201 = 'location / { return 201 "{}"; }'
+NCHAN_LOCATIONS = r"""
+        location ~ ^/pub/(.+)$ {
+            nchan_publisher;
+            nchan_channel_id $1;
+            nchan_message_buffer_length 1000000;
+            nchan_message_timeout 1h;
+        }
+        location ~ ^/sub/(.+)$ { nchan_subscriber eventsource; nchan_channel_id $1; }
+"""
+
+
+def nginx(
+    folder: Path, locations: str = ANSWERS_201, http: str = "", load_module: str = ""
+) -> contextlib.AbstractContextManager[Server]:
+    """nginx with one worker. Raises Unavailable."""
+    path = program("nginx")
+    port = free_port()
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    head = "user root;\n" if os.geteuid() == 0 else ""
+    head += f"load_module {load_module};" if load_module else ""
+    settings = folder / "nginx.conf"
+    settings.write_text(NGINX.format(head=head, folder=folder, http=http, port=port, locations=locations))
+    return running([path, "-p", folder, "-c", settings, "-e", folder / "error.log"], folder, port)
+
+
+def nchan(folder: Path) -> contextlib.AbstractContextManager[Server]:
+    """nginx with nchan, which holds its messages in memory. Raises Unavailable."""
+    places = [Path(place) / "ngx_nchan_module.so" for place in NCHAN_PLACES]
+    module = next((place for place in places if place.exists()), None)
+    if module is None:
+        raise Unavailable("nginx's module nchan is not installed")
+    return nginx(folder, NCHAN_LOCATIONS, "nchan_shared_memory_size 1024M;", str(module))
+
+
+def enter(
+    stack: contextlib.ExitStack, start: Callable[[], contextlib.AbstractContextManager[Server]]
+) -> Server | Unavailable:
+    """Start a peer, or say why it cannot be."""
+    try:
+        return stack.enter_context(start())
+    except Unavailable as unavailable:
+        return unavailable
