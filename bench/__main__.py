@@ -9,16 +9,19 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from .plan import Plan
 from .report import filesystem_of, write_report
 from .results import BenchError, Row, Unavailable
+from .rows_fan_out import fan_out
 from .rows_host import cold_start, footprint
-from .rows_live import fan_out, latency
+from .rows_latency import latency
 from .rows_resume import catch_up, known_content, near_the_end
 from .rows_write import appends, streamed
+from .servers import PACKAGE, ROOT
 
 ROWS: dict[str, Callable[[Plan], Row]] = {
     "appends": appends,
@@ -39,10 +42,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each measurement (default: 5)")
     parser.add_argument("--quick", action="store_true", help="one short round, to see that it works")
     parser.add_argument("--dir", type=Path, default=Path(), help="a folder on a real disk (default: this one)")
+    parser.add_argument(
+        "--out", type=Path, help="where to write (default: bench/ for a whole run, build/bench/ for less)"
+    )
     found = parser.parse_args()
     found.names = found.only.split(",") if found.only else list(ROWS)
     if unknown := set(found.names) - set(ROWS):
         parser.error(f"there is no row {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    found.out = found.out or (ROOT / "build" / "bench" if found.only or found.quick else PACKAGE)
     if found.rounds < 1:
         parser.error("--rounds is 1 or more")
     if filesystem_of(found.dir) in ("tmpfs", "ramfs"):
@@ -56,10 +63,13 @@ def measured(name: str, plan: Plan) -> Row:
     print(f"{name} …", end=" ", file=sys.stderr, flush=True)
     try:
         row = ROWS[name](plan)
-    except (BenchError, OSError) as error:
-        row = Row(name, "", failure=f"FAILED: {error}")
     except Unavailable as unavailable:
         row = Row(name, "", failure=f"not measured: {unavailable}")
+    except BenchError as error:
+        row = Row(name, "", failure=f"FAILED: {error}")
+    except Exception as error:  # the other rows are worth having all the same
+        traceback.print_exc()
+        row = Row(name, "", failure=f"FAILED: {error!r}")
     print(f"{row.failure or 'done'} ({time.monotonic() - began:.0f} s)", file=sys.stderr)
     return row
 
@@ -78,7 +88,7 @@ def main() -> int:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=options.dir))).resolve()
         plan = Plan(1 if options.quick else options.rounds, options.quick, folder)
         rows = [measured(name, plan) for name in options.names]
-    write_report(rows, plan, options.dir, time.monotonic() - began)
+    write_report(rows, plan, options.out, time.monotonic() - began)
     return 1 if any(row.failure.startswith("FAILED") for row in rows) else 0
 
 

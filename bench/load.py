@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from .results import BenchError
-from .servers import PACKAGE, program
+from .servers import DURABLE_STREAMS, PACKAGE, Server, program
 
 TIMEOUT = 60.0  # seconds without a byte, after which a row fails
 RECEIVE = 256 * 1024
 MARK = b"~"  # once in each chunk's content and nowhere else, so that counting it counts chunks
 TOKEN = " tok~"  # the size of a token
+CHUNK = f'{{"content":"{TOKEN}"}}'.encode()
 JSON = "application/json"
 
 
@@ -93,41 +94,50 @@ class Client:
 
 def _dechunked(body: bytes) -> bytes | None:
     """The content of a chunked body, or None if its end is not there yet."""
-    content, place = [], 0
+    content, place = b"", 0
     while (end := body.find(b"\r\n", place)) >= 0:
         size = int(body[place:end], 16)
         if size == 0:
-            return b"".join(content)
-        content.append(body[end + 2 : end + 2 + size])
+            return content
+        content += body[end + 2 : end + 2 + size]
         place = end + 2 + size + 2
     return None
 
 
-def call(server_port: int, method: str, path: str, body: Any = None, extra: str = "") -> Any:
+def call(port: int, method: str, path: str, body: Any = None, extra: str = "") -> Any:
     """One request with JSON, for what is not measured; the answer's JSON, or None."""
     encoded = b"" if body is None else json.dumps(body).encode()
-    with Client(server_port) as client:
+    with Client(port) as client:
         answer = client.exchange(request_bytes(method, path, encoded, extra=extra))
     return json.loads(answer) if answer else None
 
 
-# resume-stream's own paths
+def create(server: Server, name: str) -> None:
+    """Make a thread, stream or channel, where a server wants that before the first append."""
+    if server.api.create:
+        kind = f"Content-Type: {server.api.create_type}\r\n" if server.api.create_type else ""
+        call(server.port, "PUT", server.api.create.replace("@", name), extra=kind)
 
 
-def chunks_path(thread: str, message: str = "run") -> str:
-    return f"/api/threads/{thread}/messages/{message}/chunks"
+def append_request(server: Server, name: str, body: bytes) -> bytes:
+    return request_bytes("POST", server.api.append.replace("@", name), body)
 
 
-def stream_path(thread: str, after: int | str | None = None) -> str:
-    return f"/api/threads/{thread}/stream?follow=true" + (f"&after={after}" if after is not None else "")
+def stream_request(server: Server, name: str, after: str = "") -> bytes:
+    path = server.api.stream.replace("@", name) + (f"&after={after}" if after else "")
+    return request_bytes("GET", path, extra="Accept: text/event-stream\r\n")
 
 
-def open_thread(port: int, thread: str) -> None:
-    call(port, "PUT", f"/api/threads/{thread}/messages/run")
+def stored_chunks(server: Server, name: str) -> int:
+    """How many chunks a server says that it holds; this service, Durable Streams, or Redis."""
+    if server.store is not None:
+        import redis
 
-
-def stored_chunks(port: int, thread: str) -> int:
-    return int(call(port, "GET", f"/api/threads/{thread}")["chunkCount"])
+        with redis.Redis(port=server.store) as client:
+            return int(client.xlen(name))
+    if server.api is DURABLE_STREAMS:
+        return len(call(server.port, "GET", f"/{name}?offset=-1"))
+    return int(call(server.port, "GET", f"/api/threads/{name}")["chunkCount"])
 
 
 # wrk
@@ -135,29 +145,30 @@ def stored_chunks(port: int, thread: str) -> int:
 
 @dataclass(frozen=True)
 class Load:
-    """What wrk did: requests answered, and how fast. ``p50`` and ``p99`` are ms."""
+    """What wrk did: requests answered, and in how many seconds."""
 
     requests: int
     seconds: float
-    p50: float
-    p99: float
 
     @property
     def per_second(self) -> float:
         return self.requests / self.seconds
 
 
-def wrk(port: int, prefix: str, count: int, suffix: str, body: str, connections: int, seconds: float) -> Load:
-    """POST ``body`` to prefix1suffix … prefix{count}suffix in turn. Raises Unavailable, BenchError."""
-    arguments = [prefix, str(count), suffix, body]
-    result = _run_wrk(port, arguments, connections, f"{seconds * 1000:.0f}ms" if seconds < 1 else f"{seconds:.0f}s")
+def wrk(server: Server, names: str, connections: int, seconds: float) -> Load:
+    """Append a chunk at a time to as many threads as connections, ``names`` with 1, 2, 3 …
+
+    Raises Unavailable, BenchError.
+    """
+    arguments = [server.api.append.replace("@", f"{names}@"), str(connections), CHUNK.decode()]
+    result = _run_wrk(server.port, arguments, connections, f"{seconds:.0f}s")
     found = json.loads(result.partition("RESULT ")[2])
     if found["bad_status"]:
-        shown = _run_wrk(port, [*arguments, "hunt"], connections, "1s").partition("BAD ")[2]
-        raise BenchError(f"{found['bad_status']} answers of {prefix}… were not 2xx, one of them: {shown[:500]}")
+        shown = _run_wrk(server.port, [*arguments, "hunt"], connections, "1s").partition("BAD ")[2]
+        raise BenchError(f"{found['bad_status']} answers to {names}… were not 2xx, one of them: {shown[:500]}")
     if found["socket_errors"] or not found["requests"]:
-        raise BenchError(f"wrk had socket errors at {prefix}…: {found}")
-    return Load(found["requests"], found["seconds"], found["p50"], found["p99"])
+        raise BenchError(f"wrk had socket errors at {names}…: {found}")
+    return Load(found["requests"], found["seconds"])
 
 
 def _run_wrk(port: int, arguments: Sequence[str], connections: int, duration: str) -> str:
@@ -174,35 +185,30 @@ def _run_wrk(port: int, arguments: Sequence[str], connections: int, duration: st
 
 def ndjson_lines(count: int) -> bytes:
     """So many chunks, a line each, each line a piece of its own (chunked encoding)."""
-    line = json.dumps({"content": TOKEN}).encode() + b"\n"
-    return (b"%x\r\n%s\r\n" % (len(line), line)) * count
+    return (b"%x\r\n%s\n\r\n" % (len(CHUNK) + 1, CHUNK)) * count
 
 
-def upload(port: int, thread: str, count: int) -> int:
-    """Stream so many token-sized chunks to a thread as NDJSON, as fast as they are taken; the last seq."""
+def upload(server: Server, thread: str, count: int) -> None:
+    """Stream so many token-sized chunks to a new thread as NDJSON, as fast as they are taken."""
     block = 1000
     lines = ndjson_lines(block)
-    head = request_bytes(
-        "POST", chunks_path(thread), extra="Content-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n"
-    )
-    with Client(port) as client:
-        client.send(head)
+    kind = "Content-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n"
+    with Client(server.port) as client:
+        client.send(request_bytes("POST", server.api.append.replace("@", thread), extra=kind))
         for _ in range(count // block):
             client.socket.sendall(lines)
         client.socket.sendall(ndjson_lines(count % block) + b"0\r\n\r\n")
         while (answer := client.receive()) is None:
             pass
-    appended = json.loads(answer)
-    if appended["chunkCount"] != count:
+    if (appended := json.loads(answer))["chunkCount"] != count:
         raise BenchError(f"an upload of {count} chunks was answered {appended}")
-    return int(appended["seq"])
 
 
-def uploads(port: int, threads: Sequence[str], count: int) -> float:
+def uploads(server: Server, threads: Sequence[str], count: int) -> float:
     """Chunks a second of as many uploads at a time, of ``count`` chunks each."""
     with ThreadPoolExecutor(len(threads)) as pool:
         began = time.monotonic()
-        list(pool.map(lambda thread: upload(port, thread, count), threads))
+        list(pool.map(lambda thread: upload(server, thread, count), threads))
         return count * len(threads) / (time.monotonic() - began)
 
 
@@ -263,10 +269,6 @@ class Stream:
             raise BenchError(f"a stream ended after {self.received[-500:]!r}")
         self.received += piece
         return piece
-
-
-def sse_request(path: str, method: str = "GET", body: bytes = b"") -> bytes:
-    return request_bytes(method, path, body, extra="Accept: text/event-stream\r\n")
 
 
 def seconds_to_last(port: int, request: bytes, chunks: int) -> float:

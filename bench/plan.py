@@ -1,13 +1,17 @@
-"""How much to measure in this run, and where."""
+"""How much to measure in this run, and where; and what takes part in a row."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from .results import Figure, Missing, Unavailable
+from .results import Figure, Missing, Unavailable, sampled
 from .servers import Server
+
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,27 @@ class Plan:
     def scaled(self, full: int, quick: int) -> int:
         return quick if self.quick else full
 
-    def seconds(self, number: int, full: float) -> float:
-        """How long to measure in this round; the warm-up round is short."""
-        return 1.0 if self.quick or number == 0 else full
+    def seconds(self, number: int) -> float:
+        """How long a rate is measured in this round; the warm-up round is short."""
+        return 1.0 if self.quick or number == 0 else 2.0
 
 
-def figure(figures: Mapping[str, Figure], name: str, server: Server | Unavailable) -> Figure:
-    return Missing(str(server)) if isinstance(server, Unavailable) else figures[name]
+class Stage(contextlib.ExitStack):
+    """The servers of a row by what the table calls them, and those that could not be started."""
+
+    def __init__(self, plan: Plan, row: str) -> None:
+        super().__init__()
+        self.plan = plan
+        self.folder = plan.place(row)
+        self.servers: dict[str, Server] = {}
+        self.missing: dict[str, Missing] = {}
+
+    def start(self, name: str, server: Callable[[Path], contextlib.AbstractContextManager[Server]]) -> None:
+        try:
+            self.servers[name] = self.enter_context(server(self.folder / f"server-{len(self.servers)}"))
+        except Unavailable as unavailable:
+            self.missing[name] = Missing(str(unavailable))
+
+    def sample(self, measures: dict[str, Callable[[int], float]]) -> dict[str, Figure]:
+        """What each measure gave, by its name, next to what is missing."""
+        return {**self.missing, **sampled(self.plan.rounds, measures)}

@@ -1,12 +1,14 @@
-"""What a run leaves: ``bench/RESULTS.md`` and ``bench/results.svg``."""
+"""What a run leaves: ``RESULTS.md`` and ``results.svg``."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import re
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -17,23 +19,26 @@ from .plan import Plan
 from .results import Line, Row
 from .servers import CACHE, PACKAGE
 
-RESULTS, CHART, NOTES = PACKAGE / "RESULTS.md", PACKAGE / "results.svg", PACKAGE / "NOTES.md"
+NOTES = PACKAGE / "NOTES.md"
 PACKAGES = ("litestar", "uvicorn", "uvloop", "httptools", "msgspec", "aiosqlite")
 PROGRAMS = {
     "nginx": ("nginx", "-v"),
+    "nchan": ("dpkg-query", "-W", "libnginx-mod-nchan"),
     "Redis": ("redis-server", "--version"),
     "Node": ("node", "--version"),
     "wrk": ("wrk", "-v"),
 }
 
 
-def write_report(rows: Sequence[Row], plan: Plan, folder: Path, seconds: float) -> None:
-    parts = ["# What it costs", *summary(rows), machine(folder), versions(), conditions(plan, seconds)]
+def write_report(rows: Sequence[Row], plan: Plan, out: Path, seconds: float) -> None:
+    parts = ["# What it costs", *summary(rows), machine(plan.folder.parent), versions(), conditions(plan, seconds)]
     parts += ["![the figures as bars](results.svg)", table(rows), *hows(rows), *unreached(rows)]
     if NOTES.exists():
         parts.append(NOTES.read_text().strip())
-    RESULTS.write_text("\n\n".join(part for part in parts if part) + "\n")
-    CHART.write_text(chart(rows))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "RESULTS.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+    (out / "results.svg").write_text(chart(rows))
+    print(f"{out}/RESULTS.md", file=sys.stderr)
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
@@ -41,14 +46,8 @@ def summary(rows: Sequence[Row]) -> list[str]:
 
 
 def machine(folder: Path) -> str:
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
+    named = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    cpu = named[1] if named else platform.machine()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1024**3
     return (
         f"**Machine:** {cpu}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, {platform.system()}"
@@ -71,8 +70,6 @@ def versions() -> str:
     manifest = CACHE / "node_modules" / "@durable-streams" / "server" / "package.json"
     if manifest.exists():
         found["@durable-streams/server"] = json.loads(manifest.read_text())["version"]
-    if nchan := first_version(("dpkg-query", "-W", "libnginx-mod-nchan")):
-        found["nchan"] = nchan
     return f"**Versions:** {', '.join(f'{name} {version}' for name, version in found.items())}."
 
 
@@ -82,17 +79,17 @@ def first_version(command: Sequence[str]) -> str:
         said = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
         return ""
-    words = (said.stdout + said.stderr).replace("/", " ").replace("=", " ").replace("v", " ").replace(":", " ").split()
-    return next((word for word in words if "." in word and word[0].isdigit()), "")
+    found = re.search(r"\d+\.\d[\w.]*", said.stdout + said.stderr)
+    return found[0] if found else ""
 
 
 def conditions(plan: Plan, seconds: float) -> str:
     rounds = "1 short round (`--quick`): good for a look, not to rely on" if plan.quick else f"{plan.rounds} rounds"
     return (
-        f"Measured on {time.strftime('%Y-%m-%d')} in {seconds / 60:.0f} minutes with `python -m bench`, {rounds}. Figures"
-        " are medians, with the least and the most in parentheses; a share is the median of the rounds' own shares. In"
-        " each round everything in a row is measured in turn; a first round warms up and is discarded. All servers"
-        " and the load run on this machine and share its cores."
+        f"Measured on {time.strftime('%Y-%m-%d')} in {seconds / 60:.1f} minutes with `python -m bench`, {rounds}."
+        " Figures are medians, with the least and the most in parentheses; a share is the median of the rounds' own"
+        " shares. In each round everything in a row is measured in turn; a first round warms up and is discarded. All"
+        " servers and the load run on this machine and share its cores."
     )
 
 

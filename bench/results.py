@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 
@@ -31,7 +32,7 @@ class Samples:
     def __str__(self) -> str:
         if len(self.values) == 1:
             return shown(self.median)
-        return f"{shown(self.median)} ({shown(min(self.values))}–{shown(max(self.values))})"
+        return f"{shown(self.median)} ({shown(min(self.values))} to {shown(max(self.values))})"
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,13 @@ def ratio(ours: Samples, other: Samples) -> float:
     return statistics.median(a / b for a, b in zip(ours.values, other.values, strict=True))
 
 
+def measured_share(ours: Figure, other: Figure) -> str:
+    """In per cent, for a sentence."""
+    if isinstance(ours, Missing) or isinstance(other, Missing):
+        return "an unknown share"
+    return f"{ratio(ours, other):.0%}"
+
+
 def at_least(share: float, ours: Figure, limit: Figure, name: str) -> Aim:
     text = f"at least {share:.0%} of {name}"
     if isinstance(ours, Missing) or isinstance(limit, Missing):
@@ -117,13 +125,13 @@ def under(bound: float, unit: str, ours: Figure) -> Aim:
     return Aim(text, f"{shown(ours.median)} {unit}, {ours.median / bound:.2f} times the aim", ours.median < bound)
 
 
-def interleave(rounds: int, measures: dict[str, Callable[[int], T]]) -> dict[str, list[T]]:
+def interleave(rounds: int, measures: Mapping[K, Callable[[int], T]]) -> dict[K, list[T]]:
     """Measure each in turn, round after round, so that the machine's moods meet all alike.
 
     Each round begins with another one. Round 0 warms up and is discarded.
     """
     names = list(measures)
-    taken: dict[str, list[T]] = {name: [] for name in names}
+    taken: dict[K, list[T]] = {name: [] for name in names}
     for number in range(rounds + 1):
         start = number % len(names)
         for name in names[start:] + names[:start]:
@@ -133,6 +141,6 @@ def interleave(rounds: int, measures: dict[str, Callable[[int], T]]) -> dict[str
     return taken
 
 
-def sampled(rounds: int, measures: dict[str, Callable[[int], float]]) -> dict[str, Figure]:
+def sampled(rounds: int, measures: Mapping[K, Callable[[int], float]]) -> dict[K, Figure]:
     """``interleave`` for measures of one value."""
     return {name: Samples(tuple(values)) for name, values in interleave(rounds, measures).items()}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from .load import TIMEOUT, TOKEN, Stream, call, open_thread, sse_request, stream_path, upload
+from .load import TIMEOUT, TOKEN, Stream, call, create, stream_request, upload
 from .plan import Plan
 from .results import Aim, BenchError, Figure, Line, Missing, Row, Samples, interleave, sampled, under
 from .servers import ROOT, free_port, running, service
@@ -31,11 +31,11 @@ def memory_of_readers(plan: Plan, number: int) -> tuple[float, float]:
     """Bytes of a service that has just started, and of each reader that waits."""
     with service(plan.place(f"readers-{number}")) as server, contextlib.ExitStack() as stack:
         call(server.port, "GET", "/health/ready")
-        open_thread(server.port, "idle")
+        create(server, "idle")
         time.sleep(0.5)
         idle = resident(server.pid)
         for _ in range(READERS):
-            stack.enter_context(Stream(server.port, sse_request(stream_path("idle"))))
+            stack.enter_context(Stream(server.port, stream_request(server, "idle")))
         time.sleep(0.5)
         if (readers := call(server.port, "GET", "/api/threads/idle")["readers"]) != READERS:
             raise BenchError(f"{READERS} readers were opened, and the service counts {readers}")
@@ -46,7 +46,7 @@ def size_of_chunks(plan: Plan, count: int, number: int) -> tuple[float, float]:
     """Bytes of memory once so many chunks are appended, and of the file for each, all checkpointed."""
     folder = plan.place(f"chunks-{number}")
     with service(folder) as server:
-        upload(server.port, "long", count)
+        upload(server, "long", count)
         memory = resident(server.pid)
     database = folder / "chunks.db"
     if Path(f"{database}-wal").exists():

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,18 +21,34 @@ from .results import BenchError, Unavailable
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "resume-stream-bench"
-DURABLE_STREAMS = "0.3.7"
+DURABLE_STREAMS_VERSION = "0.3.7"
 NCHAN_PLACES = ("/usr/lib/nginx/modules", "/usr/lib64/nginx/modules", "/usr/share/nginx/modules")
 START_TIMEOUT = 30.0  # seconds
 
 
 @dataclass(frozen=True)
+class Api:
+    """How to talk to a kind of server; ``@`` in a path is the name of a thread, stream or channel."""
+
+    append: str
+    stream: str = ""
+    create: str = ""
+    create_type: str = ""
+
+
+SERVICE = Api("/api/threads/@/messages/run/chunks", "/api/threads/@/stream?follow=true", "/api/threads/@/messages/run")
+DURABLE_STREAMS = Api("/@", "/@?offset=-1&live=sse", "/@", "application/json")
+NCHAN = Api("/pub/@", "/sub/@")
+
+
+@dataclass(frozen=True)
 class Server:
-    """A running server; ``folder`` holds its data and its log."""
+    """A running server; ``store`` is where it stores, if that is another server."""
 
     port: int
     pid: int
-    folder: Path
+    api: Api = SERVICE
+    store: int | None = None
 
 
 def free_port() -> int:
@@ -42,11 +58,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running(
-    command: Sequence[str | Path],
-    folder: Path,
-    port: int | None = None,
-    end: signal.Signals = signal.SIGTERM,
-    cwd: Path = ROOT,
+    command: Sequence[str | Path], folder: Path, port: int | None = None, api: Api = SERVICE
 ) -> Iterator[Server]:
     """The command as a server, once it accepts connections.
 
@@ -63,13 +75,13 @@ def running(
             stderr=output,
             stdin=subprocess.DEVNULL,
             env=environment,
-            cwd=cwd,
+            cwd=ROOT,
             start_new_session=True,
         )
     try:
-        yield Server(_listening(process, port, log), process.pid, folder)
+        yield Server(_listening(process, port, log), process.pid, api)
     finally:
-        process.send_signal(end)
+        process.terminate()
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:
@@ -98,7 +110,7 @@ def program(name: str) -> str:
     return path
 
 
-def service(folder: Path, *flags: str) -> contextlib.AbstractContextManager[Server]:
+def service(folder: Path, flags: Sequence[str] = ()) -> contextlib.AbstractContextManager[Server]:
     """resume-stream as it comes, except that no stream ends while the benchmark looks elsewhere."""
     patience = ("--idle-timeout", "0", "--producer-timeout", "0")
     database = folder / "chunks.db"
@@ -114,8 +126,8 @@ def handler(folder: Path, *arguments: str) -> contextlib.AbstractContextManager[
 
 
 @contextlib.contextmanager
-def handler_with_redis(folder: Path) -> Iterator[tuple[Server, Server]]:
-    """A Litestar handler in front of Redis Streams, and that Redis. Raises Unavailable."""
+def handler_with_redis(folder: Path) -> Iterator[Server]:
+    """A Litestar handler in front of Redis Streams. Raises Unavailable."""
     try:
         import redis  # noqa: F401
     except ImportError as error:
@@ -123,9 +135,9 @@ def handler_with_redis(folder: Path) -> Iterator[tuple[Server, Server]]:
     port = free_port()
     flags = ("--bind", "127.0.0.1", "--save", "", "--appendonly", "yes", "--appendfsync", "always")
     folder.mkdir(parents=True, exist_ok=True)
-    command = [program("redis-server"), "--port", str(port), "--dir", folder, *flags]
+    command = [program("redis-server"), "--port", str(port), "--dir", str(folder), *flags]
     with running(command, folder, port) as store, handler(folder / "handler", str(port)) as server:
-        yield server, store
+        yield dataclasses.replace(server, store=store.port)
 
 
 def durable_streams(folder: Path) -> contextlib.AbstractContextManager[Server]:
@@ -134,18 +146,18 @@ def durable_streams(folder: Path) -> contextlib.AbstractContextManager[Server]:
     install_durable_streams()
     data = folder / "data"
     data.mkdir(parents=True)
-    return running([node, PACKAGE / "durable_streams.mjs", CACHE, data], folder)
+    return running([node, PACKAGE / "durable_streams.mjs", CACHE, data], folder, api=DURABLE_STREAMS)
 
 
 def install_durable_streams() -> None:
     """Once, into a cache outside of the repository. Raises Unavailable."""
     manifest = CACHE / "node_modules" / "@durable-streams" / "server" / "package.json"
-    if manifest.exists() and json.loads(manifest.read_text())["version"] == DURABLE_STREAMS:
+    if manifest.exists() and json.loads(manifest.read_text())["version"] == DURABLE_STREAMS_VERSION:
         return
     CACHE.mkdir(parents=True, exist_ok=True)
     command = [program("npm"), "install", "--prefix", str(CACHE), "--no-audit", "--no-fund", "--ignore-scripts"]
     done = subprocess.run(
-        [*command, f"@durable-streams/server@{DURABLE_STREAMS}"], capture_output=True, text=True, check=False
+        [*command, f"@durable-streams/server@{DURABLE_STREAMS_VERSION}"], capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise Unavailable(f"npm cannot install @durable-streams/server: {done.stderr.strip().splitlines()[-1:]}")
@@ -186,7 +198,7 @@ NCHAN_LOCATIONS = r"""
 
 
 def nginx(
-    folder: Path, locations: str = ANSWERS_201, http: str = "", load_module: str = ""
+    folder: Path, locations: str = ANSWERS_201, http: str = "", load_module: str = "", api: Api = SERVICE
 ) -> contextlib.AbstractContextManager[Server]:
     """nginx with one worker. Raises Unavailable."""
     path = program("nginx")
@@ -197,7 +209,7 @@ def nginx(
     head += f"load_module {load_module};" if load_module else ""
     settings = folder / "nginx.conf"
     settings.write_text(NGINX.format(head=head, folder=folder, http=http, port=port, locations=locations))
-    return running([path, "-p", folder, "-c", settings, "-e", folder / "error.log"], folder, port)
+    return running([path, "-p", folder, "-c", settings, "-e", folder / "error.log"], folder, port, api)
 
 
 def nchan(folder: Path) -> contextlib.AbstractContextManager[Server]:
@@ -206,14 +218,4 @@ def nchan(folder: Path) -> contextlib.AbstractContextManager[Server]:
     module = next((place for place in places if place.exists()), None)
     if module is None:
         raise Unavailable("nginx's module nchan is not installed")
-    return nginx(folder, NCHAN_LOCATIONS, "nchan_shared_memory_size 1024M;", str(module))
-
-
-def enter(
-    stack: contextlib.ExitStack, start: Callable[[], contextlib.AbstractContextManager[Server]]
-) -> Server | Unavailable:
-    """Start a peer, or say why it cannot be."""
-    try:
-        return stack.enter_context(start())
-    except Unavailable as unavailable:
-        return unavailable
+    return nginx(folder, NCHAN_LOCATIONS, "nchan_shared_memory_size 1024M;", str(module), NCHAN)

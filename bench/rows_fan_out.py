@@ -1,0 +1,186 @@
+"""The row of many live readers: how many deliveries a second."""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
+
+from .children import child, told
+from .load import (
+    CHUNK,
+    MARK,
+    TIMEOUT,
+    TOKEN,
+    append_request,
+    checked_status,
+    connect,
+    create,
+    post_many,
+    stream_request,
+    upload,
+)
+from .plan import Plan, Stage
+from .results import BenchError, Figure, Line, Row, at_least, measured_share
+from .servers import NCHAN, Server, durable_streams, nchan, service
+
+OURS = "resume-stream"
+UPLOAD = "one NDJSON upload"
+NCHAN_NAME = "nchan, memory only"
+DURABLE = "Durable Streams, files"
+PRODUCERS = 8
+SINGLES = f"{PRODUCERS} producers of single chunks"
+CEILING = "the load's own ceiling (the same readers, a bare socket)"
+UPLOAD_CEILING = "the load's own ceiling (large writes)"
+BLOCK = 8  # frames in a write of the bare socket
+LARGE_BLOCK = 2000
+READERS = (100, 1000)
+FRAME = b"id: 1763829000123-42\ndata: %s\n\n"
+DATA = b'{"content":"%s","timestamp":1763829000456,"messageId":"run","seq":42}' % TOKEN.encode()
+
+
+def read_streams(pipe: Connection, port: int, request: bytes, readers: int, frames: int) -> None:
+    """Say when all readers are there, and then when the last of them had its last frame."""
+    connections = [connect(port) for _ in range(readers)]
+    waiting = select.epoll()
+    counts, receive = {}, {}
+    for connection in connections:
+        connection.sendall(request)
+    for connection in connections:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += connection.recv(65536)
+        checked_status(head, "a stream")
+        waiting.register(connection.fileno(), select.EPOLLIN)
+        counts[connection.fileno()] = head.count(MARK)
+        receive[connection.fileno()] = connection.recv
+    pipe.send("ready")
+    missing = readers * frames - sum(counts.values())
+    while missing > 0:
+        ready = waiting.poll(TIMEOUT)
+        if not ready:
+            raise BenchError(f"{missing} of {readers * frames} frames did not come")
+        for descriptor, _ in ready:
+            received = receive[descriptor](65536)
+            if not received:
+                raise BenchError(f"a stream ended, {missing} frames before the last")
+            found = received.count(MARK)
+            counts[descriptor] += found
+            missing -= found
+    ended = time.monotonic()
+    if set(counts.values()) != {frames}:
+        raise BenchError(f"readers got {min(counts.values())} to {max(counts.values())} frames of {frames}")
+    pipe.send(ended)
+
+
+def blast(pipe: Connection, listener: socket.socket, readers: int, block: int) -> None:
+    """Write frames to all who connect, with nothing else to do."""
+    connections = [listener.accept()[0] for _ in range(readers)]
+    for connection in connections:
+        connection.recv(65536)
+        connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+    for _ in range(pipe.recv() // block):
+        for connection in connections:
+            connection.sendall(FRAME % DATA * block)
+    pipe.recv()
+
+
+def deliveries(port: int, request: bytes, readers: int, frames: int, publish: Callable[[], object]) -> float:
+    """Deliveries a second, from the first send to the last reader's last frame."""
+    with child(read_streams, port, request, readers, frames) as pipe:
+        told(pipe, "subscribing")
+        time.sleep(0.2)
+        began = time.monotonic()
+        publish()
+        ended: float = told(pipe, "reading")
+        return readers * frames / (ended - began)
+
+
+def publish_singly(server: Server, name: str, frames: int) -> None:
+    body = DATA if server.api is NCHAN else CHUNK
+    post_many(server.port, append_request(server, name, body), frames, PRODUCERS)
+
+
+def ceiling(block: int, readers: int, name: str, frames: int) -> float:
+    """What the reading process can count when it is fed by a process that only writes."""
+    with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
+        server = Server(listener.getsockname()[1], 0)
+        with child(blast, listener, readers, block) as blaster:
+            request = stream_request(server, name)
+            return deliveries(server.port, request, readers, frames, partial(blaster.send, frames))
+
+
+class Crowd:
+    """A number of readers; the warm-up finds how many frames make a round of the right length."""
+
+    def __init__(self, plan: Plan, readers: int, block: int, deliver: Callable[[int, str, int], float]) -> None:
+        self._seconds = 1.0 if plan.quick else 2.0
+        self._readers = readers
+        self._block = self._frames = block
+        self._deliver = deliver
+
+    def __call__(self, number: int) -> float:
+        rate = self._deliver(self._readers, f"crowd-{self._readers}-{self._block}-{number}", self._frames)
+        if number == 0:
+            blocks = int(rate * self._seconds / self._readers / self._block)
+            self._frames = self._block * max(2, min(blocks, 100_000 // self._block))
+        return rate
+
+
+def to_readers(
+    server: Server, publish: Callable[[Server, str, int], object], readers: int, name: str, frames: int
+) -> float:
+    create(server, name)
+    request = stream_request(server, name)
+    return deliveries(server.port, request, readers, frames, partial(publish, server, name, frames))
+
+
+def measures(plan: Plan, servers: dict[str, Server], readers: int) -> dict[str, Callable[[int], float]]:
+    found: dict[str, Callable[[int], float]] = {
+        name: Crowd(plan, readers, BLOCK, partial(to_readers, server, publish_singly))
+        for name, server in servers.items()
+    }
+    found[UPLOAD] = Crowd(plan, readers, LARGE_BLOCK, partial(to_readers, servers[OURS], upload))
+    for name, block in ((CEILING, BLOCK), (UPLOAD_CEILING, LARGE_BLOCK)):
+        found[name] = Crowd(plan, readers, block, partial(ceiling, block))
+    return found
+
+
+def fan_out(plan: Plan) -> Row:
+    """Deliveries a second to many readers of one thread."""
+    figures: dict[int, dict[str, Figure]] = {}
+    with Stage(plan, "fan-out") as stage:
+        stage.start(OURS, service)
+        stage.start(NCHAN_NAME, nchan)
+        stage.start(DURABLE, durable_streams)
+        for readers in READERS:
+            figures[readers] = stage.sample(measures(plan, stage.servers, readers))
+
+    def line(readers: int, how: str, ours: str, *beside: str) -> Line:
+        taken = figures[readers]
+        aim = at_least(1, taken[ours], taken[NCHAN_NAME], "nchan")
+        title = f"{readers:,} readers, {how}"
+        return Line(title, "deliveries/s", taken[ours], {name: taken[name] for name in beside}, aim, ours == OURS)
+
+    most = figures[READERS[-1]]
+    return Row(
+        "Deliveries to many readers of one thread",
+        f"All readers follow one thread over SSE, synchronous=FULL; one process counts the frames of all of them with"
+        f" epoll. {PRODUCERS} producers post single chunks, each awaiting its answer, in the same way to every server;"
+        " from the first send to the last reader's last frame, and every reader must get every frame once. nchan has"
+        " one worker, keeps its messages in memory, and is given data of the size of this service's frames. The chunks"
+        " of an NDJSON upload are committed and sent many at a time, for which nchan has no counterpart, so its single"
+        f" messages stand there. The ceilings are the same readers fed by a process that only writes, {BLOCK} and"
+        f" {LARGE_BLOCK:,} frames at a time.",
+        [
+            line(readers, *how)
+            for readers in READERS
+            for how in ((SINGLES, OURS, NCHAN_NAME, DURABLE, CEILING), (UPLOAD, UPLOAD, NCHAN_NAME, UPLOAD_CEILING))
+        ],
+        f"**Fan-out:** {most[OURS]} deliveries/s to {READERS[-1]:,} SSE readers of one thread, from {SINGLES},"
+        f" {measured_share(most[OURS], most[NCHAN_NAME])} of nchan's, which stores nothing on disk; {most[UPLOAD]} from"
+        " one NDJSON upload.",
+    )
