@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from .results import Figure, Line, Row, Samples, shown
+from .results import LOAD, Figure, Line, Row, Samples, shown
 
 WIDTH, LABEL, BAR = 860, 330, 330  # pixels: all, the names, the longest bar
 BAR_HEIGHT, STEP, GAP = 14, 20, 16
@@ -21,7 +21,10 @@ text { font: 12px system-ui, sans-serif; fill: #24292f; }
 
 
 def chart(rows: Sequence[Row]) -> str:
-    """Bars of each charted line; those of one line share a scale, and begin at nothing."""
+    """Bars of each charted line, but the load's own ceilings, which dwarf them.
+
+    Those of one line share a scale, and begin at nothing.
+    """
     parts: list[str] = []
     y = 8
     for row in rows:
@@ -38,6 +41,7 @@ def _line(parts: list[str], y: int, row: Row, line: Line) -> int:
     parts.append(_text(0, y + 12, f"{row.title}: {line.title} ({line.unit})", "title"))
     y += STEP
     figures: dict[str, Figure] = {"resume-stream": line.ours, **line.beside}
+    figures = {name: figure for name, figure in figures.items() if not name.startswith(LOAD)}
     longest = max(max(figure.values) for figure in figures.values() if isinstance(figure, Samples))
     for name, figure in figures.items():
         parts.append(_text(LABEL - 8, y + 12, name, anchor="end"))

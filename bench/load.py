@@ -164,7 +164,7 @@ def wrk(server: Server, names: str, connections: int, seconds: float) -> Load:
     result = _run_wrk(server.port, arguments, connections, f"{seconds:.0f}s")
     found = json.loads(result.partition("RESULT ")[2])
     if found["bad_status"]:
-        shown = _run_wrk(server.port, [*arguments, "hunt"], connections, "1s").partition("BAD ")[2]
+        shown = _run_wrk(server.port, [*arguments, "hunt"], connections, "1s").partition("BAD ")[2].partition("\n")[0]
         raise BenchError(f"{found['bad_status']} answers to {names}… were not 2xx, one of them: {shown[:500]}")
     if found["socket_errors"] or not found["requests"]:
         raise BenchError(f"wrk had socket errors at {names}…: {found}")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+LOAD = "the load's own"  # how names of what the load generator itself can do begin
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ from .load import (
     upload,
 )
 from .plan import Plan, Stage
-from .results import BenchError, Figure, Line, Row, at_least, measured_share
+from .results import LOAD, BenchError, Figure, Line, Row, at_least, measured_share
 from .servers import NCHAN, Server, durable_streams, nchan, service
 
 OURS = "resume-stream"
@@ -33,8 +33,8 @@ NCHAN_NAME = "nchan, memory only"
 DURABLE = "Durable Streams, files"
 PRODUCERS = 8
 SINGLES = f"{PRODUCERS} producers of single chunks"
-CEILING = "the load's own ceiling (the same readers, a bare socket)"
-UPLOAD_CEILING = "the load's own ceiling (large writes)"
+CEILING = f"{LOAD} ceiling (the same readers, a bare socket)"
+UPLOAD_CEILING = f"{LOAD} ceiling (large writes)"
 BLOCK = 8  # frames in a write of the bare socket
 LARGE_BLOCK = 2000
 READERS = (100, 1000)

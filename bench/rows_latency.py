@@ -16,7 +16,7 @@ from .bare import BareTable
 from .children import child, told
 from .load import MARK, TIMEOUT, Client, Stream, append_request, create, request_bytes, stream_request
 from .plan import Plan, Stage
-from .results import BenchError, Figure, Line, Row, Samples, interleave, under
+from .results import LOAD, BenchError, Figure, Line, Row, Samples, interleave, under
 from .servers import Server, durable_streams, service
 
 OURS = "resume-stream"
@@ -24,7 +24,7 @@ DURABLE = "Durable Streams, files"
 POLLS = "a poll of our own every 100 ms"
 ROUND_TRIP = "our append's own round trip"
 COMMIT = "one commit of bare sqlite3"
-RELAY = "the load's own floor (a bare TCP relay)"
+RELAY = f"{LOAD} floor (a bare TCP relay)"
 PACE = 0.01  # seconds from one append to the next
 POLL = 0.1  # seconds from one poll to the next
 

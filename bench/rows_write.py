@@ -9,13 +9,13 @@ from functools import partial
 from .bare import BareTable
 from .load import CHUNK, create, stored_chunks, uploads, wrk
 from .plan import Plan, Stage
-from .results import BenchError, Figure, Line, Row, at_least, measured_share, sampled
+from .results import LOAD, BenchError, Figure, Line, Row, at_least, measured_share, sampled
 from .servers import Server, durable_streams, handler, handler_with_redis, nginx, program, service
 
 HANDLER = "a handler that stores nothing"
 REDIS = "Redis Streams behind a handler"
 DURABLE = "Durable Streams, files"
-WRK_CEILING = "the load's own ceiling (wrk, nginx)"
+WRK_CEILING = f"{LOAD} ceiling (wrk, nginx)"
 MODES = ("FULL", "NORMAL")
 CONNECTIONS = (1, 32)
 
@@ -112,7 +112,7 @@ def upload_to_nothing(count: int, number: int) -> float:
 def streamed(plan: Plan) -> Row:
     """Chunks a second of NDJSON uploads."""
     count, group = plan.scaled(200_000, 50_000), 512
-    bare, ceiling = f"bare sqlite3, {group} rows a commit", "the load's own ceiling (a socket that throws it away)"
+    bare, ceiling = f"bare sqlite3, {group} rows a commit", f"{LOAD} ceiling (a socket that throws it away)"
     with Stage(plan, "streamed") as stage:
         server = stage.enter_context(service(stage.folder))
         table = stage.enter_context(BareTable(stage.folder / "bare.db"))
