@@ -23,13 +23,12 @@ RECEIVE = 256 * 1024
 MARK = b"~"  # once in each chunk's content and nowhere else, so that counting it counts chunks
 TOKEN = " tok~"  # the size of a token
 CHUNK = f'{{"content":"{TOKEN}"}}'.encode()
-JSON = "application/json"
 
 
-def request_bytes(method: str, path: str, body: bytes = b"", kind: str = JSON, extra: str = "") -> bytes:
+def request_bytes(method: str, path: str, body: bytes = b"", extra: str = "") -> bytes:
     head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{extra}"
     if body:
-        head += f"Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
     return head.encode() + b"\r\n" + body
 
 
@@ -39,11 +38,9 @@ def connect(port: int) -> socket.socket:
     return connection
 
 
-def checked_status(head: bytes, what: str) -> int:
-    status = int(head[9:12])
-    if not 200 <= status <= 299:
-        raise BenchError(f"{what} was answered {status}: {head[:2000].decode(errors='replace')}")
-    return status
+def check_status(answer: bytes, what: str) -> None:
+    if not 200 <= (status := int(answer[9:12])) <= 299:
+        raise BenchError(f"{what} was answered {status}: {answer[:2000].decode(errors='replace')}")
 
 
 class Client:
@@ -82,7 +79,7 @@ class Client:
             size = int(length.partition(b"\r\n")[0]) if found else 0
             whole = body if len(body) >= size else None
         if whole is not None:
-            checked_status(self._buffer, "a request")
+            check_status(self._buffer, "a request")
         return whole
 
     def exchange(self, request: bytes) -> bytes:
@@ -149,10 +146,6 @@ class Load:
 
     requests: int
     seconds: float
-
-    @property
-    def per_second(self) -> float:
-        return self.requests / self.seconds
 
 
 def wrk(server: Server, names: str, connections: int, seconds: float) -> Load:
@@ -252,7 +245,7 @@ class Stream:
         self.received = b""
         while b"\r\n\r\n" not in self.received:
             self.receive()
-        checked_status(self.received, "a stream")
+        check_status(self.received, "a stream")
 
     def __enter__(self) -> Self:
         return self

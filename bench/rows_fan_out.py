@@ -16,7 +16,7 @@ from .load import (
     TIMEOUT,
     TOKEN,
     append_request,
-    checked_status,
+    check_status,
     connect,
     create,
     post_many,
@@ -53,7 +53,7 @@ def read_streams(pipe: Connection, port: int, request: bytes, readers: int, fram
         head = b""
         while b"\r\n\r\n" not in head:
             head += connection.recv(65536)
-        checked_status(head, "a stream")
+        check_status(head, "a stream")
         waiting.register(connection.fileno(), select.EPOLLIN)
         counts[connection.fileno()] = head.count(MARK)
         receive[connection.fileno()] = connection.recv

@@ -123,7 +123,7 @@ def cold_start(plan: Plan) -> Row:
     return Row(
         "Cold start to the first answer",
         "From starting the process, on a database that is not there yet, to the answer of /health/live, asked for"
-        " every 10 ms until it accepts a connection. The page cache is warm. The import is the least that any service"
+        " every 2 ms until it accepts a connection. The page cache is warm. The import is the least that any service"
         " on this stack takes.",
         [Line("the single binary", "ms", ours, beside, aim)],
     )

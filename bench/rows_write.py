@@ -78,9 +78,10 @@ def appends(plan: Plan) -> Row:
         " each round the chunks that the server holds are counted, and must be those that were acknowledged. The"
         " handler is Litestar's under the same uvicorn settings: it reads and decodes the same body, stores nothing,"
         " and answers 201 with as many bytes. Redis is the same handler with an XADD, one pool of connections, and"
-        " `appendfsync always`; Durable Streams is its Node server with the file store, a stream for each thread. Bare"
-        " sqlite3 commits one row at a time with the writes of an append, in one process, with no HTTP. The load's"
-        " ceiling is the same wrk against nginx that answers 201 at once.",
+        " `appendfsync always`; Durable Streams is its Node server with the file store, a stream for each thread; both"
+        " sync each append in the lines of NORMAL too. Bare sqlite3 commits one row at a time with the writes of an"
+        " append, in one process, with no HTTP. The load's ceiling is the same wrk against nginx that answers 201 at"
+        " once.",
         [line(mode, count) for mode in MODES for count in CONNECTIONS],
         f"**Appends:** {most} single appends/s are committed and acknowledged over 32 connections with"
         f" synchronous=FULL, {measured_share(most, figures[HANDLER, CONNECTIONS[-1]])} of what a Litestar handler that"

@@ -99,7 +99,7 @@ def _listening(process: subprocess.Popen[bytes], port: int | None, log: Path) ->
         if port is not None:
             with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
                 return port
-        time.sleep(0.01)
+        time.sleep(0.002)
     raise BenchError(f"{process.args!r} did not start: {log.read_text(errors='replace')[-500:]}")
 
 
@@ -160,7 +160,7 @@ def install_durable_streams() -> None:
         [*command, f"@durable-streams/server@{DURABLE_STREAMS_VERSION}"], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise Unavailable(f"npm cannot install @durable-streams/server: {done.stderr.strip().splitlines()[-1:]}")
+        raise Unavailable(f"npm cannot install @durable-streams/server: {done.stderr[-200:]}")
 
 
 NGINX = """
