@@ -66,7 +66,7 @@ def measured(name: str, plan: Plan) -> Row:
     except Unavailable as unavailable:
         row = Row(name, "", failure=f"not measured: {unavailable}")
     except BenchError as error:
-        row = Row(name, "", failure=f"FAILED: {error}")
+        row = Row(name, "", failure=f"FAILED: {' '.join(str(error).split())[:300]}")
     except Exception as error:  # the other rows are worth having all the same
         traceback.print_exc()
         row = Row(name, "", failure=f"FAILED: {error!r}")

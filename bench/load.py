@@ -40,7 +40,7 @@ def connect(port: int) -> socket.socket:
 
 def check_status(answer: bytes, what: str) -> None:
     if not 200 <= (status := int(answer[9:12])) <= 299:
-        raise BenchError(f"{what} was answered {status}: {answer[:2000].decode(errors='replace')}")
+        raise BenchError(f"{what} was answered {status}: {answer[:1000].decode(errors='replace')}")
 
 
 class Client:
@@ -66,7 +66,7 @@ class Client:
     def receive(self) -> bytes | None:
         """The answer's body once it is whole, else None."""
         if not (piece := self.socket.recv(RECEIVE)):
-            raise BenchError(f"the server closed the connection after {self._buffer[:500]!r}")
+            raise BenchError(f"the server closed the connection after {self._buffer[:100]!r}")
         self._buffer += piece
         head, end, body = self._buffer.partition(b"\r\n\r\n")
         if not end:
@@ -259,7 +259,7 @@ class Stream:
     def receive(self) -> bytes:
         piece = self.socket.recv(RECEIVE)
         if not piece:
-            raise BenchError(f"a stream ended after {self.received[-500:]!r}")
+            raise BenchError(f"a stream ended after {self.received[-100:]!r}")
         self.received += piece
         return piece
 

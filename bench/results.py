@@ -129,14 +129,17 @@ def under(bound: float, unit: str, ours: Figure) -> Aim:
 def interleave(rounds: int, measures: Mapping[K, Callable[[int], T]]) -> dict[K, list[T]]:
     """Measure each in turn, round after round, so that the machine's moods meet all alike.
 
-    Each round begins with another one. Round 0 warms up and is discarded.
+    Each round begins with another one. Round 0 warms up and is discarded. Raises BenchError.
     """
     names = list(measures)
     taken: dict[K, list[T]] = {name: [] for name in names}
     for number in range(rounds + 1):
         start = number % len(names)
         for name in names[start:] + names[:start]:
-            value = measures[name](number)
+            try:
+                value = measures[name](number)
+            except BenchError as error:
+                raise BenchError(f"{name}, round {number}: {error}") from error
             if number:
                 taken[name].append(value)
     return taken
