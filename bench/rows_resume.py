@@ -85,7 +85,6 @@ def near_the_end(plan: Plan) -> Row:
         f"From sending the request with `after=`, on a new connection, to the last of {LAST} chunks; the median of"
         f" {goes} goes a round. The aim is that the length of the thread does not matter.",
         [Line(names[long], "ms", many, {names[short]: few}, aim)],
-        f"**Resume:** a reader that lacks the last {LAST} chunks of {long:,} has them {many} ms after its request.",
     )
 
 
