@@ -408,7 +408,7 @@ class Page:
     other messages were left out.
     """
 
-    __slots__ = ("_encoded", "entries", "generation", "last_seq", "queued", "size")
+    __slots__ = ("_encoded", "_parts", "entries", "generation", "last_seq", "queued", "size")
 
     def __init__(
         self, generation: int, last_seq: int, entries: Sequence[Entry], size: int = 0, queued: float | None = None
@@ -418,12 +418,28 @@ class Page:
         self.entries = entries
         self.size = size
         self.queued = queued  # when its append was asked for (time.perf_counter), until somebody reads it
-        self._encoded: dict[Any, Any] = {}
+        self._parts: Sequence[Page] = ()
+        self._encoded: dict[Any, list[bytes]] = {}
 
-    def encoded(self, encode: Callable[[Page], T]) -> T:
+    @classmethod
+    def joined(cls, parts: Sequence[Page]) -> Page:
+        """Pages that follow one another, as one that shares what they encoded."""
+        if len(parts) == 1:
+            return parts[0]
+        page = cls(parts[-1].generation, parts[-1].last_seq, [entry for part in parts for entry in part.entries])
+        page._parts = parts
+        return page
+
+    @property
+    def parts(self) -> Sequence[Page]:
+        return self._parts or (self,)
+
+    def encoded(self, encode: Callable[[Page], list[bytes]]) -> list[bytes]:
+        if self._parts:
+            return [piece for part in self._parts for piece in part.encoded(encode)]
         if (known := self._encoded.get(encode)) is None:
             known = self._encoded[encode] = encode(self)
-        return cast(T, known)
+        return known
 
 
 class Head(Record, frozen=True):
@@ -722,9 +738,10 @@ class Metrics:
 
     def count_delivery(self, page: Page) -> None:
         self.entries_out.inc(len(page.entries))
-        if page.queued is not None:
-            self.delivery_seconds.observe(time.perf_counter() - page.queued)
-            page.queued = None
+        for part in page.parts:
+            if part.queued is not None:
+                self.delivery_seconds.observe(time.perf_counter() - part.queued)
+                part.queued = None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1100,7 +1117,7 @@ class Snapshot:
         begin = Position(thread_id, message_id, found.thread, found.message, found.before, reset=not unique)
         if not unique or not known:
             return begin
-        return self._after_bytes(begin, found, start + len(known))
+        return self._after_bytes(begin, found, len(text), start + len(known))
 
     def _text(self, found: MessageRow) -> bytes:
         # As a blob, since SQLite's own text functions stop at a NUL.
@@ -1111,27 +1128,35 @@ class Snapshot:
         ).fetchone()
         return text or b""
 
-    def _after_bytes(self, begin: Position, found: MessageRow, offset: int) -> Position:
-        """Right after the first ``offset`` bytes of the message, found by halving."""
-        low, high, before = cast(int, found.first_seq), cast(int, found.last_seq), 0
+    def _after_bytes(self, begin: Position, found: MessageRow, size: int, offset: int) -> Position:
+        """Right after the first ``offset`` of the message's bytes, which are mostly nearly all.
+
+        So the chunk is looked for from the end, in ever longer stretches, and then by halving.
+        """
+        first, high = cast(int, found.first_seq), cast(int, found.last_seq)
+        low, before, stretch = high + 1, size, 64
+        while before >= offset:
+            low, stretch = max(first, high + 1 - stretch), 4 * stretch
+            before = size - self._size(found, low, high)
         while low < high:
             middle = (low + high) // 2
-            (size,) = self._connection.execute(
-                "select coalesce(sum(length(cast(content as blob))), 0) from chunks"
-                " where thread = ? and message = ? and seq between ? and ?",
-                (found.thread, found.message, low, middle),
-            ).fetchone()
+            size = self._size(found, low, middle)
             if before + size >= offset:
                 high = middle
             else:
                 before += size
                 low = middle + 1
-        (size,) = self._connection.execute(
-            "select length(cast(content as blob)) from chunks where thread = ? and seq = ?", (found.thread, low)
-        ).fetchone()
-        if before + size == offset:
+        if before + self._size(found, low, low) == offset:
             return msgspec.structs.replace(begin, after=low)
         return msgspec.structs.replace(begin, after=low - 1, skip=offset - before)
+
+    def _size(self, found: MessageRow, first_seq: int, last_seq: int) -> int:
+        (size,) = self._connection.execute(
+            "select coalesce(sum(length(cast(content as blob))), 0) from chunks"
+            " where thread = ? and message = ? and seq between ? and ?",
+            (found.thread, found.message, first_seq, last_seq),
+        ).fetchone()
+        return cast(int, size)
 
     def text_from(self, thread_id: str, message_id: str, index: int) -> tuple[str, int]:
         """The text of the message's chunks from number ``index`` on, and the number after them."""
@@ -1647,17 +1672,22 @@ class Channel:
             self._end_watch(message_id)
         self.wake()
 
-    def page_after(self, seq: int) -> Page | None:
-        return self._pages.get(seq + 1)
+    def pages_after(self, seq: int) -> list[Page]:
+        """All that is here, so that a reader is sent it at once."""
+        pages = []
+        while page := self._pages.get(seq + 1):
+            pages.append(page)
+            seq = page.last_seq
+        return pages
 
     def forget(self) -> None:
         self._pages.clear()
         self._size = 0
 
     def wake(self) -> None:
-        for waiting in self._waiting:
-            if not waiting.done():
-                waiting.set_result(None)
+        woken, self._waiting = self._waiting, set()
+        for waiting in woken:
+            wake_up(waiting)
 
     async def wait(self, until: float | None) -> None:
         """Until something happens, or the loop's clock shows ``until``."""
@@ -2207,8 +2237,8 @@ class ChunkBuffer:
             if position.thread is None and channel.head:
                 position = msgspec.structs.replace(position, thread=channel.head.thread)
             more = await self._more(channel, position, seq)
-            if isinstance(more, Page) and not quiet.is_expired():
-                seq = more.last_seq
+            if isinstance(more, list) and not quiet.is_expired():
+                seq = more[-1].last_seq
                 if picked := pick(more, position.message_id, skip):
                     skip = 0
                     self.metrics.count_delivery(picked)
@@ -2227,8 +2257,8 @@ class ChunkBuffer:
             if signal_ not in (None, Signal.HEARTBEAT):
                 return
 
-    async def _more(self, channel: Channel, position: Position, seq: int) -> Page | Signal | None:
-        """What comes after ``seq``: a page, GONE, or None for nothing yet."""
+    async def _more(self, channel: Channel, position: Position, seq: int) -> list[Page] | Signal | None:
+        """What comes after ``seq``: pages, GONE, or None for nothing yet."""
         head, thread = channel.head, position.thread
         if thread is None:
             return None
@@ -2236,13 +2266,13 @@ class ChunkBuffer:
             return Signal.GONE
         if head and seq >= head.last_seq:
             return None
-        if page := channel.page_after(seq):
-            return page
+        if pages := channel.pages_after(seq):
+            return pages
         found = await self._store.read(lambda snapshot: snapshot.page(thread, position.message, seq, PAGE_ROWS))
         if found is None:
             return Signal.GONE
         channel.learn(found[0])
-        return found[1]
+        return [found[1]]
 
     async def check_ready(self) -> None:
         """Raises Unavailable or DatabaseFull unless the database answers and takes writes."""
@@ -2532,15 +2562,17 @@ class Quiet:
         return None
 
 
-def pick(page: Page, message_id: str | None, skip: int) -> Page | None:
-    """The page as one reader needs it, or None if there is nothing in it for them."""
-    if not page.entries or (message_id is not None and page.entries[0].message_id != message_id):
+def pick(pages: Sequence[Page], message_id: str | None, skip: int) -> Page | None:
+    """The pages as one reader needs them, or None if there is nothing in them for it."""
+    parts = [page for page in pages if page.entries and message_id in (None, page.entries[0].message_id)]
+    if not parts:
         return None
+    page = parts[0]
     first = page.entries[0]
-    if not skip or not isinstance(first, StoredChunk):
-        return page
-    rest = first.content.encode()[skip:].decode()
-    return Page(page.generation, page.last_seq, [msgspec.structs.replace(first, content=rest), *page.entries[1:]])
+    if skip and isinstance(first, StoredChunk):
+        rest = msgspec.structs.replace(first, content=first.content.encode()[skip:].decode())
+        parts[0] = Page(page.generation, page.last_seq, [rest, *page.entries[1:]])
+    return Page.joined(parts)
 
 
 @contextlib.contextmanager
@@ -2575,8 +2607,8 @@ def sse_event(event: str, data: bytes = b"{}") -> bytes:
     return b"event: %s\ndata: %s\n\n" % (event.encode(), data)
 
 
-def sse_frames(page: Page) -> bytes:
-    """The page's entries as server-sent events (HTML, 9.2).
+def sse_frames(page: Page) -> list[bytes]:
+    """The page's entries as server-sent events (HTML, 9.2), in one piece.
 
     LF line ends, and data on one line, as a line end inside JSON is always escaped.
     """
@@ -2594,7 +2626,7 @@ def sse_frames(page: Page) -> bytes:
             b'id: %d-%d\n%sdata: {"content":%s,"timestamp":%d,"messageId":%s,"seq":%d}\n\n'
             % (generation, entry.seq, event, encode_json(entry.content), entry.timestamp, name, entry.seq)
         )
-    return b"".join(frames)
+    return [b"".join(frames)]
 
 
 async def sse(items: AsyncGenerator[Page | Signal, None], metrics: Metrics) -> AsyncGenerator[bytes, None]:
@@ -2604,7 +2636,7 @@ async def sse(items: AsyncGenerator[Page | Signal, None], metrics: Metrics) -> A
         try:
             async for item in items:
                 if isinstance(item, Page):
-                    frames = item.encoded(sse_frames)
+                    frames = b"".join(item.encoded(sse_frames))
                     metrics.bytes_out.inc(len(frames))
                     yield frames
                 elif item is Signal.HEARTBEAT:
