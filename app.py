@@ -3534,6 +3534,12 @@ class Gate:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
+        self._admit(scope)
+        await self._app(
+            scope, receive, denied(scope, send) if scope["type"] == ScopeType.WEBSOCKET else logged(scope, send)
+        )
+
+    def _admit(self, scope: Scope) -> None:
         found: dict[bytes, list[str]] = {b"x-request-id": [], b"host": [], b"origin": []}
         for name, value in scope["headers"]:
             if name in found:
@@ -3542,9 +3548,6 @@ class Gate:
         if refusal := self._refusal(found[b"host"] or [""], found[b"origin"]):
             log.warning("refused: %s", refusal.detail)
             raise refusal
-        await self._app(
-            scope, receive, denied(scope, send) if scope["type"] == ScopeType.WEBSOCKET else logged(scope, send)
-        )
 
     def _refusal(self, hosts: Sequence[str], origins: Sequence[str]) -> Forbidden | None:
         if not self._any_host and not (len(hosts) == 1 and is_loopback_host(hosts[0])):
