@@ -61,7 +61,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Annotated, Any, ClassVar, Literal, NewType, Self, TypeVar, cast, get_args, get_type_hints
-from urllib.parse import quote
+from urllib.parse import quote, unquote_to_bytes
 
 import aiosqlite
 import jwt
@@ -219,6 +219,7 @@ Status = Literal["active", "completed", "aborted"]
 RESERVED_EVENTS = frozenset({"complete", "timeout", "reset", "gone", "error", "open"})
 CONTROL_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f]")
 MAX_NAME = 200
+MAX_REASON = 1000
 PRODUCER_TIMEOUT = "producer_timeout"
 
 
@@ -648,7 +649,7 @@ def no_message(thread_id: str, message_id: str) -> NotFound:
 def message_ended(message_id: str, status: str, reason: str | None, chunk_count: int) -> Conflict:
     why = f" ({reason})" if reason else ""
     return Conflict(
-        f"The message {message_id!r} was {status}{why}; append to a message that is still active, or to a new one.",
+        f"The message {message_id!r} was {status}{why}, and an end is final; begin a new message.",
         messageStatus=status,
         reason=reason,
         chunkCount=chunk_count,
@@ -1871,6 +1872,8 @@ class ChunkBuffer:
         stored there), TooLarge, InvalidContent, Unavailable, DatabaseFull. After any of them
         nothing has changed.
         """
+        if isinstance(chunks, str):
+            raise BadRequest("The chunks are one text; put it in a list, or its characters would be a chunk each.")
         taken = [Chunk(chunk) if isinstance(chunk, str) else chunk for chunk in chunks]
         append = self.checked_append(thread_id, message_id, taken, index=index, complete=complete)
         return cast(Appended, (await self.submit_append(append)).answer)
@@ -1887,7 +1890,7 @@ class ChunkBuffer:
     ) -> Append:
         """The append, if its ids, its events and the size and text of its chunks are good."""
         if index is not None and not 0 <= index < 2**63:
-            raise BadRequest(f"index={index} cannot be; the first chunk of a message has index=0.")
+            raise BadRequest(f"index={index} cannot be; it is the number of the first chunk in its message, from 0.")
         sizes, refusal = self.checked_sizes(chunks)
         if refusal is not None:
             raise refusal
@@ -1931,10 +1934,10 @@ class ChunkBuffer:
     async def abort_message(self, thread_id: str, message_id: str, reason: str | None = None) -> Appended:
         """Abort a message, from either side; again: the same answer.
 
-        Raises NotFound; Conflict if it is completed.
+        ``reason`` has up to 1,000 characters. Raises NotFound; Conflict if it is completed; TooLarge.
         """
-        if reason is not None:
-            utf8_size(reason)
+        if reason is not None and utf8_size(reason) and len(reason) > MAX_REASON:
+            raise TooLarge(f"The reason has {len(reason)} characters; say it in {MAX_REASON} or fewer.")
         commit = await self._submit(EndMessage(*checked_ids(thread_id, message_id), "aborted", reason))
         return cast(Appended, commit.answer)
 
@@ -2145,7 +2148,8 @@ class ChunkBuffer:
         position = await self._locate(thread_id, message_id, after)
         if position.reset:
             raise CursorGone(
-                "This cursor is of a thread that was cleared or expired; read from the start, with no after."
+                "This cursor is of a thread that was cleared or expired, or lies beyond its end; read from the start,"
+                " with no after."
             )
         page = await self._store.read(lambda snapshot: snapshot.chunk_page(position, limit))
         if not wait or position.finished or page.chunks or page.ends:
@@ -2588,7 +2592,7 @@ def logged_problems(task: str) -> Iterator[None]:
 
 def checked_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        raise BadRequest(f"{name}={value:g} is out of range; it goes from {low:g} to {high:g}.")
+        raise BadRequest(f"{name}={value} is out of range; it goes from {low:g} to {high:g}.")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2596,6 +2600,7 @@ def checked_range(name: str, value: float, low: float, high: float) -> None:
 # ---------------------------------------------------------------------------------------------
 
 encode_json = msgspec.json.Encoder().encode
+UNDECODABLE = (msgspec.DecodeError, UnicodeError, RecursionError)  # the last for arrays in arrays in arrays …
 
 RETRY = b"retry: 1000\n"
 HEARTBEAT = b": hb\n"  # with no blank line after it: some clients dispatch an empty event for one
@@ -2672,7 +2677,7 @@ def chunks_from_json(body: bytes) -> list[Chunk]:
     """A chunk, or an array of chunks. Raises InvalidContent."""
     try:
         chunks = CHUNKS.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNDECODABLE as error:
         raise invalid_json(body, error) from error
     return chunks if isinstance(chunks, list) else [chunks]
 
@@ -2721,12 +2726,12 @@ class Lines:
     def _decode(self) -> tuple[list[Chunk], Problem | None]:
         try:
             return LINES.decode_lines(self._whole), None
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except UNDECODABLE:
             chunks: list[Chunk] = []
             for line in self._whole.split(b"\n"):
                 try:
                     chunks += LINES.decode_lines(line)
-                except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                except UNDECODABLE as error:
                     return chunks, invalid_json(line, error, self.where(len(chunks)))
             raise
 
@@ -2881,7 +2886,7 @@ def seconds(name: str, value: str | float | None) -> float | None:
 def decode_body(body: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNDECODABLE as error:
         raise InvalidContent(f"The body does not have the form that this call takes: {error}.") from error
 
 
@@ -2988,14 +2993,14 @@ async def append_chunks(
 ) -> Response[Appended]:
     """Answered after the commit. JSON: a chunk, or an array of chunks, all or nothing. NDJSON: a
     chunk a line, committed and readable as the lines arrive. Plain text: likewise, a chunk a piece."""
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise UnsupportedMediaType("The body is compressed; send it as it is.")
     kind, parameters = request.content_type
     if kind == "application/json":
         await buffer.room()
         chunks = chunks_from_json(await whole_body(request, buffer.settings.max_body))
         append = buffer.checked_append(thread_id, message_id, chunks, index=index, complete=complete)
         return appended_response(await buffer.submit_append(append))
-    if request.headers.get("content-encoding", "identity") != "identity":
-        raise UnsupportedMediaType("The body is compressed; send it as it is.")
     begin = buffer.checked_append(thread_id, message_id, [], index=index)
     decoder: Lines | Text
     if kind == "application/x-ndjson":
@@ -3384,7 +3389,7 @@ class Conversation:
 
 def identity_of(text: str | bytes) -> str | int | None:
     """The id of a frame, if it has one, however wrong the rest is."""
-    with contextlib.suppress(ValueError):  # of the standard library, as it takes lone surrogates
+    with contextlib.suppress(ValueError, RecursionError):  # of the standard library, as it takes lone surrogates
         frame = json.loads(text)
         if isinstance(frame, dict) and isinstance(identity := frame.get("id"), (str, int)):
             return identity.encode(errors="replace").decode() if isinstance(identity, str) else identity
@@ -3395,7 +3400,7 @@ def decode_frame(text: str | bytes) -> Subscribe | Unsubscribe | AppendFrame | A
     """Raises InvalidContent."""
     try:
         return cast(Subscribe | Unsubscribe | AppendFrame | AbortFrame, FRAMES.decode(text))
-    except (msgspec.DecodeError, UnicodeError) as error:
+    except UNDECODABLE as error:
         raise InvalidContent(
             f"This is not a frame ({error}); send subscribe, unsubscribe, append or abort, each with an id."
         ) from error
@@ -3548,6 +3553,8 @@ class Gate:
         if refusal := self._refusal(found[b"host"] or [""], found[b"origin"]):
             log.warning("refused: %s", refusal.detail)
             raise refusal
+        if "\ufffd" in scope["path"] and not is_utf8(unquote_to_bytes(scope.get("raw_path", b""))):
+            raise BadRequest("The path is not valid UTF-8; percent-encode ids as UTF-8.")
 
     def _refusal(self, hosts: Sequence[str], origins: Sequence[str]) -> Forbidden | None:
         if not self._any_host and not (len(hosts) == 1 and is_loopback_host(hosts[0])):
@@ -3600,6 +3607,14 @@ def denied(scope: Scope, send: Send) -> Send:
         await send(cast(Message, {"type": "websocket.http.response.body", "body": body}))
 
     return send_denied
+
+
+def is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^][:@/\s]+))(?::[0-9]{1,5})?")  # RFC 9110, 7.2
@@ -3734,7 +3749,11 @@ def notify_systemd(state: str) -> None:
     """Tell systemd, where it has asked to be told (sd_notify(3)); ``@`` begins an abstract name."""
     if address := os.environ.get("NOTIFY_SOCKET"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.sendto(state.encode(), re.sub("^@", "\0", address))
+            sender.settimeout(0.1)  # the loop does not wait for a systemd that does not read
+            try:
+                sender.sendto(state.encode(), re.sub("^@", "\0", address))
+            except OSError as error:
+                log.warning("cannot tell systemd %s: %s", state, error)
 
 
 def url_of(host: str, port: int) -> str:

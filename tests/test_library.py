@@ -619,3 +619,10 @@ def test_records_are_camel_case_on_the_wire() -> None:
     assert msgspec.json.encode(Appended("t", "m", 2, 1, "active")) == (
         b'{"threadId":"t","messageId":"m","seq":2,"chunkCount":1,"status":"active"}'
     )
+
+
+async def test_one_text_is_no_list_of_chunks(buffer: ChunkBuffer) -> None:
+    with pytest.raises(Problem) as refused:
+        await buffer.add_chunks("t", "run", "abc")
+    assert "put it in a list" in refused.value.detail
+    assert (await buffer.get_active_threads()).threads == []

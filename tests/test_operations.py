@@ -336,6 +336,15 @@ def test_systemd_is_told_when_it_serves_that_it_lives_and_when_it_stops(
         assert rest[-1] == b"STOPPING=1"
 
 
+def test_a_systemd_that_does_not_listen_is_no_reason_to_stop(
+    tmp_path: Path, start_service: Callable[..., Service]
+) -> None:
+    environment = {"NOTIFY_SOCKET": str(tmp_path / "nobody.sock"), "WATCHDOG_USEC": "200000"}
+    service = start_service(environment=environment)
+    assert httpx.get(f"{service.url}/health/live").status_code == 200
+    assert service.terminate() == 0
+
+
 @pytest.mark.parametrize("path", ["/", "/static/resume-stream.js", "/static/page.css"])
 def test_a_page_and_its_files_are_asked_for_again_and_run_nothing_of_others(service: Service, path: str) -> None:
     headers = httpx.get(f"{service.url}{path}").raise_for_status().headers

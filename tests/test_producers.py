@@ -295,6 +295,19 @@ def test_aborting_again_is_answered_the_same_and_keeps_the_first_reason(client: 
     assert problem(complete(client, thread))[0] == 409
 
 
+def test_a_reason_is_short(client: httpx.Client, thread: str) -> None:
+    append(client, thread, "run", "a")
+    assert problem(abort(client, thread, "r" * 1001))[0] == 413
+    assert client.get(f"/threads/{thread}").json()["status"] == "active"
+    assert abort(client, thread, "r" * 1000).status_code == 200
+
+
+def test_ids_that_are_no_utf_8_are_refused_and_not_taken_for_one_another(client: httpx.Client, thread: str) -> None:
+    assert problem(client.put(f"/threads/{thread}%E9/messages/run"))[0] == 400
+    assert client.get(f"/threads/{thread}\ufffd").status_code == 404
+    assert client.put(f"/threads/{thread}\ufffd/messages/run").json()["threadId"] == f"{thread}\ufffd"
+
+
 @pytest.mark.parametrize("body", [b"", b"{}", b'{"reason":null}'])
 def test_an_abort_needs_no_reason(client: httpx.Client, thread: str, body: bytes) -> None:
     append(client, thread, "run", "a")
@@ -370,6 +383,9 @@ REFUSED = {
     "no content type": ({}, b'{"content":"b"}', {}, 415),
     "form": ({"Content-Type": "application/x-www-form-urlencoded"}, b"content=b", {}, 415),
     "Latin-1": ({"Content-Type": "text/plain; charset=iso-8859-1"}, b"b", {}, 415),
+    "gzipped JSON": ({**JSON, "Content-Encoding": "gzip"}, b'{"content":"b"}', {}, 415),
+    "arrays in arrays": (JSON, b'{"x":' + b"[" * 100_000, {}, 422),
+    "arrays in arrays on a line": (NDJSON, b'{"x":' + b"[" * 5000 + b"\n", {}, 422),
     "gzipped NDJSON": ({**NDJSON, "Content-Encoding": "gzip"}, b'{"content":"b"}', {}, 415),
     "negative index": (JSON, b'{"content":"b"}', {"index": -1}, 400),
     "index not a number": (JSON, b'{"content":"b"}', {"index": "one"}, 400),

@@ -509,6 +509,13 @@ def test_a_bad_frame_gets_an_error_and_the_connection_goes_on(
     assert ws.receive_until("chunk")[-1]["id"] == "next"
 
 
+@pytest.mark.parametrize("begin", ["", '{"type":"append","id":1,"x":'])
+def test_arrays_in_arrays_are_a_bad_frame_too(ws: Socket, begin: str) -> None:
+    ws.connection.send(begin + "[" * 5000)
+    assert ws.receive()["status"] == 422
+    assert ws.ask("unsubscribe", 2)["id"] == 2
+
+
 def test_an_error_has_the_id_that_its_frame_had(ws: Socket) -> None:
     """Also where the rest of the frame is no good: a client that pipelines must know which one failed."""
     frames = [bad(type="dance"), bad(thread_id=...), bad(chunks=[{"content": 1}]), bad(extra=1), bad(index="first")]
