@@ -1936,8 +1936,10 @@ class ChunkBuffer:
 
         ``reason`` has up to 1,000 characters. Raises NotFound; Conflict if it is completed; TooLarge.
         """
-        if reason is not None and utf8_size(reason) and len(reason) > MAX_REASON:
-            raise TooLarge(f"The reason has {len(reason)} characters; say it in {MAX_REASON} or fewer.")
+        if reason is not None:
+            utf8_size(reason)
+            if len(reason) > MAX_REASON:
+                raise TooLarge(f"The reason has {len(reason)} characters; say it in {MAX_REASON} or fewer.")
         commit = await self._submit(EndMessage(*checked_ids(thread_id, message_id), "aborted", reason))
         return cast(Appended, commit.answer)
 
@@ -1969,7 +1971,8 @@ class ChunkBuffer:
         self._pumps.add(pump)
         pump.add_done_callback(self._pumps.discard)
         # Not refused when there are max_readers, as an agent's stream is no reader's.
-        async with aclosing(self._follow(Seat(self), position, idle_timeout=0, heartbeat=1)) as items:
+        quiet = Quiet(self.settings, idle_timeout=0, heartbeat=1, expires=math.inf)
+        async with aclosing(self._follow(Seat(self), position, False, None, quiet)) as items:
             async for item in items:
                 if isinstance(item, Page):
                     for entry in item.entries:
@@ -2211,24 +2214,17 @@ class ChunkBuffer:
         consumer has a page. Raises Unavailable if there are ``max_readers`` already.
         """
         self._check_room_for_reader()
-        return self._follow(Seat(self), position, follow, idle_timeout, heartbeat, poll_interval, expires)
+        quiet = Quiet(self.settings, idle_timeout, heartbeat, expires)
+        return self._follow(Seat(self), position, follow, poll_interval, quiet)
 
     async def _follow(
-        self,
-        seat: Seat,
-        position: Position,
-        follow: bool = False,
-        idle_timeout: float | None = None,
-        heartbeat: float | None = None,
-        poll_interval: float | None = None,
-        expires: float = math.inf,
+        self, seat: Seat, position: Position, follow: bool, poll_interval: float | None, quiet: Quiet
     ) -> AsyncGenerator[Page | Signal, None]:
         with contextlib.closing(seat), self._attached(position.thread_id, poll_interval) as channel:
             if position.reset:
                 yield Signal.RESET
             if position.thread is None:
                 await self._learn_head(position.thread_id, channel)
-            quiet = Quiet(self.settings, idle_timeout, heartbeat, expires)
             async with aclosing(self._events(channel, position, follow, quiet)) as events:
                 async for event in events:
                     yield event

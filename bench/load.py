@@ -43,12 +43,11 @@ def check_status(answer: bytes, what: str) -> None:
         raise BenchError(f"{what} was answered {status}: {answer[:1000].decode(errors='replace')}")
 
 
-class Client:
-    """One keep-alive connection with one request under way at a time."""
+class Connection:
+    """A TCP connection that a selector takes."""
 
     def __init__(self, port: int) -> None:
         self.socket = connect(port)
-        self._buffer = b""
 
     def __enter__(self) -> Self:
         return self
@@ -58,6 +57,14 @@ class Client:
 
     def fileno(self) -> int:
         return self.socket.fileno()
+
+
+class Client(Connection):
+    """One keep-alive connection with one request under way at a time."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(port)
+        self._buffer = b""
 
     def send(self, request: bytes) -> None:
         self._buffer = b""
@@ -235,26 +242,17 @@ def post_many(port: int, request: bytes, count: int, connections: int) -> None:
 # SSE
 
 
-class Stream:
+class Stream(Connection):
     """An SSE stream, once its headers are there; ``began`` is when its request was sent."""
 
     def __init__(self, port: int, request: bytes) -> None:
-        self.socket = connect(port)
+        super().__init__(port)
         self.began = time.monotonic()
         self.socket.sendall(request)
         self.received = b""
         while b"\r\n\r\n" not in self.received:
             self.receive()
         check_status(self.received, "a stream")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
-
-    def fileno(self) -> int:
-        return self.socket.fileno()
 
     def receive(self) -> bytes:
         piece = self.socket.recv(RECEIVE)

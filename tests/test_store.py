@@ -19,7 +19,7 @@ import httpx
 import pytest
 import resume_stream
 from conftest import TIMEOUT, Service, append
-from resume_stream import ChunkBuffer, Problem, Settings, StartupError
+from resume_stream import ChunkBuffer, Problem, Settings, StartupError, with_room
 
 pytestmark = pytest.mark.anyio
 
@@ -161,6 +161,26 @@ async def test_any_name_of_a_file_will_do(tmp_path: Path, name: str) -> None:
         async with ChunkBuffer(Settings(db=str(db))) as buffer:
             assert (await buffer.add_chunks("t", "m", ["text"])).seq == seq
     assert db.exists()
+
+
+@pytest.mark.parametrize("is_enough", [True, False])
+def test_where_there_is_no_room_the_wal_gives_its_own_once(tmp_path: Path, is_enough: bool) -> None:
+    db = tmp_path / "chunks.db"
+    wal_sizes: list[int] = []
+
+    def work(connection: sqlite3.Connection) -> None:
+        wal_sizes.append(Path(f"{db}-wal").stat().st_size)
+        if len(wal_sizes) == 1 or not is_enough:
+            connection.execute("pragma max_page_count = 1")  # as large as it is, and no larger
+            connection.execute("insert into texts values (zeroblob(100000))")
+
+    with contextlib.closing(sqlite3.connect(db, isolation_level=None)) as connection:
+        connection.execute("pragma journal_mode = wal")
+        connection.execute("create table texts (content)")
+        with contextlib.nullcontext() if is_enough else pytest.raises(sqlite3.OperationalError, match="full"):
+            with_room(work, connection)
+    assert wal_sizes[0] > 0
+    assert wal_sizes[1:] == [0]
 
 
 # What the file is

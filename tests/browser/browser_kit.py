@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
+import httpx
 import pytest
 from conftest import TIMEOUT, Service
+from wire import api_client
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [
@@ -30,6 +32,15 @@ if CHROMIUM is None:
     pytest.skip("no Chromium is installed (apt install chromium)", allow_module_level=True)
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (pip install playwright)")
 Browser, Page = sync_api.Browser, sync_api.Page
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[httpx.Client]:
+    """A client of the module's service, which holds nothing of an earlier test."""
+    with api_client(service) as client:
+        for thread in client.get("/threads").json()["threads"]:
+            client.delete(f"/threads/{thread['threadId']}")
+        yield client
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,23 @@ from typing import Any
 import httpx
 import jwt
 import pytest
-from browser_kit import Origin, Page, Proxy, Reader, browser, notebook, open_notebook, opened_sockets, page, restart
+from browser_kit import (
+    Origin,
+    Page,
+    Proxy,
+    Reader,
+    browser,
+    client,
+    notebook,
+    open_notebook,
+    opened_sockets,
+    page,
+    restart,
+)
 from conftest import ROOT, TIMEOUT, Service, append, wait_until
 from wire import api_client, serving
 
-__all__ = ["browser", "notebook", "page"]  # fixtures
+__all__ = ["browser", "client", "notebook", "page"]  # fixtures
 
 STATIC_MODULE = ROOT / "static" / "resume-stream.js"
 SECRET = "correct horse battery staple, 32+"
@@ -38,14 +50,6 @@ def allowed() -> Iterator[Origin]:
 def service(allowed: Origin, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with serving(tmp_path_factory.mktemp("service"), "--cors-origins", allowed.url) as service:
         yield service
-
-
-@pytest.fixture
-def client(service: Service) -> Iterator[httpx.Client]:
-    with api_client(service) as client:
-        for thread in client.get("/threads").json()["threads"]:
-            client.delete(f"/threads/{thread['threadId']}")
-        yield client
 
 
 @pytest.fixture

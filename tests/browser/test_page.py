@@ -10,12 +10,12 @@ from typing import Any
 import httpx
 import jwt
 import pytest
-from browser_kit import Browser, Page, browser, new_page, opened_sockets, restart
+from browser_kit import Browser, Page, browser, client, new_page, opened_sockets, restart
 from conftest import TIMEOUT, Service, append, wait_until
 from playwright.sync_api import expect
-from wire import api_client, serving
+from wire import serving
 
-__all__ = ["browser"]  # a fixture
+__all__ = ["browser", "client"]  # fixtures
 
 SECRET = "correct horse battery staple, 32+"
 # Time goes ten times as fast.
@@ -32,14 +32,6 @@ expect.set_options(timeout=TIMEOUT * 1000)
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with serving(tmp_path_factory.mktemp("service")) as service:
         yield service
-
-
-@pytest.fixture
-def client(service: Service) -> Iterator[httpx.Client]:
-    with api_client(service) as client:
-        for thread in client.get("/threads").json()["threads"]:
-            client.delete(f"/threads/{thread['threadId']}")
-        yield client
 
 
 @pytest.fixture
