@@ -1360,7 +1360,7 @@ class Store:
         return await self._writer.run(partial(with_room, partial(self._scrub, at_any_size)))
 
     async def probe(self) -> None:
-        """Write, and change nothing. Raises sqlite3.Error."""
+        """Write what is there already. Raises sqlite3.Error."""
         await self._writer.run(self._probe)
 
     def sizes(self) -> tuple[int, int]:
@@ -1482,7 +1482,8 @@ class Store:
 
     def _probe(self, connection: sqlite3.Connection) -> None:
         self._check_in_place()
-        try_write(connection)
+        with writing(connection):  # a pragma, as SQLite writes no page for an update that changes nothing
+            connection.execute(f"pragma user_version = {SCHEMA_VERSION}")
 
     @staticmethod
     def _in_snapshot(work: Callable[[Snapshot], T], connection: sqlite3.Connection) -> T:
@@ -1592,6 +1593,7 @@ CLOCK_STEP_MS = 2_000  # more than a clock drifts between two looks
 SCRUB_PAUSE = 0.25  # seconds between two tries to empty the WAL while another process reads
 BATCH_BYTES = 4 * 1024**2  # what one transaction takes
 BATCH_OPERATIONS = 512  # enough for one transaction not to wait for more
+QUIET_TURNS = 3  # of the loop without another operation, after which a transaction begins
 MIN_POLL_INTERVAL = 0.01  # seconds
 LIVE_BYTES = 256 * 1024  # of a thread's newest pages, kept while somebody follows it
 
@@ -1636,11 +1638,13 @@ class Channel:
         """Whether this thread was cleared; numbers are never used twice, and only grow."""
         return thread <= self._cleared or (self.head is not None and thread < self.head.thread)
 
-    def learn(self, head: Head) -> None:
-        """Take a head from the store or a commit, whichever told of it later."""
+    def learn(self, head: Head, is_committed: bool = False) -> None:
+        """Take a head from a commit, or from the store where no commit has told of a later one."""
         known = self.head
         if self.has_lost(head.thread) or (known and (head.thread, head.last_seq) < (known.thread, known.last_seq)):
             return
+        if known and not is_committed and (head.thread, head.last_seq) == (known.thread, known.last_seq):
+            return  # a message may have been opened since, which takes no place
         if known and known.thread != head.thread:
             self.forget()
         self.head = head
@@ -1649,7 +1653,7 @@ class Channel:
         if commit.cleared:
             self.clear(commit.thread)
         else:
-            self.learn(Head(commit.thread, commit.generation, commit.last_seq, commit.active))
+            self.learn(Head(commit.thread, commit.generation, commit.last_seq, commit.active), is_committed=True)
             if commit.changed and self.followers and not self.has_lost(commit.thread):
                 self._keep(commit, queued)
             if commit.end:
@@ -2363,7 +2367,8 @@ class ChunkBuffer:
         """The one writer: commits together what came while the last commit was under way."""
         while True:
             await self._work.wait()
-            await self._gather()
+            if self._queue:
+                await self._gather()
             batch = self._take_batch()
             if not batch:
                 self._work.clear()
@@ -2378,11 +2383,16 @@ class ChunkBuffer:
                     batch[0].answer(problem_of(error))
 
     async def _gather(self) -> None:
-        """Let in what is about to come: a commit costs about the same for many as for one."""
-        seen = 0
-        while seen < len(self._queue) < BATCH_OPERATIONS:
-            seen = len(self._queue)
+        """Let in what is about to come: a commit costs about the same for many as for one.
+
+        Those whom the last commit answered need some turns of the loop to come again; without
+        them, producers would split into halves that wait for each other's commits.
+        """
+        quiet, seen = 0, len(self._queue)
+        while quiet < QUIET_TURNS and seen < BATCH_OPERATIONS:
             await asyncio.sleep(0)
+            quiet = quiet + 1 if len(self._queue) == seen else 0
+            seen = len(self._queue)
 
     def _take_batch(self) -> list[Pending]:
         """Operations for one transaction, or one piece of maintenance; what came first, first."""

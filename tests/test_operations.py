@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import socket
 import sqlite3
 import subprocess
@@ -50,6 +51,17 @@ def test_ready_tells_of_a_locked_database(start_service: Callable[..., Service])
             assert int(answers[1].headers["retry-after"]) >= 1
             other.execute("rollback")
         wait_until(lambda: client.get("/health/ready").status_code == 200)
+
+
+def test_ready_tells_of_a_disk_that_takes_no_more(service: Service, client: httpx.Client) -> None:
+    assert append(client, "t", "m", "before").status_code == 201
+    taken = Path(f"{service.db}-wal").stat().st_size
+    free = resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, (taken, resource.RLIM_INFINITY))
+    answers = [append(client, "t", "m", "too much"), client.get(f"{service.url}/health/ready")]
+    resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, free)
+    assert [problem(answer)[0] for answer in answers] == [503, 503]
+    assert client.get(f"{service.url}/health/ready").status_code == 200
+    assert append(client, "t", "m", "after").json()["seq"] == 2
 
 
 class NotReady(BaseHTTPRequestHandler):

@@ -231,3 +231,18 @@ async def test_a_follower_of_a_thread_not_made_yet_misses_nothing(make_buffer: A
 
             got = await happen(buffer, order, follow(), changes)
             assert got == [(1, "a"), (2, "completed"), (3, "b"), (4, "completed")], order
+
+
+async def test_what_a_reader_read_before_another_message_was_opened_does_not_end_it(make_buffer: Any) -> None:
+    order = ("locates", "commits 1", "publishes 1", "registers", "reads", "commits 2", "publishes 2", "gets")
+    async with make_buffer(synchronous="NORMAL") as buffer:
+        await buffer.add_chunks("t", "m", ["x"])
+
+        async def changes(gates: Gates) -> None:
+            await buffer.complete_message("t", "m")
+            await buffer.open_message("t", "n")
+            await gates.reached["gets"].wait()
+            await buffer.add_chunks("t", "n", ["y"], complete=True)
+
+        got = await happen(buffer, order, read_thread(buffer, "t", None), changes)
+        assert got == [(1, "x"), (2, "completed"), (3, "y"), (4, "completed")]
