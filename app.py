@@ -3,7 +3,8 @@
 Producers append chunks to the messages of a thread; every chunk is committed to SQLite before it
 is acknowledged, and has a place in the thread's one sequence. Readers follow that sequence by
 cursor. The file reads from top to bottom: settings, records, errors, the store, the buffer, the
-wire formats, the routes, the app, the command line. Each part knows only those above it.
+wire formats, the routes, the app, serve. Each part knows only those above it. What goes beyond
+these is in ``extras/``, a file each, mounted where it is there.
 
 As a library::
 
@@ -19,25 +20,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import codecs
 import contextlib
 import enum
 import fcntl
 import gc
-import http.client
+import importlib
 import ipaddress
-import itertools
-import json
 import logging
 import math
 import os
 import re
-import secrets
 import socket
 import sqlite3
 import sys
 import time
-import warnings
 import weakref
 from collections import Counter as Multiset
 from collections.abc import (
@@ -46,47 +42,56 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Coroutine,
     Iterator,
     Mapping,
     Sequence,
 )
 from collections.abc import Set as AbstractSet
-from contextlib import AbstractAsyncContextManager, aclosing
-from contextvars import ContextVar
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, aclosing
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from http import HTTPStatus
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Annotated, Any, ClassVar, Literal, NewType, Self, TypeVar, cast, get_args, get_type_hints
+from types import FrameType, ModuleType, TracebackType
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Concatenate,
+    Literal,
+    NamedTuple,
+    NewType,
+    ParamSpec,
+    Protocol,
+    Self,
+    TypeVar,
+    cast,
+    get_args,
+    get_type_hints,
+)
 from urllib.parse import quote, unquote_to_bytes
 
 import aiosqlite
-import jwt
 import msgspec
 import uvicorn
 import uvloop
-from jwt.warnings import InsecureKeyLengthWarning
-from litestar import Litestar, MediaType, Request, Response, Router, WebSocket, delete, get, post, put, websocket
+from litestar import Litestar, MediaType, Request, Response, Router, delete, get, post, put
 from litestar.config.cors import CORSConfig
 from litestar.connection import ASGIConnection
 from litestar.di import NamedDependency, Provide
-from litestar.enums import ScopeType
-from litestar.exceptions import HTTPException, ValidationException, WebSocketDisconnect
-from litestar.handlers import BaseRouteHandler
+from litestar.exceptions import HTTPException, ValidationException
 from litestar.middleware import DefineMiddleware
 from litestar.openapi import OpenAPIConfig
-from litestar.openapi.plugins import SwaggerRenderPlugin
+from litestar.openapi.plugins import JsonRenderPlugin, OpenAPIRenderPlugin
 from litestar.openapi.spec import Components, OpenAPIMediaType, RequestBody, SecurityScheme
 from litestar.openapi.spec import Operation as OpenAPIOperation
-from litestar.params import FromPath, FromQuery, PathParameter, QueryParameter
+from litestar.params import FromQuery, PathParameter, QueryParameter
 from litestar.plugins.problem_details import ProblemDetailsException
-from litestar.response import File, Stream
-from litestar.static_files import create_static_files_router
-from litestar.types import ASGIApp, ExceptionHandlersMap, Guard, Message, Receive, Scope, Send
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from litestar.response import Stream
+from litestar.response.base import ASGIResponse
+from litestar.response.streaming import ASGIStreamingResponse
+from litestar.types import ASGIApp, ExceptionHandlersMap, Guard, Receive, Scope, Send
 
 __version__ = "0.1.0"
 __all__ = [
@@ -103,10 +108,25 @@ __all__ = [
     "create_app",
     "router",
 ]
+# What the files in extras/ may use besides, and nothing else: who changes one of these looks there.
+FOR_EXTRAS = [
+    *("ABORT", "ADMIN", "APPLICATION_ID", "BUSY_TIMEOUT", "BadRequest", "Body", "Buffer", "Change"),
+    *("Commands", "Conflict", "Forbidden", "Grant", "InvalidContent", "Listener", "NotFound", "PRODUCER_TIMEOUT"),
+    *("Page", "Parts", "Place", "READ", "Record", "SCOPES", "StartupError", "THREAD", "ThreadId", "TooLarge"),
+    *("UNDECODABLE", "Unauthorized", "Unavailable", "UnsupportedMediaType", "WRITE", "__version__", "add_command"),
+    *("answered_early", "body_pieces", "checked_id", "checked_sizes", "database_uri", "decode_body", "encode_json"),
+    *("granted", "invalid_json", "parse_duration", "problem_document", "seconds", "takes", "token_expired"),
+    "whole_body",
+]
+
+# This file is the package resume_stream, also where it is run as it is, and extras/ beside it is part of that.
+__path__ = [str(Path(__file__).parent)]
+sys.modules.setdefault("resume_stream", sys.modules[__name__])
 
 T = TypeVar("T")
+P = ParamSpec("P")
+S = TypeVar("S", bound="ThreadSummary")
 log = logging.getLogger("resume_stream")
-
 
 # ---------------------------------------------------------------------------------------------
 # Settings
@@ -266,7 +286,7 @@ class Signal(enum.Enum):
 
     RESET: forget what you have, all of it follows. GONE: the thread was cleared or expired.
     TIMEOUT: nothing new for ``idle_timeout``. HEARTBEAT: nothing new, and still here. EXPIRED:
-    what allowed the reader to read has expired.
+    what allowed the reader to read has expired. ERROR: reading went wrong; a problem says how.
     """
 
     RESET = "reset"
@@ -274,6 +294,7 @@ class Signal(enum.Enum):
     TIMEOUT = "timeout"
     HEARTBEAT = "heartbeat"
     EXPIRED = "expired"
+    ERROR = "error"
 
 
 class Cursor(Record, frozen=True):
@@ -372,55 +393,25 @@ class ChunkPage(Record, frozen=True):
     status: Status
 
 
-class Grant(Record, frozen=True):
-    """What a caller may do.
-
-    ``scope`` is words of read, write, abort and admin (RFC 8693, 4.2), ``threads`` ids or
-    ``prefix*`` (None: all), ``expires`` seconds since 1970.
-    """
-
-    scope: frozenset[str] = frozenset({"admin"})
-    threads: tuple[str, ...] | None = None
-    expires: float = math.inf
-
-    def covers(self, thread_id: str) -> bool:
-        return self.threads is None or any(
-            thread_id.startswith(pattern[:-1]) if pattern.endswith("*") else thread_id == pattern
-            for pattern in self.threads
-        )
-
-    def has(self, scopes: AbstractSet[str]) -> bool:
-        return "admin" in self.scope or not scopes.isdisjoint(self.scope)
-
-    def require(self, scopes: AbstractSet[str], thread_id: str | None) -> None:
-        """Raises Unauthorized, or Forbidden: the same whether there is such a thread or not."""
-        if time.time() >= self.expires:
-            raise token_expired()
-        if not self.has(scopes):
-            raise Forbidden(f"The token's scope is {' '.join(sorted(self.scope))!r}; this takes {' or '.join(scopes)}.")
-        if thread_id is not None and not self.covers(thread_id):
-            raise Forbidden(f"The token does not cover the thread {thread_id!r}; get one that names it.")
-
-
 class Page:
-    """Consecutive entries of a thread's sequence, encoded once for all who read them.
+    """Consecutive entries of a thread's sequence, encoded once in each format for all who read them.
 
     Its reader has everything up to ``last_seq`` once it has this page, even where entries of
     other messages were left out.
     """
 
-    __slots__ = ("_encoded", "_parts", "entries", "generation", "last_seq", "queued", "size")
+    __slots__ = ("_encoded", "_parts", "asked", "entries", "generation", "last_seq", "size")
 
     def __init__(
-        self, generation: int, last_seq: int, entries: Sequence[Entry], size: int = 0, queued: float | None = None
+        self, generation: int, last_seq: int, entries: Sequence[Entry], size: int = 0, asked: float | None = None
     ) -> None:
         self.generation = generation
         self.last_seq = last_seq
         self.entries = entries
         self.size = size
-        self.queued = queued  # when its append was asked for (time.perf_counter), until somebody reads it
+        self.asked = asked  # when its append was asked for (time.perf_counter), until somebody reads it
         self._parts: Sequence[Page] = ()
-        self._encoded: dict[Any, list[bytes]] = {}
+        self._encoded: dict[Format, list[bytes]] = {}
 
     @classmethod
     def joined(cls, parts: Sequence[Page]) -> Page:
@@ -435,56 +426,67 @@ class Page:
     def parts(self) -> Sequence[Page]:
         return self._parts or (self,)
 
-    def encoded(self, encode: Callable[[Page], list[bytes]]) -> list[bytes]:
+    @property
+    def cost(self) -> int:
+        """About how many bytes it takes."""
+        return self.size + CHUNK_OVERHEAD * len(self.entries)
+
+    def encoded(self, form: Format) -> list[bytes]:
         if self._parts:
-            return [piece for part in self._parts for piece in part.encoded(encode)]
-        if (known := self._encoded.get(encode)) is None:
-            known = self._encoded[encode] = encode(self)
+            return [piece for part in self._parts for piece in part.encoded(form)]
+        if (known := self._encoded.get(form)) is None:
+            known = self._encoded[form] = form.frames(self)
         return known
 
 
-class Head(Record, frozen=True):
-    """The state of a thread: its last place taken, and whether any message is still active."""
+class Format(Protocol):
+    """How readers are told what they read, on one kind of wire."""
 
-    thread: int
-    generation: int
-    last_seq: int
-    active: bool
+    def frames(self, page: Page) -> list[bytes]:
+        """The page's entries, as what is sent of them: in one piece, or one for each entry."""
+
+    def signal(self, signal: Signal, problem: Problem | None = None) -> bytes:
+        """What is sent of anything else: nothing, where this wire has no word for it."""
 
 
-class Position(Record, frozen=True):
-    """Where a reader begins.
+class State(Record, frozen=True):
+    """A thread and one of its messages, as one transaction sees them.
 
-    ``thread`` is None for a thread not made yet. ``skip`` is how many bytes of the next chunk the
-    reader has already. ``finished`` means that nothing will ever come after it.
+    ``generation`` is 0 where there is no such thread, ``status`` None where it has no such message.
     """
 
-    thread_id: str
-    message_id: str | None
-    thread: int | None
-    message: int | None
-    after: int
-    skip: int = 0
-    reset: bool = False
-    finished: bool = False
+    generation: int = 0
+    last_seq: int = 0
+    active: bool = False  # whether any message of the thread is
+    status: Status | None = None
+    reason: str | None = None
+    chunk_count: int = 0
+    size: int = 0  # of the message's text, in bytes of UTF-8
+    first: int | None = None  # the message's first and last place
+    last: int | None = None
+    updated_at: int = 0  # the message, ms since 1970
 
-    def ends_with(self, page: Page) -> bool:
-        return self.message_id is not None and isinstance(page.entries[-1], MessageEnd)
+    @property
+    def ended(self) -> bool:
+        return self.status in ("completed", "aborted")
 
-    def may_have_more(self, head: Head | None, follow: bool) -> bool:
-        """At the end of what there is: a message ends with its end, a thread when none is active."""
-        return follow or self.message_id is not None or head is None or head.active
+    @property
+    def before(self) -> int:
+        """The last place in the thread's sequence before anything of this message."""
+        return self.last_seq if self.first is None else self.first - 1
 
-
-class OpenMessage(Record, frozen=True):
-    """Make the message (and its thread) if need be."""
-
-    thread_id: str
-    message_id: str
+    @property
+    def cursor(self) -> str:
+        """Of one who has all of the thread."""
+        return str(Cursor(self.last_seq, self.generation))
 
 
 class Append(Record, frozen=True):
-    """Append to a message; ``thread`` holds a long upload to the thread it began in."""
+    """What is to be appended; ``sizes`` are those of the chunks, in bytes of UTF-8.
+
+    ``index`` is the number in its message of the first chunk, ``generation`` that of the thread
+    it has to be: a long upload is held to the one in which it began.
+    """
 
     thread_id: str
     message_id: str
@@ -492,47 +494,69 @@ class Append(Record, frozen=True):
     sizes: Sequence[int]
     index: int | None = None
     complete: bool = False
-    thread: int | None = None
+    generation: int | None = None
 
 
-class EndMessage(Record, frozen=True):
-    """End a message; with ``untouched_since`` (ms) only if nobody appended since."""
+class Change(Record, frozen=True):
+    """What a write did: the state right after it, and the chunks and the end that are new with it.
 
-    thread_id: str
-    message_id: str
-    status: Status
-    reason: str | None = None
-    untouched_since: int | None = None
-
-
-class ClearThread(Record, frozen=True):
-    """Forget a thread; with ``untouched_since`` (ms) only if nobody touched it since."""
-
-    thread_id: str
-    untouched_since: int | None = None
-
-
-Operation = OpenMessage | Append | EndMessage | ClearThread
-
-
-class Commit(Record, frozen=True):
-    """What an operation did, as the readers of its thread need to know it.
-
-    ``last_seq`` and ``active`` are the thread's, right after this operation.
+    ``made`` and ``cleared`` are the other ways in which it may have changed something.
     """
 
     thread_id: str
-    thread: int
-    generation: int
-    last_seq: int
-    active: bool
-    answer: Appended | None = None
-    changed: bool = False
-    cleared: bool = False
-    first_seq: int = 0
-    timestamp: int = 0
+    message_id: str
+    state: State
+    timestamp: int
     chunks: Sequence[Chunk] = ()
-    end: MessageEnd | None = None
+    size: int = 0  # of their text, in bytes
+    ended: bool = False
+    made: bool = False
+    cleared: bool = False
+
+    @property
+    def changed(self) -> bool:
+        return bool(self.chunks) or self.ended or self.made or self.cleared
+
+    @property
+    def answer(self) -> Appended:
+        state = self.state
+        return Appended(self.thread_id, self.message_id, state.last or 0, state.chunk_count, cast(Status, state.status))
+
+    def entries(self) -> list[Entry]:
+        last_seq = self.state.last_seq
+        first_seq = last_seq + 1 - self.ended - len(self.chunks)
+        entries: list[Entry] = [
+            StoredChunk(chunk.content, self.timestamp, self.message_id, seq, chunk.event)
+            for seq, chunk in enumerate(self.chunks, first_seq)
+        ]
+        if self.ended:
+            entries.append(MessageEnd(self.message_id, cast(Status, self.state.status), self.state.reason, last_seq))
+        return entries
+
+
+class Place(Record, frozen=True):
+    """Where a reader begins.
+
+    ``generation`` is 0 for a thread not made yet. ``follow`` means that it waits for what is not
+    made yet, and for a thread's next message. ``skip`` is how many bytes of the next chunk the
+    reader has already. ``finished`` means that nothing will ever come after it.
+    """
+
+    thread_id: str
+    message_id: str | None
+    generation: int
+    after: int
+    follow: bool = False
+    skip: int = 0
+    reset: bool = False
+    finished: bool = False
+
+    def ends_with(self, page: Page) -> bool:
+        return self.message_id is not None and isinstance(page.entries[-1], MessageEnd)
+
+    def ends_where(self, active: bool) -> bool:
+        """A message ends with its end, a thread where none of its messages is active."""
+        return not (self.follow or active or self.message_id is not None)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -547,91 +571,58 @@ class Problem(ProblemDetailsException):
     """
 
     status_code = 500
-    default_title: ClassVar[str] = "Internal error"
+    kind: ClassVar[str] = "Internal error"
+    always: ClassVar[dict[str, str]] = {}  # headers
 
-    def __init__(self, detail: str, *, retry_after: int | None = None, **members: Any) -> None:
+    def __init_subclass__(cls, status: int, kind: str, headers: dict[str, str] | None = None) -> None:
+        cls.status_code, cls.kind, cls.always = status, kind, headers or {}
+
+    def __init__(self, detail: str, **members: Any) -> None:
         super().__init__(
             detail=detail,
-            title=self.default_title,
+            title=self.kind,
             status_code=self.status_code,
-            headers=None if retry_after is None else {"Retry-After": str(retry_after)},
+            headers=dict(self.always) or None,
             extra=members or None,
         )
 
 
-class BadRequest(Problem):
-    status_code = 400
-    default_title = "Bad request"
+class BadRequest(Problem, status=400, kind="Bad request"): ...
 
 
-class Unauthorized(Problem):
-    """With a challenge (RFC 6750, 3)."""
-
-    status_code = 401
-    default_title = "Unauthorized"
-
-    def __init__(self, detail: str, **members: Any) -> None:
-        super().__init__(detail, **members)
-        self.headers = {"WWW-Authenticate": "Bearer"}
+class Unauthorized(Problem, status=401, kind="Unauthorized", headers={"WWW-Authenticate": "Bearer"}): ...
 
 
-class Forbidden(Problem):
-    status_code = 403
-    default_title = "Forbidden"
+class Forbidden(Problem, status=403, kind="Forbidden"): ...
 
 
-class NotFound(Problem):
-    status_code = 404
-    default_title = "Not found"
+class NotFound(Problem, status=404, kind="Not found"): ...
 
 
-class Conflict(Problem):
-    """A second producer lost the race, or the message has ended."""
-
-    status_code = 409
-    default_title = "Conflict"
+class Conflict(Problem, status=409, kind="Conflict"): ...
 
 
-class CursorGone(Problem):
-    status_code = 410
-    default_title = "Cursor of another generation"
+class CursorGone(Problem, status=410, kind="Cursor of another generation"): ...
 
 
-class TooLarge(Problem):
-    status_code = 413
-    default_title = "Over a limit"
+class TooLarge(Problem, status=413, kind="Over a limit"): ...
 
 
-class UnsupportedMediaType(Problem):
-    status_code = 415
-    default_title = "Unsupported media type"
+class UnsupportedMediaType(Problem, status=415, kind="Unsupported media type"): ...
 
 
-class InvalidContent(Problem):
-    status_code = 422
-    default_title = "Invalid content"
+class InvalidContent(Problem, status=422, kind="Invalid content"): ...
 
 
-class Unavailable(Problem):
-    """The same request may well succeed later; ``Retry-After`` says when to try."""
-
-    status_code = 503
-    default_title = "Unavailable"
-
-    def __init__(self, detail: str, **members: Any) -> None:
-        super().__init__(detail, retry_after=1, **members)
+class Unavailable(Problem, status=503, kind="Unavailable", headers={"Retry-After": "1"}): ...
 
 
-class Stopping(Unavailable):
-    """The service is told to stop."""
+class DatabaseFull(Problem, status=507, kind="Database full"): ...
 
+
+class Stopping(Unavailable, status=503, kind="Unavailable", headers={"Retry-After": "1"}):
     def __init__(self) -> None:
         super().__init__("The service is stopping; try again when it is back.")
-
-
-class DatabaseFull(Problem):
-    status_code = 507
-    default_title = "Database full"
 
 
 class StartupError(Exception):
@@ -646,13 +637,55 @@ def no_message(thread_id: str, message_id: str) -> NotFound:
     return NotFound(f"The thread {thread_id!r} has no message {message_id!r}.", exists=False)
 
 
-def message_ended(message_id: str, status: str, reason: str | None, chunk_count: int) -> Conflict:
-    why = f" ({reason})" if reason else ""
+def message_ended(message_id: str, state: State) -> Conflict:
+    why = f" ({state.reason})" if state.reason else ""
     return Conflict(
-        f"The message {message_id!r} was {status}{why}, and an end is final; begin a new message.",
-        messageStatus=status,
-        reason=reason,
-        chunkCount=chunk_count,
+        f"The message {message_id!r} was {state.status}{why}, and an end is final; begin a new message.",
+        messageStatus=state.status,
+        reason=state.reason,
+        chunkCount=state.chunk_count,
+    )
+
+
+def thread_cleared() -> Conflict:
+    return Conflict("The thread was cleared while this message was being written; begin a new message.")
+
+
+def would_leave_a_gap(append: Append, state: State) -> Conflict:
+    return Conflict(
+        f"The message {append.message_id!r} has {state.chunk_count} chunks, so index={append.index} would leave a gap;"
+        f" go on with index={state.chunk_count}.",
+        expectedIndex=state.chunk_count,
+    )
+
+
+def another_is_stored(message_id: str, index: int, state: State) -> Conflict:
+    return Conflict(
+        f"Another chunk is stored as index {index} of the message {message_id!r}: another producer writes to it, or"
+        " this one sent something else before. Stop, or begin a new message.",
+        expectedIndex=state.chunk_count,
+    )
+
+
+def another_goes_on(message_id: str, state: State) -> Conflict:
+    return Conflict(
+        f"The message {message_id!r} has chunks after those that would complete it: another producer writes to it."
+        " Stop, or begin a new message.",
+        expectedIndex=state.chunk_count,
+    )
+
+
+def message_too_large(size: int, max_message: int) -> TooLarge:
+    return TooLarge(
+        f"The message would hold {size} bytes of text, over max_message ({max_message}); complete it and go on in"
+        " another."
+    )
+
+
+def cursor_gone() -> CursorGone:
+    return CursorGone(
+        "This cursor is of a thread that was cleared or expired, or lies beyond its end; read from the start, with no"
+        " after."
     )
 
 
@@ -660,11 +693,130 @@ def token_expired() -> Unauthorized:
     return Unauthorized("The token has expired; get a new one, and carry on from the cursor.")
 
 
-def thread_cleared() -> Conflict:
-    return Conflict("The thread was cleared while this message was being written; begin a new message.")
+# ---------------------------------------------------------------------------------------------
+# The store
+# ---------------------------------------------------------------------------------------------
+
+APPLICATION_ID = 0x72737472
+SCHEMA_VERSION = 1
+SCHEMA = Path(__file__).with_name("schema.sql")
+
+PENDING_BYTES = 16 * 1024**2  # waiting to be committed; past it producers wait
+CHUNK_OVERHEAD = 64  # bytes that a chunk takes besides its text
+BATCH_BYTES = 4 * 1024**2  # what one transaction takes
+BATCH_WRITES = 512  # enough for one transaction not to wait for more
+QUIET_TURNS = 3  # of the loop without another write, after which a transaction begins
+PAGE_ROWS = 512
+PAGE_BYTES = 256 * 1024
+EXPIRED_AT_ONCE = 1_000  # threads
+ERASE_ROWS = 2_000  # chunks deleted in one transaction
+MIN_POLL_INTERVAL = 0.01  # seconds
+BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's lock
+SCRUB_PAUSE = 0.25  # seconds between two tries to empty the WAL while another process reads
+SMALLEST_DATABASE = 64 * 1024
+WAL_BYTES = 16 * 1024**2  # past this, a checkpoint also resets the WAL
+VACUUM_BYTES = 64 * 1024**2  # up to this size a vacuum is over in about half a second
 
 
-DATABASE_ERRORS = (sqlite3.Error, OSError, UnicodeDecodeError)
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+Told = Callable[[Sequence[tuple[Change, float]], float], None]
+
+
+class Store(Protocol):
+    """What the buffer needs of whatever keeps its threads.
+
+    A write is asked for at once, and its Change comes back after its commit; writes are committed in
+    the order in which they were asked for. ``told`` is called with the changes of each commit, each
+    with the time at which it was asked for (time.perf_counter), and with the seconds that the commit
+    took: before anybody is answered, in order. What one call reads is of one moment. All of them raise
+    Problem; a write that does has changed nothing. Times are ms since 1970.
+    """
+
+    async def open(self, told: Told) -> None:
+        """Raises StartupError, and leaves everything as it was, where it cannot be served."""
+
+    async def close(self) -> None:
+        """Commits what is waiting first."""
+
+    async def room(self) -> None:
+        """Wait until less than the limit is waiting to be committed. Whoever writes text does so first."""
+
+    def open_message(self, thread_id: str, message_id: str) -> Awaitable[Change]:
+        """Make the message (and its thread) if need be."""
+
+    def append(self, append: Append) -> Awaitable[Change]:
+        """Raises Conflict and TooLarge."""
+
+    def end_message(
+        self,
+        thread_id: str,
+        message_id: str,
+        status: Status,
+        reason: str | None = None,
+        untouched_since: int | None = None,
+    ) -> Awaitable[Change]:
+        """With ``untouched_since`` only if nobody appended since. Raises NotFound and Conflict."""
+
+    def clear(self, thread_id: str, untouched_since: int | None = None) -> Awaitable[Change]:
+        """Forget a thread; with ``untouched_since`` only if nobody touched it since. Raises NotFound."""
+
+    async def states(self, keys: Sequence[tuple[str, str | None]]) -> list[State]:
+        """Threads and messages as of the last commit that was told of, with none in between."""
+
+    async def find(self, thread_id: str, message_id: str | None = None) -> State: ...
+
+    async def locate(self, thread_id: str, message_id: str | None, cursor: Cursor | None, follow: bool) -> Place:
+        """Where a reader with this cursor begins. Raises NotFound."""
+
+    async def match(self, thread_id: str, message_id: str, known_content: str) -> Place:
+        """Where a reader with this text of the message begins. Raises NotFound."""
+
+    async def page(self, thread_id: str, message_id: str | None, after: int, limit: int) -> tuple[State, Page]:
+        """Up to ``limit`` entries after ``after``, and the state they belong to."""
+
+    async def chunk_page(self, place: Place, limit: int) -> ChunkPage:
+        """Raises NotFound."""
+
+    async def content(self, thread_id: str, message_id: str | None) -> AccumulatedContent:
+        """Raises NotFound."""
+
+    async def text_from(self, thread_id: str, message_id: str, index: int) -> tuple[str, int]:
+        """The text of the message's chunks from number ``index`` on, and the number after them."""
+
+    async def status(self, thread_id: str) -> ThreadStatus:
+        """Raises NotFound."""
+
+    async def threads(
+        self, status: Status | None, limit: int, before: int | None, covered: Sequence[str] | None
+    ) -> ThreadPage:
+        """The newest first, of those whose id is ``covered`` by an id or a ``prefix*`` (None: all)."""
+
+    async def active_message(self, thread_id: str) -> str | None:
+        """The one that began last."""
+
+    async def idle_messages(self, untouched_since: int) -> list[tuple[str, str]]:
+        """Some of the active ones to which nobody appended since, with their threads."""
+
+    async def expire(self, untouched_since: int) -> int:
+        """Forget some of the threads that nobody touched since; how many."""
+
+    async def erase(self, at_any_cost: bool = False) -> bool:
+        """Leave no trace of what was forgotten; False if that has to be tried again."""
+
+    async def probe(self) -> None:
+        """Write, so that it is known whether that can be done."""
+
+    async def measure(self) -> tuple[int, int, int]:
+        """Bytes of the database and of its WAL, and how many messages are active."""
+
+    def watching(self, thread_id: str, within: float) -> AbstractContextManager[None]:
+        """Have what other processes do to a thread noticed within so many seconds."""
+
+    def changed_elsewhere(self) -> AsyncGenerator[None, None]:
+        """Yields each time that another process may have changed what is watched."""
 
 
 def database_problem(error: Exception) -> Problem:
@@ -680,461 +832,82 @@ def database_problem(error: Exception) -> Problem:
     return Unavailable(f"The database cannot be used ({error}); mend the cause and retry.")
 
 
-def problem_of(error: Exception) -> Exception:
-    """The error as its asker is to see it; one of our own making stays what it is."""
-    return database_problem(error) if isinstance(error, DATABASE_ERRORS) else error
-
-
-# ---------------------------------------------------------------------------------------------
-# Metrics
-# ---------------------------------------------------------------------------------------------
-
-LATENCY_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
-SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384, 65536)
-
-
-class Metrics:
-    """What one buffer counts, for Prometheus."""
-
-    def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        self.chunks_in = Counter("resume_stream_chunks_in", "Chunks committed", registry=registry)
-        self.bytes_in = Counter("resume_stream_bytes_in", "Text committed, in bytes of UTF-8", registry=registry)
-        self.entries_out = Counter("resume_stream_chunks_out", "Chunks and ends sent to readers", registry=registry)
-        self.bytes_out = Counter("resume_stream_bytes_out", "Bytes sent to readers", registry=registry)
-        self.commit_chunks = Histogram(
-            "resume_stream_commit_chunks", "Chunks in a commit", registry=registry, buckets=SIZE_BUCKETS
-        )
-        self.commit_seconds = Histogram(
-            "resume_stream_commit_seconds", "Time of a commit", registry=registry, buckets=LATENCY_BUCKETS
-        )
-        self.delivery_seconds = Histogram(
-            "resume_stream_append_to_reader_seconds",
-            "From an append's arrival to its first reader",
-            registry=registry,
-            buckets=LATENCY_BUCKETS,
-        )
-        self.readers = Gauge("resume_stream_readers", "Readers connected", registry=registry)
-        self.active_messages = Gauge("resume_stream_active_messages", "Messages not ended", registry=registry)
-        self.resumes = Counter("resume_stream_resumes", "Streams begun", ["kind", "outcome"], registry=registry)
-        self.aborts = Counter("resume_stream_aborts", "Messages aborted", ["reason"], registry=registry)
-        self.expired = Counter("resume_stream_expired_threads", "Threads that outlived the ttl", registry=registry)
-        self.database_bytes = Gauge("resume_stream_database_bytes", "Size of the database file", registry=registry)
-        self.wal_bytes = Gauge("resume_stream_wal_bytes", "Size of the WAL", registry=registry)
-
-    def count_resume(self, kind: str, position: Position) -> None:
-        outcome = "reset" if position.reset else "finished" if position.finished else "resumed"
-        self.resumes.labels(kind, outcome).inc()
-
-    def count_commit(self, sizes: Sequence[int], seconds: float) -> None:
-        self.chunks_in.inc(len(sizes))
-        self.bytes_in.inc(sum(sizes))
-        self.commit_chunks.observe(len(sizes))
-        self.commit_seconds.observe(seconds)
-
-    def count_end(self, end: MessageEnd) -> None:
-        if end.status == "aborted":
-            # Reasons are free text; only the service's own may become a label.
-            self.aborts.labels(PRODUCER_TIMEOUT if end.reason == PRODUCER_TIMEOUT else "requested").inc()
-
-    def count_delivery(self, page: Page) -> None:
-        self.entries_out.inc(len(page.entries))
-        for part in page.parts:
-            if part.queued is not None:
-                self.delivery_seconds.observe(time.perf_counter() - part.queued)
-                part.queued = None
-
-
-# ---------------------------------------------------------------------------------------------
-# The store
-# ---------------------------------------------------------------------------------------------
-
-APPLICATION_ID = 0x72737472
-SCHEMA_VERSION = 1
-SCHEMA = Path(__file__).with_name("schema.sql")
-
-BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's lock
-ERASE_ROWS = 2_000  # chunks deleted in one transaction
-SMALLEST_DATABASE = 64 * 1024
-PAGE_ROWS = 512
-PAGE_BYTES = 256 * 1024
-WAL_BYTES = 16 * 1024**2  # past this, a checkpoint also resets the WAL
-VACUUM_BYTES = 64 * 1024**2  # up to this size a vacuum is over in about half a second
-
-
-def now_ms() -> int:
-    return time.time_ns() // 1_000_000
-
-
-def entry_from_row(row: tuple[Any, ...]) -> Entry:
-    """From (seq, message_id, event, content, timestamp, status, reason); no content is an end."""
-    seq, message_id, event, content, timestamp, status, reason = row
-    if content is None:
-        return MessageEnd(message_id, status, reason, seq)
-    return StoredChunk(content, timestamp, message_id, seq, event)
-
-
-class MessageRow(Record, frozen=True):
-    """What a transaction needs to know of a message and its thread; None: not made yet."""
-
-    thread: int | None
-    generation: int
-    thread_last_seq: int
-    message: int | None
-    status: Status
-    reason: str | None
-    chunk_count: int
-    size: int
-    first_seq: int | None
-    last_seq: int | None
-    updated_at: int
-
-    @property
-    def ended(self) -> bool:
-        return self.status != "active"
-
-    @property
-    def before(self) -> int:
-        """The last place in the thread's sequence before anything of this message."""
-        return self.thread_last_seq if self.first_seq is None else self.first_seq - 1
-
-
-def find_message(connection: sqlite3.Connection, thread_id: str, message_id: str | None) -> MessageRow:
-    row = connection.execute(
-        "select threads.thread, threads.generation, threads.last_seq, messages.message,"
-        " coalesce(messages.status, 'active'), messages.reason, coalesce(messages.chunk_count, 0),"
-        " coalesce(messages.size, 0), messages.first_seq, messages.last_seq, coalesce(messages.updated_at, 0)"
-        " from threads left join messages"
-        " on messages.thread = threads.thread and messages.message_id = ?"
-        " where threads.thread_id = ?",
-        (message_id, thread_id),
-    ).fetchone()
-    return MessageRow(*(row or (None, 0, 0, None, "active", None, 0, 0, None, None, 0)))
-
-
-def thread_is_active(connection: sqlite3.Connection, thread: int) -> bool:
-    row = connection.execute(
-        "select exists (select 1 from messages where thread = ? and status = 'active')", (thread,)
-    ).fetchone()
-    return bool(row[0])
-
-
-class Transaction:
-    """One group commit: operations see what the earlier ones in it did.
-
-    An operation that raises a Problem has changed nothing.
-    """
-
-    def __init__(self, connection: sqlite3.Connection, max_message: int) -> None:
-        self._connection = connection
-        self._max_message = max_message
-        self._now = now_ms()
-
-    def apply(self, operation: Operation) -> Commit:
-        match operation:
-            case Append():
-                return self._append(operation)
-            case OpenMessage():
-                return self._open(operation)
-            case EndMessage():
-                return self._end(operation)
-            case ClearThread():
-                return self._clear(operation)
-
-    def _append(self, append: Append) -> Commit:
-        found = find_message(self._connection, append.thread_id, append.message_id)
-        if append.thread is not None and found.thread != append.thread:
-            raise thread_cleared()
-        stored = self._compare_stored(append, found)
-        nothing_new = append.index is not None and len(stored) == len(append.chunks) > 0
-        if nothing_new and not append.complete:
-            return self._unchanged(append, found, stored[-1], cast(int, append.index) + len(stored))
-        if found.ended:
-            return self._answer_completing_retry(append, found)
-        if append.complete and append.index is not None and append.index + len(append.chunks) < found.chunk_count:
-            raise Conflict(
-                f"The message {append.message_id!r} has chunks after those that would complete it: another producer"
-                " writes to it. Stop, or begin a new message.",
-                expectedIndex=found.chunk_count,
-            )
-        chunks, sizes = append.chunks[len(stored) :], append.sizes[len(stored) :]
-        if (size := found.size + sum(sizes)) > self._max_message:
-            raise TooLarge(
-                f"The message would hold {size} bytes of text, over max_message ({self._max_message});"
-                " complete it and go on in another."
-            )
-        return self._insert(append, self._make(append.thread_id, append.message_id, found), chunks, size)
-
-    def _insert(self, append: Append, found: MessageRow, chunks: Sequence[Chunk], size: int) -> Commit:
-        first_seq, last_seq = (found.thread_last_seq + 1, found.thread_last_seq + len(chunks))
-        self._connection.executemany(
-            "insert into chunks (thread, seq, message, event, content, timestamp) values (?, ?, ?, ?, ?, ?)",
-            [
-                (found.thread, seq, found.message, chunk.event, chunk.content, self._now)
-                for seq, chunk in enumerate(chunks, first_seq)
-            ],
-        )
-        self._connection.execute(
-            "update threads set last_seq = ?, updated_at = ? where thread = ?", (last_seq, self._now, found.thread)
-        )
-        found = msgspec.structs.replace(
-            found,
-            thread_last_seq=last_seq,
-            chunk_count=found.chunk_count + len(chunks),
-            first_seq=found.first_seq or (first_seq if chunks else None),
-            last_seq=last_seq if chunks else found.last_seq,
-        )
-        self._connection.execute(
-            "update messages set chunk_count = ?, size = ?, first_seq = ?, last_seq = ?, updated_at = ?"
-            " where message = ?",
-            (found.chunk_count, size, found.first_seq, found.last_seq, self._now, found.message),
-        )
-        if append.complete:
-            return self._ended(append, found, "completed", None, chunks, first_seq)
-        return self._committed(append, found, True, chunks=chunks, first_seq=first_seq, changed=bool(chunks))
-
-    def _open(self, opened: OpenMessage) -> Commit:
-        found = find_message(self._connection, opened.thread_id, opened.message_id)
-        if found.message is None:
-            found = self._make(opened.thread_id, opened.message_id, found)
-            return self._committed(opened, found, True, changed=True)
-        self._connection.execute("update threads set updated_at = ? where thread = ?", (self._now, found.thread))
-        self._connection.execute(
-            "update messages set updated_at = ? where message = ? and status = 'active'", (self._now, found.message)
-        )
-        return self._unchanged(opened, found, found.last_seq or 0, found.chunk_count)
-
-    def _end(self, end: EndMessage) -> Commit:
-        found = find_message(self._connection, end.thread_id, end.message_id)
-        if found.thread is None:
-            raise no_thread(end.thread_id)
-        if found.message is None:
-            raise no_message(end.thread_id, end.message_id)
-        if found.status == end.status:
-            return self._unchanged(end, found, found.last_seq or 0, found.chunk_count)
-        if found.ended:
-            raise message_ended(end.message_id, found.status, found.reason, found.chunk_count)
-        if end.untouched_since is not None and found.updated_at > end.untouched_since:
-            raise Conflict(f"The message {end.message_id!r} was appended to in the meantime.")
-        return self._ended(end, found, end.status, end.reason)
-
-    def _clear(self, clear: ClearThread) -> Commit:
-        row = self._connection.execute(
-            "update threads set thread_id = null where thread_id = ?1 and (?2 is null or updated_at <= ?2)"
-            " returning thread, generation, last_seq",
-            (clear.thread_id, clear.untouched_since),
-        ).fetchone()
-        if row is None:
-            raise no_thread(clear.thread_id)
-        return Commit(clear.thread_id, row[0], row[1], row[2], active=False, changed=True, cleared=True)
-
-    def _compare_stored(self, append: Append, found: MessageRow) -> list[int]:
-        """The places of those of the chunks that are stored already, the first ones.
-
-        Raises Conflict where ``index`` leaves a gap, or another chunk has a chunk's place.
-        """
-        if append.index is None:
-            return []
-        if append.index > found.chunk_count and found.ended:
-            raise message_ended(append.message_id, found.status, found.reason, found.chunk_count)
-        if append.index > found.chunk_count:
-            raise Conflict(
-                f"The message {append.message_id!r} has {found.chunk_count} chunks, so index={append.index} would"
-                f" leave a gap; go on with index={found.chunk_count}.",
-                expectedIndex=found.chunk_count,
-            )
-        # Counted from the end, as a retry is nearly always of what came last.
-        rows = self._connection.execute(
-            "select * from (select seq, content, event from chunks"
-            " where thread = ? and message = ? and seq between ? and ? and content is not null"
-            " order by seq desc limit ?) order by seq limit ?",
-            (
-                found.thread,
-                found.message,
-                found.first_seq,
-                found.last_seq,
-                found.chunk_count - append.index,
-                len(append.chunks),
-            ),
-        ).fetchall()
-        for place, ((_, content, event), chunk) in enumerate(zip(rows, append.chunks, strict=False), append.index):
-            if (content, event) != (chunk.content, chunk.event):
-                raise Conflict(
-                    f"Another chunk is stored as index {place} of the message {append.message_id!r}: another producer"
-                    " writes to it, or this one sent something else before. Stop, or begin a new message.",
-                    expectedIndex=found.chunk_count,
-                )
-        return [seq for seq, _, _ in rows]
-
-    def _answer_completing_retry(self, append: Append, found: MessageRow) -> Commit:
-        """As the first one was answered, if it was this append that completed the message."""
-        chunk_count = found.chunk_count if append.index is None else append.index + len(append.chunks)
-        is_retry = append.complete and (append.index is not None or not append.chunks)
-        if is_retry and found.status == "completed" and found.chunk_count == chunk_count:
-            return self._unchanged(append, found, found.last_seq or 0, found.chunk_count)
-        raise message_ended(append.message_id, found.status, found.reason, found.chunk_count)
-
-    def _make(self, thread_id: str, message_id: str, found: MessageRow) -> MessageRow:
-        """The message, made (and its thread) unless it is there."""
-        if found.thread is None:
-            (generation,) = self._connection.execute(
-                "update clock set latest_generation = max(latest_generation + 1, ?) returning latest_generation",
-                (self._now,),
-            ).fetchone()
-            (thread,) = self._connection.execute(
-                "insert into threads (thread_id, generation, created_at, updated_at) values (?, ?, ?, ?)"
-                " returning thread",
-                (thread_id, generation, self._now, self._now),
-            ).fetchone()
-            found = msgspec.structs.replace(found, thread=thread, generation=generation)
-        if found.message is None:
-            (message,) = self._connection.execute(
-                "insert into messages (thread, message_id, created_at, updated_at) values (?, ?, ?, ?)"
-                " returning message",
-                (found.thread, message_id, self._now, self._now),
-            ).fetchone()
-            self._connection.execute("update threads set updated_at = ? where thread = ?", (self._now, found.thread))
-            found = msgspec.structs.replace(found, message=message)
-        return found
-
-    def _ended(
-        self,
-        operation: Append | EndMessage,
-        found: MessageRow,
-        status: Status,
-        reason: str | None,
-        chunks: Sequence[Chunk] = (),
-        first_seq: int = 0,
-    ) -> Commit:
-        """End the message; a trigger gives the end its place, as it does for the sqlite3 shell."""
-        self._connection.execute(
-            "update messages set status = ?, reason = ? where message = ?", (status, reason, found.message)
-        )
-        found = find_message(self._connection, operation.thread_id, operation.message_id)
-        end = MessageEnd(operation.message_id, status, reason, found.thread_last_seq)
-        active = thread_is_active(self._connection, cast(int, found.thread))
-        return self._committed(operation, found, active, chunks=chunks, first_seq=first_seq, end=end, changed=True)
-
-    def _unchanged(
-        self, operation: OpenMessage | Append | EndMessage, found: MessageRow, seq: int, chunk_count: int
-    ) -> Commit:
-        """A retry, answered as the first was."""
-        found = msgspec.structs.replace(found, last_seq=seq, chunk_count=chunk_count)
-        active = thread_is_active(self._connection, cast(int, found.thread))
-        return self._committed(operation, found, active)
-
-    def _committed(
-        self,
-        operation: OpenMessage | Append | EndMessage,
-        found: MessageRow,
-        active: bool,
-        *,
-        chunks: Sequence[Chunk] = (),
-        first_seq: int = 0,
-        end: MessageEnd | None = None,
-        changed: bool = False,
-    ) -> Commit:
-        return Commit(
-            operation.thread_id,
-            cast(int, found.thread),
-            found.generation,
-            found.thread_last_seq,
-            active,
-            Appended(operation.thread_id, operation.message_id, found.last_seq or 0, found.chunk_count, found.status),
-            changed,
-            first_seq=first_seq,
-            timestamp=self._now,
-            chunks=chunks,
-            end=end,
-        )
+@contextlib.contextmanager
+def database_problems() -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
+        raise database_problem(error) from error
 
 
 class Snapshot:
-    """What one read transaction sees; every method's answer agrees with every other's."""
+    """What one transaction sees; every method's answer agrees with every other's."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
 
-    def head(self, thread_id: str) -> Head | None:
+    def find(self, thread_id: str, message_id: str | None = None) -> Row:
         row = self._connection.execute(
-            "select thread, generation, last_seq from threads where thread_id = ?", (thread_id,)
+            "select t.generation, t.last_seq,"
+            " exists (select 1 from messages where thread = t.thread and status = 'active'),"
+            " m.status, m.reason, coalesce(m.chunk_count, 0), coalesce(m.size, 0), m.first_seq, m.last_seq,"
+            " coalesce(m.updated_at, 0), t.thread, m.message"
+            " from threads as t left join messages as m on m.thread = t.thread and m.message_id = ?"
+            " where t.thread_id = ?",
+            (message_id, thread_id),
         ).fetchone()
-        return self._head(row) if row else None
+        return Row(*row) if row else Row()
 
-    def latest_thread(self) -> int:
-        (latest,) = self._connection.execute("select coalesce(max(seq), 0) from sqlite_sequence").fetchone()
-        return cast(int, latest)
+    def states(self, keys: Sequence[tuple[str, str | None]]) -> list[State]:
+        return [self.find(*key) for key in keys]
 
-    def _head(self, row: tuple[int, int, int]) -> Head:
-        thread, generation, last_seq = row
-        return Head(thread, generation, last_seq, thread_is_active(self._connection, thread))
-
-    def ended(self, thread_id: str, message_ids: Sequence[str]) -> list[str]:
-        return [message_id for message_id in message_ids if find_message(self._connection, thread_id, message_id).ended]
-
-    def message(self, thread_id: str, message_id: str) -> MessageRow:
-        found = find_message(self._connection, thread_id, message_id)
+    def existing(self, thread_id: str, message_id: str | None = None) -> Row:
+        """Raises NotFound."""
+        found = self.find(thread_id, message_id)
         if found.thread is None:
             raise no_thread(thread_id)
-        if found.message is None:
+        if found.message is None and message_id is not None:
             raise no_message(thread_id, message_id)
         return found
 
-    def locate(self, thread_id: str, message_id: str | None, cursor: Cursor | None, follow: bool) -> Position:
-        """Where a reader with this cursor begins."""
-        head = self.head(thread_id)
-        if head is None:
-            if not follow:
-                raise no_thread(thread_id)
-            return Position(thread_id, message_id, None, None, 0, reset=cursor is not None and str(cursor) != "0")
-        message = self.message(thread_id, message_id) if message_id is not None else None
-        lies = cursor is not None and (cursor.generation not in (None, head.generation) or cursor.seq > head.last_seq)
+    def locate(self, thread_id: str, message_id: str | None, cursor: Cursor | None, follow: bool) -> Place:
+        found = self.find(thread_id, message_id) if follow else self.existing(thread_id, message_id)
+        if found.thread is None:
+            return Place(thread_id, message_id, 0, 0, follow, reset=cursor is not None and str(cursor) != "0")
+        lies = cursor is not None and (cursor.generation not in (None, found.generation) or cursor.seq > found.last_seq)
         after = 0 if lies or cursor is None else cursor.seq
-        if message is None:
-            finished = not follow and not head.active and after >= head.last_seq
+        if message_id is None:
+            finished = not (follow or found.active) and after >= found.last_seq
         else:
-            after = max(after, message.before)
-            finished = message.ended and after >= cast(int, message.last_seq)
-        return Position(
-            thread_id,
-            message_id,
-            head.thread,
-            message.message if message else None,
-            after,
-            reset=lies,
-            finished=finished and not lies,
-        )
+            after = max(after, found.before)
+            finished = found.ended and after >= cast(int, found.last)
+        return Place(thread_id, message_id, found.generation, after, follow, reset=lies, finished=finished and not lies)
 
-    def match(self, thread_id: str, message_id: str, known_content: str) -> Position:
-        """Where a reader with this text of the message begins.
-
-        After it, if it is a prefix of the message's text or occurs in it exactly once; otherwise
-        at the start, with a reset. In UTF-8 a text occurs where its bytes do (RFC 3629, 1).
-        """
-        found = self.message(thread_id, message_id)
+    def match(self, thread_id: str, message_id: str, known_content: str) -> Place:
+        """After it, if it is a prefix of the message's text or occurs in it exactly once; otherwise
+        at the start, with a reset. In UTF-8 a text occurs where its bytes do (RFC 3629, 1)."""
+        found = self.existing(thread_id, message_id)
         known, text = known_content.encode(), self._text(found)
         start = 0 if text.startswith(known) else text.find(known)
         unique = start == 0 or (start > 0 and text.find(known, start + 1) < 0)
-        begin = Position(thread_id, message_id, found.thread, found.message, found.before, reset=not unique)
-        if not unique or not known:
-            return begin
-        return self._after_bytes(begin, found, len(text), start + len(known))
+        begin = Place(thread_id, message_id, found.generation, found.before, reset=not unique)
+        return self._after_bytes(begin, found, len(text), start + len(known)) if unique and known else begin
 
-    def _text(self, found: MessageRow) -> bytes:
+    def _text(self, found: Row) -> bytes:
         # As a blob, since SQLite's own text functions stop at a NUL.
         (text,) = self._connection.execute(
             "select cast(group_concat(content, '') as blob) from (select content from chunks"
             " where thread = ? and message = ? and seq between ? and ? order by seq)",
-            (found.thread, found.message, found.first_seq, found.last_seq),
+            (found.thread, found.message, found.first, found.last),
         ).fetchone()
         return text or b""
 
-    def _after_bytes(self, begin: Position, found: MessageRow, size: int, offset: int) -> Position:
+    def _after_bytes(self, begin: Place, found: Row, size: int, offset: int) -> Place:
         """Right after the first ``offset`` of the message's bytes, which are mostly nearly all.
 
         So the chunk is looked for from the end, in ever longer stretches, and then by halving.
         """
-        first, high = cast(int, found.first_seq), cast(int, found.last_seq)
+        first, high = cast(int, found.first), cast(int, found.last)
         low, before, stretch = high + 1, size, 64
         while before >= offset:
             low, stretch = max(first, high + 1 - stretch), 4 * stretch
@@ -1151,7 +924,7 @@ class Snapshot:
             return msgspec.structs.replace(begin, after=low)
         return msgspec.structs.replace(begin, after=low - 1, skip=offset - before)
 
-    def _size(self, found: MessageRow, first_seq: int, last_seq: int) -> int:
+    def _size(self, found: Row, first_seq: int, last_seq: int) -> int:
         (size,) = self._connection.execute(
             "select coalesce(sum(length(cast(content as blob))), 0) from chunks"
             " where thread = ? and message = ? and seq between ? and ?",
@@ -1160,54 +933,45 @@ class Snapshot:
         return cast(int, size)
 
     def text_from(self, thread_id: str, message_id: str, index: int) -> tuple[str, int]:
-        """The text of the message's chunks from number ``index`` on, and the number after them."""
-        found = find_message(self._connection, thread_id, message_id)
+        found = self.find(thread_id, message_id)
         rows = self._connection.execute(
             "select content from chunks where thread = ? and message = ? and seq between ? and ?"
             " and content is not null order by seq limit -1 offset ?",
-            (found.thread, found.message, found.first_seq, found.last_seq, min(index, found.chunk_count)),
+            (found.thread, found.message, found.first, found.last, min(index, found.chunk_count)),
         )
         return "".join(content for (content,) in rows), max(index, found.chunk_count)
 
-    def page(self, thread: int, message: int | None, after: int, limit: int) -> tuple[Head, Page] | None:
-        """Up to ``limit`` entries after ``after``, with the head they belong to; None: no thread."""
-        row = self._connection.execute(
-            "select thread, generation, last_seq from threads where thread = ? and thread_id is not null", (thread,)
-        ).fetchone()
-        if row is None:
-            return None
-        head = self._head(row)
+    def page(self, thread_id: str, message_id: str | None, after: int, limit: int) -> tuple[State, Page]:
+        found = self.find(thread_id, message_id)
+        last_seq = found.last_seq if message_id is None else found.last or 0
         rows = self._connection.execute(
             "select chunks.seq, messages.message_id, chunks.event, chunks.content, chunks.timestamp,"
             " messages.status, messages.reason"
             " from chunks join messages on messages.message = chunks.message"
-            " where chunks.thread = ?1 and chunks.seq > ?2 and (?3 is null or chunks.message = ?3)"
-            " and chunks.seq <= iif(?3 is null, ?4, (select coalesce(last_seq, 0) from messages where message = ?3))"
+            " where chunks.thread = ?1 and chunks.seq > ?2 and chunks.seq <= ?3 and (?4 is null or chunks.message = ?4)"
             " order by chunks.seq limit ?5",
-            (thread, after, message, head.last_seq, limit),
+            (found.thread, after, last_seq, found.message, limit),
         )
         entries: list[Entry] = []
         size = 0
-        for fields in rows:
-            entries.append(entry_from_row(fields))
-            size += len(fields[3] or "")
+        for row in rows:
+            entries.append(entry_from_row(row))
+            size += len(row[3] or "")
             if size >= PAGE_BYTES:
                 break
         is_full = size >= PAGE_BYTES or len(entries) == limit
-        return head, Page(head.generation, entries[-1].seq if is_full else head.last_seq, entries, size)
+        return found, Page(found.generation, entries[-1].seq if is_full else found.last_seq, entries, size)
 
-    def chunk_page(self, position: Position, limit: int) -> ChunkPage:
-        found = self.page(cast(int, position.thread), position.message, position.after, limit)
-        if found is None:
-            raise no_thread(position.thread_id)
-        head, page = found
+    def chunk_page(self, place: Place, limit: int) -> ChunkPage:
+        found, page = self.page(place.thread_id, place.message_id, place.after, limit)
+        if found.generation != place.generation:
+            raise no_thread(place.thread_id)
         status: Status = "active"
-        if position.message_id is not None:
-            message = self.message(position.thread_id, position.message_id)
-            if message.ended and cast(int, message.last_seq) <= page.last_seq:
-                status = message.status
-        elif not head.active and head.last_seq == page.last_seq:
-            status = self.summary(position.thread_id).status
+        if place.message_id is not None:
+            if found.ended and cast(int, found.last) <= page.last_seq:
+                status = cast(Status, found.status)
+        elif not found.active and found.last_seq == page.last_seq:
+            status = self.summary(place.thread_id).status
         return ChunkPage(
             [entry for entry in page.entries if isinstance(entry, StoredChunk)],
             [entry for entry in page.entries if isinstance(entry, MessageEnd)],
@@ -1216,19 +980,14 @@ class Snapshot:
         )
 
     def content(self, thread_id: str, message_id: str | None) -> AccumulatedContent:
-        head = self.head(thread_id)
-        if head is None:
-            raise no_thread(thread_id)
-        if message_id is None:
-            rows = self._connection.execute(
-                "select message_id from messages where thread = ? order by message", (head.thread,)
-            ).fetchall()
-            message_ids = [message_id for (message_id,) in rows]
-            status = self.summary(thread_id).status
-        else:
-            message_ids, status = ([message_id], self.message(thread_id, message_id).status)
-        content = b"".join(self._text(self.message(thread_id, message_id)) for message_id in message_ids).decode()
-        return AccumulatedContent(content, str(Cursor(head.last_seq, head.generation)), status)
+        found = self.existing(thread_id, message_id)
+        if message_id is not None:
+            return AccumulatedContent(self._text(found).decode(), found.cursor, cast(Status, found.status))
+        rows = self._connection.execute(
+            "select message_id from messages where thread = ? order by message", (found.thread,)
+        ).fetchall()
+        content = b"".join(self._text(self.find(thread_id, message_id)) for (message_id,) in rows).decode()
+        return AccumulatedContent(content, found.cursor, self.summary(thread_id).status)
 
     def summary(self, thread_id: str) -> ThreadSummary:
         row = self._connection.execute(
@@ -1241,29 +1000,38 @@ class Snapshot:
         return ThreadSummary(*row)
 
     def status(self, thread_id: str) -> ThreadStatus:
-        summary = self.summary(thread_id)
-        head = cast(Head, self.head(thread_id))
+        summary, found = self.summary(thread_id), self.find(thread_id)
         rows = self._connection.execute(
             "select message_id, status, reason, chunk_count, first_seq, last_seq, created_at, updated_at"
             " from messages where thread = ? order by message",
-            (head.thread,),
+            (found.thread,),
         )
         messages = [MessageStatus(*row) for row in rows]
-        cursor = str(Cursor(head.last_seq, head.generation))
-        return ThreadStatus(**msgspec.structs.asdict(summary), cursor=cursor, messages=messages)
+        return ThreadStatus(**msgspec.structs.asdict(summary), cursor=found.cursor, messages=messages)
 
     def threads(
-        self, status: Status | None, limit: int, before: int | None, covers: Callable[[str], bool]
+        self, status: Status | None, limit: int, before: int | None, covered: Sequence[str] | None
     ) -> ThreadPage:
+        ranges = None if covered is None else [range_of(pattern) for pattern in covered]
         rows = self._connection.execute(
             "select thread, thread_id, status, message_count, chunk_count, size, created_at, updated_at"
             " from thread_summary"
-            " where (?1 is null or thread < ?1) and (?2 is null or status = ?2) order by thread desc",
-            (before, status),
-        )
-        taken = list(itertools.islice((row for row in rows if covers(row[1])), limit + 1))
-        threads = [ThreadSummary(*row[1:]) for row in taken[:limit]]
-        return ThreadPage(threads, str(taken[limit - 1][0]) if len(taken) > limit else None)
+            " where (?1 is null or thread < ?1) and (?2 is null or status = ?2) and (?3 is null or thread in ("
+            "  select threads.thread from json_each(?3) as range"
+            "  join threads on threads.thread_id between range.value ->> 0 and range.value ->> 1))"
+            " order by thread desc limit ?4",
+            (before, status, None if ranges is None else msgspec.json.encode(ranges).decode(), limit + 1),
+        ).fetchall()
+        threads = [ThreadSummary(*row[1:]) for row in rows[:limit]]
+        return ThreadPage(threads, str(rows[limit - 1][0]) if len(rows) > limit else None)
+
+    def active_message(self, thread_id: str) -> str | None:
+        row = self._connection.execute(
+            "select message_id from messages join threads using (thread) where thread_id = ? and status = 'active'"
+            " order by message desc limit 1",
+            (thread_id,),
+        ).fetchone()
+        return row[0] if row else None
 
     def active_messages(self) -> int:
         (count,) = self._connection.execute("select count(*) from messages where status = 'active'").fetchone()
@@ -1279,21 +1047,197 @@ class Snapshot:
 
     def idle_threads(self, untouched_since: int) -> list[str]:
         rows = self._connection.execute(
-            "select thread_id from threads where thread_id is not null and updated_at <= ? limit 1000",
-            (untouched_since,),
+            "select thread_id from threads where thread_id is not null and updated_at <= ? limit ?",
+            (untouched_since, EXPIRED_AT_ONCE),
         )
         return [thread_id for (thread_id,) in rows]
 
 
+class Row(State, frozen=True):
+    """A State, and where it is in the database; None is not made yet."""
+
+    thread: int | None = None
+    message: int | None = None
+
+
+def range_of(pattern: str) -> tuple[str, str]:
+    """Between which ids lie those that are it, or begin with it if it ends with ``*``."""
+    return (pattern[:-1], pattern[:-1] + chr(sys.maxunicode)) if pattern.endswith("*") else (pattern, pattern)
+
+
+def entry_from_row(row: tuple[Any, ...]) -> Entry:
+    """From (seq, message_id, event, content, timestamp, status, reason); no content is an end."""
+    seq, message_id, event, content, timestamp, status, reason = row
+    if content is None:
+        return MessageEnd(message_id, status, reason, seq)
+    return StoredChunk(content, timestamp, message_id, seq, event)
+
+
+class Transaction(Snapshot):
+    """One group commit: a write sees what the earlier ones in it did, and one that raises a Problem did nothing."""
+
+    def __init__(self, connection: sqlite3.Connection, max_message: int) -> None:
+        super().__init__(connection)
+        self._max_message = max_message
+        self._now = now_ms()
+
+    def open_message(self, thread_id: str, message_id: str) -> Change:
+        found = self.find(thread_id, message_id)
+        if found.message is None:
+            return Change(thread_id, message_id, self._made(thread_id, message_id, found), self._now, made=True)
+        self._connection.execute("update threads set updated_at = ? where thread = ?", (self._now, found.thread))
+        self._connection.execute(
+            "update messages set updated_at = ? where message = ? and status = 'active'", (self._now, found.message)
+        )
+        return Change(thread_id, message_id, found, self._now)
+
+    def append(self, append: Append) -> Change:
+        thread_id, message_id, index, complete = append.thread_id, append.message_id, append.index, append.complete
+        found = self.find(thread_id, message_id)
+        if append.generation not in (None, found.generation):
+            raise thread_cleared()
+        stored = self._stored(append, found)
+        count = found.chunk_count if index is None else index + len(append.chunks)  # with these, if all are stored
+        if stored and len(stored) == len(append.chunks) and not complete:
+            found = msgspec.structs.replace(found, last=stored[-1], chunk_count=count)
+            return Change(thread_id, message_id, found, self._now)
+        if found.ended:
+            # Answered as before, if it was this append that completed the message.
+            is_retry = complete and (index is not None or not append.chunks)
+            if is_retry and found.status == "completed" and found.chunk_count == count:
+                return Change(thread_id, message_id, found, self._now)
+            raise message_ended(message_id, found)
+        if complete and count < found.chunk_count:
+            raise another_goes_on(message_id, found)
+        chunks, size = append.chunks[len(stored) :], sum(append.sizes[len(stored) :])
+        if found.size + size > self._max_message:
+            raise message_too_large(found.size + size, self._max_message)
+        found = self._insert(self._made(thread_id, message_id, found), chunks, size)
+        if complete:
+            found = self._ended(thread_id, message_id, found, "completed", None)
+        return Change(thread_id, message_id, found, self._now, chunks, size, ended=complete)
+
+    def end_message(
+        self,
+        thread_id: str,
+        message_id: str,
+        status: Status,
+        reason: str | None = None,
+        untouched_since: int | None = None,
+    ) -> Change:
+        found = self.existing(thread_id, message_id)
+        if found.status == status:
+            return Change(thread_id, message_id, found, self._now)
+        if found.ended:
+            raise message_ended(message_id, found)
+        if untouched_since is not None and found.updated_at > untouched_since:
+            raise Conflict(f"The message {message_id!r} was appended to in the meantime.")
+        found = self._ended(thread_id, message_id, found, status, reason)
+        return Change(thread_id, message_id, found, self._now, ended=True)
+
+    def clear(self, thread_id: str, untouched_since: int | None = None) -> Change:
+        found = self.existing(thread_id)
+        forgotten = self._connection.execute(
+            "update threads set thread_id = null where thread = ?1 and (?2 is null or updated_at <= ?2)",
+            (found.thread, untouched_since),
+        ).rowcount
+        if not forgotten:
+            raise no_thread(thread_id)
+        return Change(thread_id, "", found, self._now, cleared=True)
+
+    def _stored(self, append: Append, found: Row) -> list[int]:
+        """The places of those of the chunks that are stored already, the first ones.
+
+        Raises Conflict where ``index`` leaves a gap, or another chunk has a chunk's place.
+        """
+        if append.index is None or append.index == found.chunk_count:
+            return []
+        if append.index > found.chunk_count:
+            raise message_ended(append.message_id, found) if found.ended else would_leave_a_gap(append, found)
+        # Counted from the end, as a retry is nearly always of what came last.
+        rows = self._connection.execute(
+            "select * from (select seq, content, event from chunks"
+            " where thread = ? and message = ? and seq between ? and ? and content is not null"
+            " order by seq desc limit ?) order by seq limit ?",
+            (
+                found.thread,
+                found.message,
+                found.first,
+                found.last,
+                found.chunk_count - append.index,
+                len(append.chunks),
+            ),
+        ).fetchall()
+        for index, ((_, content, event), chunk) in enumerate(zip(rows, append.chunks, strict=False), append.index):
+            if (content, event) != (chunk.content, chunk.event):
+                raise another_is_stored(append.message_id, index, found)
+        return [seq for seq, _, _ in rows]
+
+    def _made(self, thread_id: str, message_id: str, found: Row) -> Row:
+        """The message, made (and its thread) unless it is there."""
+        if found.message is not None:
+            return found
+        thread = found.thread
+        if thread is None:
+            (generation,) = self._connection.execute(
+                "update clock set latest_generation = max(latest_generation + 1, ?) returning latest_generation",
+                (self._now,),
+            ).fetchone()
+            thread = self._connection.execute(
+                "insert into threads (thread_id, generation, created_at, updated_at) values (?, ?, ?, ?)",
+                (thread_id, generation, self._now, self._now),
+            ).lastrowid
+        self._connection.execute(
+            "insert into messages (thread, message_id, created_at, updated_at) values (?, ?, ?, ?)",
+            (thread, message_id, self._now, self._now),
+        )
+        self._connection.execute("update threads set updated_at = ? where thread = ?", (self._now, thread))
+        return self.find(thread_id, message_id)
+
+    def _insert(self, found: Row, chunks: Sequence[Chunk], size: int) -> Row:
+        first_seq, last_seq = found.last_seq + 1, found.last_seq + len(chunks)
+        self._connection.executemany(
+            "insert into chunks (thread, seq, message, event, content, timestamp) values (?, ?, ?, ?, ?, ?)",
+            [
+                (found.thread, seq, found.message, chunk.event, chunk.content, self._now)
+                for seq, chunk in enumerate(chunks, first_seq)
+            ],
+        )
+        self._connection.execute(
+            "update threads set last_seq = ?, updated_at = ? where thread = ?", (last_seq, self._now, found.thread)
+        )
+        found = msgspec.structs.replace(
+            found,
+            last_seq=last_seq,
+            chunk_count=found.chunk_count + len(chunks),
+            size=found.size + size,
+            first=found.first or (first_seq if chunks else None),
+            last=last_seq if chunks else found.last,
+        )
+        self._connection.execute(
+            "update messages set chunk_count = ?, size = ?, first_seq = ?, last_seq = ?, updated_at = ?"
+            " where message = ?",
+            (found.chunk_count, found.size, found.first, found.last, self._now, found.message),
+        )
+        return found
+
+    def _ended(self, thread_id: str, message_id: str, found: Row, status: Status, reason: str | None) -> Row:
+        """A trigger gives the end its place, as it does for the sqlite3 shell."""
+        self._connection.execute(
+            "update messages set status = ?, reason = ? where message = ?", (status, reason, found.message)
+        )
+        return self.find(thread_id, message_id)
+
+
 class Database(aiosqlite.Connection):
-    """A connection whose thread runs whole functions.
+    """A connection whose thread runs whole functions, and answers in the order in which it was asked.
 
     A transaction that is one function cannot be left open by a request that is cancelled, and
     costs one thread hop, whatever the number of its statements.
     """
 
     async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        if self._connection is None:
+        if self._connection is None or not self._running:
             raise Stopping
         execute = cast("Callable[..., Awaitable[T]]", self._execute)
         return await execute(work, self._conn)
@@ -1310,23 +1254,24 @@ async def connect(path: Path, mode: Literal["ro", "rw", "rwc"]) -> Database:
     return database
 
 
-class Store:
-    """The SQLite file: one connection that writes, one that reads, one owner.
+class File:
+    """One SQLite file, kept well: it has one owner, a WAL that stays small, and no trace of what was deleted.
 
-    Every write and every checkpoint is done by the first, as two connections that do so at the
-    same time can corrupt a WAL (https://www.sqlite.org/wal.html#walresetbug).
+    One connection writes, and does the checkpoints too, as two that do so at the same time can
+    corrupt a WAL (https://www.sqlite.org/wal.html#walresetbug); another one reads. Errors are those
+    of sqlite3, OSError, and Stopping once it is closed.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._path = Path(settings.db).resolve()  # so that one file has one lock, whatever it is called
+    def __init__(self, path: Path, synchronous: str, max_size: int) -> None:
+        self._path = path.resolve()  # so that one file has one lock, whatever it is called
         self._wal = Path(f"{self._path}-wal")
+        self._synchronous = synchronous
+        self._max_size = max_size
         self._wal_limit = WAL_BYTES
-        self._vacuum_owed = True  # a process before this one may not have come to it
+        self.vacuum_owed = True  # a process before this one may not have come to it
         self._exits = contextlib.AsyncExitStack()
 
     async def open(self) -> None:
-        """Raises StartupError, and leaves the file as it was, where it cannot be served."""
         async with contextlib.AsyncExitStack() as exits:
             exits.enter_context(sole_owner(self._path))
             try:
@@ -1347,21 +1292,37 @@ class Store:
         """Checkpoints, as SQLite does when the last connection closes, and lets go of the file."""
         await self._exits.aclose()
 
-    async def commit(self, operations: Sequence[Operation]) -> list[Commit | Problem]:
-        """What became of each operation, all committed together. Raises sqlite3.Error: of none."""
-        return await self._writer.run(partial(with_room, partial(self._commit, operations)))
+    async def look(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run it in one snapshot."""
 
-    async def erase_some(self) -> bool:
-        """Delete a bounded number of the chunks of cleared threads; False once none is left."""
-        return await self._writer.run(partial(with_room, self._erase_some))
+        def in_snapshot(connection: sqlite3.Connection) -> T:
+            connection.execute("begin")
+            try:
+                return work(connection)
+            finally:
+                connection.execute("commit")
 
-    async def scrub(self, at_any_size: bool) -> bool:
-        """Leave no trace of what was deleted; False if the WAL must be emptied again."""
-        return await self._writer.run(partial(with_room, partial(self._scrub, at_any_size)))
+        return await self._reader.run(in_snapshot)
+
+    async def change(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run it in a transaction, all of it or nothing."""
+
+        def in_transaction(connection: sqlite3.Connection) -> T:
+            self._check_in_place()
+            with writing(connection):
+                answer = work(connection)
+            self._limit_wal(connection)
+            return answer
+
+        return await self.maintain(in_transaction)
+
+    async def maintain(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run it on the writing connection, between two transactions."""
+        return await self._writer.run(partial(with_room, work))
 
     async def probe(self) -> None:
-        """Write what is there already. Raises sqlite3.Error."""
-        await self._writer.run(self._probe)
+        """Write what is there already: by a pragma, as SQLite writes no page for an update that changes nothing."""
+        await self.change(lambda writer: writer.execute(f"pragma user_version = {SCHEMA_VERSION}"))
 
     def sizes(self) -> tuple[int, int]:
         """Bytes of the database file, and of its WAL."""
@@ -1369,15 +1330,29 @@ class Store:
 
     async def data_version(self) -> int:
         """Another number each time that another process has written (PRAGMA data_version)."""
-        ((version,),) = await self._writer.execute_fetchall("pragma data_version")
-        return cast(int, version)
+        return await self.maintain(lambda writer: cast(int, writer.execute("pragma data_version").fetchone()[0]))
 
-    async def read(self, work: Callable[[Snapshot], T]) -> T:
-        """What ``work`` finds in one snapshot. Raises Problem."""
-        try:
-            return await self._reader.run(partial(self._in_snapshot, work))
-        except (sqlite3.Error, UnicodeDecodeError) as error:
-            raise database_problem(error) from error
+    async def scrub(self, at_any_cost: bool) -> bool:
+        """Rewrite the file, once for all that was deleted, and empty the WAL; False if it could not be.
+
+        With secure_delete SQLite overwrites what it deletes, but a page that was rebalanced may keep
+        older copies of cells in its unused space; only a vacuum is sure to drop them. A large file is
+        vacuumed when no message is active, as writes wait for it, or at any cost.
+        """
+
+        def scrub(connection: sqlite3.Connection) -> bool:
+            if self.vacuum_owed:
+                ((size,),) = connection.execute(
+                    "select page_count * page_size from pragma_page_count, pragma_page_size"
+                )
+                if size <= VACUUM_BYTES or at_any_cost or not Snapshot(connection).active_messages():
+                    connection.execute("vacuum")
+                    self.vacuum_owed = False
+                else:
+                    connection.execute("pragma incremental_vacuum").fetchall()
+            return checkpoint(connection, busy_timeout=0.1)
+
+        return await self.maintain(scrub)
 
     async def _check(self) -> None:
         with self._path.open("r+b"):  # or else say now that it cannot be written
@@ -1407,23 +1382,16 @@ class Store:
             connection.execute("pragma auto_vacuum = incremental")  # has no effect inside a transaction
             connection.executescript(f"begin immediate; {SCHEMA.read_text()}; commit;")
         connection.execute("pragma journal_mode = wal")
-        connection.execute(f"pragma synchronous = {self._settings.synchronous}")
+        connection.execute(f"pragma synchronous = {self._synchronous}")
         connection.execute("pragma secure_delete = on")
         ((page_size,),) = connection.execute("pragma page_size").fetchall()
-        if 0 < self._settings.max_db < SMALLEST_DATABASE:
-            raise StartupError(f"max_db is {self._settings.max_db} bytes, too few for a database; give it 1MiB or more")
-        if self._settings.max_db:
-            connection.execute(f"pragma max_page_count = {self._settings.max_db // page_size}")
-        try_write(connection)  # makes the WAL
-        self._opened_inodes = self._inodes()
-
-    def _commit(self, operations: Sequence[Operation], connection: sqlite3.Connection) -> list[Commit | Problem]:
-        self._check_in_place()
+        if 0 < self._max_size < SMALLEST_DATABASE:
+            raise StartupError(f"max_db is {self._max_size} bytes, too few for a database; give it 1MiB or more")
+        if self._max_size:
+            connection.execute(f"pragma max_page_count = {self._max_size // page_size}")
         with writing(connection):
-            transaction = Transaction(connection, self._settings.max_message)
-            outcomes = [outcome_of(transaction, operation) for operation in operations]
-        self._limit_wal(connection)
-        return outcomes
+            pass  # makes the WAL, and takes no room
+        self._opened_inodes = self._inodes()
 
     def _limit_wal(self, connection: sqlite3.Connection) -> None:
         if self._wal.stat().st_size > self._wal_limit:
@@ -1436,39 +1404,6 @@ class Store:
                 is_reset = False
             self._wal_limit = WAL_BYTES if is_reset else self._wal.stat().st_size + WAL_BYTES
 
-    def _erase_some(self, connection: sqlite3.Connection) -> bool:
-        with writing(connection):
-            row = connection.execute("select thread from threads where thread_id is null limit 1").fetchone()
-            if row is None:
-                return False
-            self._vacuum_owed = True
-            erased = connection.execute(
-                "delete from chunks where thread = ?1 and seq in"
-                " (select seq from chunks where thread = ?1 order by seq limit ?2)",
-                (row[0], ERASE_ROWS),
-            ).rowcount
-            if erased < ERASE_ROWS:
-                connection.execute("delete from threads where thread = ?", row)
-        return True
-
-    def _scrub(self, at_any_size: bool, connection: sqlite3.Connection) -> bool:
-        """Rewrite the file, once for all that was deleted, and empty the WAL.
-
-        With secure_delete SQLite overwrites what it deletes, but a page that was rebalanced may
-        keep older copies of cells in its unused space; only a vacuum is sure to drop them. A
-        large file is vacuumed when no message is active, as appends wait for it, or when it has
-        to be.
-        """
-        if self._vacuum_owed:
-            ((size,),) = connection.execute("select page_count * page_size from pragma_page_count, pragma_page_size")
-            ((is_quiet,),) = connection.execute("select not exists (select 1 from messages where status = 'active')")
-            if size <= VACUUM_BYTES or is_quiet or at_any_size:
-                connection.execute("vacuum")
-                self._vacuum_owed = False
-            else:
-                connection.execute("pragma incremental_vacuum").fetchall()
-        return checkpoint(connection, busy_timeout=0.1)
-
     def _check_in_place(self) -> None:
         """SQLite itself would go on writing to files that nobody can open any more."""
         if self._inodes() != self._opened_inodes:
@@ -1479,19 +1414,6 @@ class Store:
             return os.stat(self._path).st_ino, os.stat(self._wal).st_ino
         except FileNotFoundError:
             return None
-
-    def _probe(self, connection: sqlite3.Connection) -> None:
-        self._check_in_place()
-        with writing(connection):  # a pragma, as SQLite writes no page for an update that changes nothing
-            connection.execute(f"pragma user_version = {SCHEMA_VERSION}")
-
-    @staticmethod
-    def _in_snapshot(work: Callable[[Snapshot], T], connection: sqlite3.Connection) -> T:
-        connection.execute("begin")
-        try:
-            return work(Snapshot(connection))
-        finally:
-            connection.execute("commit")
 
 
 def is_database(path: Path) -> bool:
@@ -1515,13 +1437,6 @@ def is_to_be_made(path: Path) -> bool:
     return bool(is_empty) and application_id == 0
 
 
-def outcome_of(transaction: Transaction, operation: Operation) -> Commit | Problem:
-    try:
-        return transaction.apply(operation)
-    except Problem as problem:
-        return problem
-
-
 @contextlib.contextmanager
 def writing(connection: sqlite3.Connection) -> Iterator[None]:
     """A write transaction, which waits for the lock now and not in its middle."""
@@ -1533,11 +1448,6 @@ def writing(connection: sqlite3.Connection) -> Iterator[None]:
         if connection.in_transaction:  # a full disk may have rolled it back already
             connection.execute("rollback")
         raise
-
-
-def try_write(connection: sqlite3.Connection) -> None:
-    with writing(connection):
-        connection.execute("update clock set latest_generation = latest_generation")
 
 
 def checkpoint(connection: sqlite3.Connection, busy_timeout: float) -> bool:
@@ -1583,102 +1493,340 @@ def sole_owner(path: Path) -> Iterator[None]:
         yield
 
 
+class Write(NamedTuple):
+    """What is to be done in a transaction, and who waits for it."""
+
+    work: Callable[[Transaction], Change]
+    size: int
+    asked: float
+    done: asyncio.Future[Change]
+
+
+def writes(
+    work: Callable[Concatenate[Transaction, P], Change],
+) -> Callable[Concatenate[SQLiteStore, P], Awaitable[Change]]:
+    """A write of a transaction as a method of the store."""
+
+    def method(store: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[Change]:
+        return store.write(lambda transaction: work(transaction, *args, **kwargs))
+
+    return method
+
+
+def reads(work: Callable[Concatenate[Snapshot, P], T]) -> Callable[Concatenate[SQLiteStore, P], Coroutine[Any, Any, T]]:
+    """What a snapshot can tell, as a method of the store."""
+
+    async def method(store: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await store.read(lambda snapshot: work(snapshot, *args, **kwargs))
+
+    return method
+
+
+class SQLiteStore:
+    """Threads in a SQLite file (see Store)."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._file = File(Path(settings.db), settings.synchronous, settings.max_db)
+        self._max_message = settings.max_message
+        self._told: Told = lambda changes, took: None
+        self._waiting: list[Write] = []
+        self._waiting_bytes = 0
+        self._has_room = asyncio.Event()
+        self._has_room.set()
+        self._committing: asyncio.Task[None] | None = None
+        self._erasing = asyncio.Lock()
+        self._scrub_owed = True
+        self._poll_intervals: Multiset[float] = Multiset()
+        self._hurry = asyncio.Event()
+
+    async def open(self, told: Told) -> None:
+        await self._file.open()
+        self._told = told
+        self._version = await self._file.data_version()
+
+    async def close(self) -> None:
+        if self._committing is not None:
+            await self._committing
+        await self._file.close()
+
+    # Writing
+
+    open_message = writes(Transaction.open_message)
+    end_message = writes(Transaction.end_message)
+
+    def append(self, append: Append) -> Awaitable[Change]:
+        size = sum(append.sizes) + CHUNK_OVERHEAD * len(append.chunks)
+        return self.write(lambda transaction: transaction.append(append), size)
+
+    def clear(self, thread_id: str, untouched_since: int | None = None) -> Awaitable[Change]:
+        self._scrub_owed = True
+        return self.write(lambda transaction: transaction.clear(thread_id, untouched_since))
+
+    async def room(self) -> None:
+        while not self._has_room.is_set():  # the first of those who waited may have filled it again
+            await self._has_room.wait()
+
+    def write(self, work: Callable[[Transaction], Change], size: int = CHUNK_OVERHEAD) -> asyncio.Future[Change]:
+        """Commit it, right behind what was asked for before, and with all else that is waiting by then."""
+        done: asyncio.Future[Change] = asyncio.get_running_loop().create_future()
+        self._waiting.append(Write(work, size, time.perf_counter(), done))
+        self._waiting_bytes += size
+        if self._waiting_bytes >= PENDING_BYTES:
+            self._has_room.clear()
+        if self._committing is None or self._committing.done():
+            self._committing = asyncio.create_task(self._commit_waiting())
+        return done
+
+    async def _commit_waiting(self) -> None:
+        """All that one turn of the loop brings is one commit, and then all that came while that was under way."""
+        await self._commit_batch()
+        while self._waiting:
+            await self._gather()
+            await self._commit_batch()
+
+    async def _gather(self) -> None:
+        """Let those come again whom the last commit answered.
+
+        Without them, producers would split into halves that wait for each other's commits.
+        """
+        quiet, seen = 0, len(self._waiting)
+        while quiet < QUIET_TURNS and seen < BATCH_WRITES:
+            await asyncio.sleep(0)
+            quiet = quiet + 1 if len(self._waiting) == seen else 0
+            seen = len(self._waiting)
+
+    async def _commit_batch(self) -> None:
+        batch, began = self._batch(), time.perf_counter()
+        outcomes: Sequence[Change | Exception]
+        try:
+            outcomes = await self.commit([write.work for write in batch])
+        except Exception as error:
+            log.error("commit failed: %s", error)
+            is_known = isinstance(error, (sqlite3.Error, OSError, UnicodeDecodeError))
+            outcomes = [database_problem(error) if is_known else error for _ in batch]
+        else:
+            done = zip(outcomes, batch, strict=True)
+            changes = [(outcome, write.asked) for outcome, write in done if isinstance(outcome, Change)]
+            self._told(changes, time.perf_counter() - began)
+        for write, outcome in zip(batch, outcomes, strict=True):
+            if write.done.done():
+                continue  # the one who asked is gone; what was committed stays committed
+            if isinstance(outcome, Change):
+                write.done.set_result(outcome)
+            else:
+                write.done.set_exception(outcome)
+
+    def _batch(self) -> list[Write]:
+        """What one transaction takes; what came first, first."""
+        size = taken = 0
+        for write in self._waiting:
+            if taken and size + write.size > BATCH_BYTES:
+                break
+            size += write.size
+            taken += 1
+        batch, self._waiting = self._waiting[:taken], self._waiting[taken:]
+        self._waiting_bytes -= size
+        if self._waiting_bytes < PENDING_BYTES:
+            self._has_room.set()
+        return batch
+
+    async def commit(self, works: Sequence[Callable[[Transaction], Change]]) -> list[Change | Problem]:
+        """What became of each, all committed together. Raises sqlite3.Error and OSError: of none."""
+
+        def commit(connection: sqlite3.Connection) -> list[Change | Problem]:
+            transaction = Transaction(connection, self._max_message)
+            return [outcome_of(work, transaction) for work in works]
+
+        return await self._file.change(commit)
+
+    # Reading
+
+    find = reads(Snapshot.find)
+    locate = reads(Snapshot.locate)
+    match = reads(Snapshot.match)
+    page = reads(Snapshot.page)
+    chunk_page = reads(Snapshot.chunk_page)
+    content = reads(Snapshot.content)
+    text_from = reads(Snapshot.text_from)
+    status = reads(Snapshot.status)
+    threads = reads(Snapshot.threads)
+    active_message = reads(Snapshot.active_message)
+    idle_messages = reads(Snapshot.idle_messages)
+
+    async def read(self, work: Callable[[Snapshot], T]) -> T:
+        """What it finds in one snapshot. Raises Problem."""
+        with database_problems():
+            return await self._file.look(lambda connection: work(Snapshot(connection)))
+
+    async def states(self, keys: Sequence[tuple[str, str | None]]) -> list[State]:
+        with database_problems():  # on the writing connection, so that no commit comes in between
+            return await self._file.maintain(lambda writer: Snapshot(writer).states(keys))
+
+    async def measure(self) -> tuple[int, int, int]:
+        with database_problems():
+            return *self._file.sizes(), await self.read(Snapshot.active_messages)
+
+    # Upkeep
+
+    async def probe(self) -> None:
+        with database_problems():
+            await self._file.probe()
+
+    async def expire(self, untouched_since: int) -> int:
+        idle = await self.read(lambda snapshot: snapshot.idle_threads(untouched_since))
+        clearing = [self.clear(thread_id, untouched_since) for thread_id in idle]
+        outcomes = await asyncio.gather(*clearing, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException) and not isinstance(outcome, NotFound):  # touched in the meantime
+                raise outcome
+        return sum(isinstance(outcome, Change) for outcome in outcomes)
+
+    async def erase(self, at_any_cost: bool = False) -> bool:
+        """Where another process reads, its snapshot keeps the WAL: wait a while, then leave it owed."""
+        async with self._erasing:
+            with database_problems():
+                while await self.erase_some():
+                    self._scrub_owed = True
+                    await self.room()
+                give_up = asyncio.get_running_loop().time() + BUSY_TIMEOUT
+                while self._scrub_owed or at_any_cost:
+                    self._scrub_owed = not await self._file.scrub(at_any_cost)
+                    at_any_cost = False
+                    if self._scrub_owed:
+                        if asyncio.get_running_loop().time() >= give_up:
+                            return False
+                        await asyncio.sleep(SCRUB_PAUSE)
+            return True
+
+    async def erase_some(self) -> bool:
+        """Delete a bounded number of the chunks of cleared threads; False once none is left."""
+
+        def erase_some(connection: sqlite3.Connection) -> bool:
+            row = connection.execute("select thread from threads where thread_id is null limit 1").fetchone()
+            if row is None:
+                return False
+            self._file.vacuum_owed = True
+            erased = connection.execute(
+                "delete from chunks where thread = ?1 and seq in"
+                " (select seq from chunks where thread = ?1 order by seq limit ?2)",
+                (row[0], ERASE_ROWS),
+            ).rowcount
+            if erased < ERASE_ROWS:
+                connection.execute("delete from threads where thread = ?", row)
+            return True
+
+        return await self._file.change(erase_some)
+
+    # Other processes
+
+    @contextlib.contextmanager
+    def watching(self, thread_id: str, within: float) -> Iterator[None]:
+        within = max(within, MIN_POLL_INTERVAL)
+        if within < min(self._poll_intervals, default=math.inf):
+            self._hurry.set()
+        self._poll_intervals[within] += 1
+        try:
+            yield
+        finally:
+            self._poll_intervals[within] -= 1
+            self._poll_intervals += Multiset()  # drops what has come to zero
+
+    async def changed_elsewhere(self) -> AsyncGenerator[None, None]:
+        """Looked for in the whole file, and only while somebody is watching."""
+        while True:
+            self._hurry.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(self._poll_intervals, default=None)):
+                    await self._hurry.wait()
+                    continue  # with the interval of the one who came
+            with database_problems():
+                latest = await self._file.data_version()
+            if latest != self._version:
+                yield
+                self._version = latest  # once it has been taken in
+
+
+def outcome_of(work: Callable[[Transaction], Change], transaction: Transaction) -> Change | Problem:
+    try:
+        return work(transaction)
+    except Problem as problem:
+        return problem
+
+
 # ---------------------------------------------------------------------------------------------
 # The buffer
 # ---------------------------------------------------------------------------------------------
 
-PENDING_BYTES = 16 * 1024**2  # waiting to be committed; past it producers wait
-PENDING_CHUNK_BYTES = 64  # what a chunk costs besides its text
 CLOCK_STEP_MS = 2_000  # more than a clock drifts between two looks
-SCRUB_PAUSE = 0.25  # seconds between two tries to empty the WAL while another process reads
-BATCH_BYTES = 4 * 1024**2  # what one transaction takes
-BATCH_OPERATIONS = 512  # enough for one transaction not to wait for more
-QUIET_TURNS = 3  # of the loop without another operation, after which a transaction begins
-MIN_POLL_INTERVAL = 0.01  # seconds
+AHEAD = 32  # pieces that a source may be ahead of what is committed of it
+CUT = 0.0  # the moment, by the loop's clock, to which an upload is cut short
 LIVE_BYTES = 256 * 1024  # of a thread's newest pages, kept while somebody follows it
 
 
-class Pending:
-    """Work for the writer, and who waits for it."""
+class Listener:
+    """Who wants to know what happens in a buffer, for instance to count it."""
 
-    __slots__ = ("done", "queued", "size", "work")
+    def resumed(self, kind: str, place: Place) -> None: ...
 
-    def __init__(self, work: Operation | Callable[[], Awaitable[Any]], size: int) -> None:
-        self.work = work
-        self.size = size
-        self.queued = time.perf_counter()
-        self.done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    def committed(self, changes: Sequence[Change], seconds: float) -> None: ...
 
-    def answer(self, outcome: Any) -> None:
-        if self.done.done():
-            return  # the one who asked is gone; what was committed stays committed
-        if isinstance(outcome, BaseException):
-            self.done.set_exception(outcome)
-        else:
-            self.done.set_result(outcome)
+    def delivered(self, page: Page) -> None: ...
+
+    def sent(self, size: int) -> None: ...
+
+    def expired(self, threads: int) -> None: ...
 
 
-class Channel:
-    """What those who follow one thread share: its head, its newest pages, and their wake-up."""
+class Tail:
+    """The live end of one thread, from its making to its clearing: what those who follow it share.
 
-    def __init__(self) -> None:
-        self.head: Head | None = None
-        self.followers = 0
-        self._cleared = 0
-        self._pages: dict[int, Page] = {}
-        self._size = 0
+    ``generation`` is 0 until the thread is made, ``last_seq`` None until it is known.
+    """
+
+    def __init__(self, generation: int) -> None:
+        self.generation = generation
+        self.last_seq: int | None = None
+        self.active = True
+        self.gone = False
+        self.users = 0
+        self.followers = 0  # of the users, those who read
+        self.uploads: dict[asyncio.Timeout, str] = {}  # of which message
+        self._pages: dict[int, Page] = {}  # by the place of their first entry
+        self._cost = 0
         self._waiting: set[asyncio.Future[None]] = set()
-        self._watchers: dict[str, set[Callable[[], None]]] = {}
 
-    @property
-    def unused(self) -> bool:
-        return not self.followers and not self._watchers
+    def learn(self, state: State) -> None:
+        """Take what a reader found, if it is newer: a change may have been told of since that takes no place."""
+        if self.last_seq is None or state.last_seq > self.last_seq:
+            self._set(state)
 
-    def has_lost(self, thread: int) -> bool:
-        """Whether this thread was cleared; numbers are never used twice, and only grow."""
-        return thread <= self._cleared or (self.head is not None and thread < self.head.thread)
-
-    def learn(self, head: Head, is_committed: bool = False) -> None:
-        """Take a head from a commit, or from the store where no commit has told of a later one."""
-        known = self.head
-        if self.has_lost(head.thread) or (known and (head.thread, head.last_seq) < (known.thread, known.last_seq)):
-            return
-        if known and not is_committed and (head.thread, head.last_seq) == (known.thread, known.last_seq):
-            return  # a message may have been opened since, which takes no place
-        if known and known.thread != head.thread:
-            self.forget()
-        self.head = head
-
-    def publish(self, commit: Commit, queued: float) -> None:
-        if commit.cleared:
-            self.clear(commit.thread)
-        else:
-            self.learn(Head(commit.thread, commit.generation, commit.last_seq, commit.active), is_committed=True)
-            if commit.changed and self.followers and not self.has_lost(commit.thread):
-                self._keep(commit, queued)
-            if commit.end:
-                self._end_watch(commit.end.message_id)
+    def take(self, change: Change, asked: float) -> None:
+        state = change.state
+        if self.last_seq is None or state.last_seq >= self.last_seq:
+            self._set(state)
+        if self.followers and (entries := change.entries()):
+            self._keep(Page(state.generation, state.last_seq, entries, change.size, asked))
+        if change.ended:
+            self.cut(change.message_id)
         self.wake()
 
-    def clear(self, thread: int) -> None:
-        """Every thread up to this one is gone."""
-        if self.head is not None and self.head.thread <= thread:
-            self.head = None
-            self.forget()
-            self.end_watches()
-        self._cleared = max(self._cleared, thread)
-
-    def refresh(self, head: Head | None, latest_thread: int, ended: Sequence[str]) -> None:
+    def renew(self, state: State) -> None:
         """Take over what another process may have changed."""
         self.forget()
-        self.clear(latest_thread if head is None else head.thread - 1)
-        self.head = head
-        for message_id in ended:
-            self._end_watch(message_id)
+        self._set(state)
         self.wake()
 
-    def pages_after(self, seq: int) -> list[Page]:
-        """All that is here, so that a reader is sent it at once."""
+    def retire(self) -> None:
+        self.gone = True
+        self.forget()
+        self.cut()
+        self.wake()
+
+    def may_have_more(self, seq: int) -> bool:
+        return self.last_seq is None or seq < self.last_seq
+
+    def after(self, seq: int) -> list[Page]:
+        """All pages that are here, so that a reader is sent them at once."""
         pages = []
         while page := self._pages.get(seq + 1):
             pages.append(page)
@@ -1687,18 +1835,24 @@ class Channel:
 
     def forget(self) -> None:
         self._pages.clear()
-        self._size = 0
+        self._cost = 0
+
+    def cut(self, message_id: str | None = None) -> None:
+        """Interrupt the uploads of one message, or all of them."""
+        for upload, name in self.uploads.items():
+            if message_id in (None, name) and not upload.expired():
+                upload.reschedule(CUT)
 
     def wake(self) -> None:
         woken, self._waiting = self._waiting, set()
         for waiting in woken:
             wake_up(waiting)
 
-    async def wait(self, until: float | None) -> None:
+    async def wait(self, until: float) -> None:
         """Until something happens, or the loop's clock shows ``until``."""
         loop = asyncio.get_running_loop()
         waiting: asyncio.Future[None] = loop.create_future()
-        timer = None if until is None else loop.call_at(until, wake_up, waiting)
+        timer = None if until == math.inf else loop.call_at(until, wake_up, waiting)
         self._waiting.add(waiting)
         try:
             await waiting
@@ -1707,49 +1861,63 @@ class Channel:
             if timer is not None:
                 timer.cancel()
 
-    def watch(self, message_id: str, on_end: Callable[[], None]) -> None:
-        self._watchers.setdefault(message_id, set()).add(on_end)
+    def _set(self, state: State) -> None:
+        self.generation, self.last_seq, self.active = state.generation, state.last_seq, state.active
 
-    def unwatch(self, message_id: str, on_end: Callable[[], None]) -> None:
-        watchers = self._watchers.get(message_id, set())
-        watchers.discard(on_end)
-        if not watchers:
-            self._watchers.pop(message_id, None)
-
-    @property
-    def watched(self) -> AbstractSet[str]:
-        return self._watchers.keys()
-
-    def end_watches(self) -> None:
-        for message_id in list(self._watchers):
-            self._end_watch(message_id)
-
-    def _end_watch(self, message_id: str) -> None:
-        for on_end in self._watchers.pop(message_id, set()):
-            on_end()
-
-    def _keep(self, commit: Commit, queued: float) -> None:
-        message_id = cast(Appended, commit.answer).message_id
-        entries: list[Entry] = [
-            StoredChunk(chunk.content, commit.timestamp, message_id, seq, chunk.event)
-            for seq, chunk in enumerate(commit.chunks, commit.first_seq)
-        ]
-        if commit.end:
-            entries.append(commit.end)
-        if not entries:
-            return
-        size = sum(len(chunk.content) for chunk in commit.chunks)
-        page = Page(commit.generation, commit.last_seq, entries, size, queued)
-        self._pages[entries[0].seq] = page
-        self._size += page.size + PENDING_CHUNK_BYTES * len(entries)
-        while self._size > LIVE_BYTES and len(self._pages) > 1:
-            oldest = self._pages.pop(next(iter(self._pages)))
-            self._size -= oldest.size + PENDING_CHUNK_BYTES * len(oldest.entries)
+    def _keep(self, page: Page) -> None:
+        self._pages[page.entries[0].seq] = page
+        self._cost += page.cost
+        while self._cost > LIVE_BYTES and len(self._pages) > 1:
+            self._cost -= self._pages.pop(next(iter(self._pages))).cost
 
 
 def wake_up(waiting: asyncio.Future[None]) -> None:
     if not waiting.done():
         waiting.set_result(None)
+
+
+class Reader:
+    """One who follows: counted while it is there, due a heartbeat now and then, until its time is up.
+
+    Times are seconds, by default those of the settings; 0 turns ``idle_timeout`` and ``heartbeat``
+    off; ``expires`` is in seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        idle_timeout: float | None = None,
+        heartbeat: float | None = None,
+        expires: float = math.inf,
+    ) -> None:
+        self._idle_timeout = (settings.idle_timeout if idle_timeout is None else idle_timeout) or math.inf
+        self._heartbeat = (settings.heartbeat if heartbeat is None else heartbeat) or math.inf
+        self._now = asyncio.get_running_loop().time
+        self._expires = self._now() + expires - time.time()
+        self.got_something()
+
+    @property
+    def is_expired(self) -> bool:
+        return self._now() >= self._expires
+
+    def got_something(self) -> None:
+        self._idle, self._beat = self._now() + self._idle_timeout, self._now() + self._heartbeat
+
+    async def waits(self, tail: Tail) -> Signal | None:
+        """Wait until something happens; what it is to be told, where it is time for that."""
+        when, signal = min(
+            (self._expires, Signal.EXPIRED), (self._idle, Signal.TIMEOUT), (self._beat, Signal.HEARTBEAT), key=first
+        )
+        if when > self._now():
+            await tail.wait(when)
+            return None
+        if signal is Signal.HEARTBEAT:
+            self._beat = self._now() + self._heartbeat
+        return signal
+
+
+def first(pair: tuple[float, Signal]) -> float:
+    return pair[0]
 
 
 def checked_id(kind: str, text: str) -> str:
@@ -1762,8 +1930,10 @@ def checked_id(kind: str, text: str) -> str:
     return text
 
 
-def checked_ids(thread_id: str, message_id: str) -> tuple[str, str]:
-    return checked_id("thread_id", thread_id), checked_id("message_id", message_id)
+def check_ids(thread_id: str, message_id: str | None = None) -> None:
+    checked_id("thread_id", thread_id)
+    if message_id is not None:
+        checked_id("message_id", message_id)
 
 
 def utf8_size(text: str) -> int:
@@ -1776,7 +1946,7 @@ def utf8_size(text: str) -> int:
         ) from error
 
 
-def checked_event(event: str) -> None:
+def check_event(event: str) -> None:
     if not 1 <= len(event) <= MAX_NAME or CONTROL_CHARACTER.search(event) or event in RESERVED_EVENTS:
         raise InvalidContent(
             f"{event!r:.80} cannot be an event; use 1 to {MAX_NAME} characters, no control characters, and none of"
@@ -1785,67 +1955,90 @@ def checked_event(event: str) -> None:
     utf8_size(event)
 
 
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise BadRequest(f"{name}={value} is out of range; it goes from {low:g} to {high:g}.")
+
+
+def checked_sizes(chunks: Sequence[Chunk], max_chunk: int) -> tuple[list[int], Problem | None]:
+    """The bytes of each chunk, up to the first that is refused, and why it is."""
+    sizes: list[int] = []
+    try:
+        for chunk in chunks:
+            if chunk.event is not None:
+                check_event(chunk.event)
+            if (size := utf8_size(chunk.content)) > max_chunk:
+                raise TooLarge(f"A chunk has {size} bytes, over max_chunk ({max_chunk}); send it in parts.")
+            sizes.append(size)
+    except Problem as problem:
+        return sizes, problem
+    return sizes, None
+
+
 class ChunkBuffer:
     """Keeps what agents stream, and lets readers carry on from where they stopped.
 
-    An asynchronous context manager: entering it opens the database, leaving it commits what is
+    An asynchronous context manager: entering it opens the store, leaving it commits what is
     waiting and closes it. All methods belong to the event loop it was entered in. Errors are
-    subclasses of Problem, whose ``status_code`` is that of the HTTP answer.
+    subclasses of Problem, whose ``status_code`` is that of the HTTP answer. ``store`` is where
+    the threads are kept: by default the SQLite file of the settings.
     """
 
-    def __init__(self, settings: Settings | None = None) -> None:
+    def __init__(self, settings: Settings | None = None, store: Store | None = None) -> None:
         self.settings = settings = settings or Settings()
-        self._store = Store(settings)
-        self._channels: dict[str, Channel] = {}
-        self._queue: list[Pending] = []
-        self._queued = 0
-        self._work = asyncio.Event()
-        self._room = asyncio.Event()
-        self._room.set()
-        self._poll_intervals: Multiset[float] = Multiset()
-        self.readers = 0
-        self.metrics = Metrics()
-        self._polled = asyncio.Event()
-        self._hurry = asyncio.Event()
-        self._scrub_owed = True
-        self._erasing = asyncio.Lock()
-        self._tasks: list[asyncio.Task[None]] = []
-        self._pumps: set[asyncio.Task[None]] = set()
-        self._probe: asyncio.Task[None] | None = None
+        self.listener = Listener()
         self.stopping = False
+        self._store: Store = store or SQLiteStore(settings)
+        self._tails: dict[str, Tail] = {}
+        self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()  # gone with their streams, be they read or not
+        self._erasure_owed = True
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._probe: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        """Raises StartupError where the database cannot be served."""
-        await self._store.open()
+        """Raises StartupError where the store cannot be served."""
+        await self._store.open(self._take)
         self._started_ms = now_ms()
         self._clock_offset, self._clock_set_ms = now_ms() - ms_since_boot(), 0
-        self._writer = asyncio.create_task(self._write(), name="writer")
-        self._tasks = [
-            asyncio.create_task(self._watch_other_processes(), name="watch other processes"),
-            asyncio.create_task(self._clean_up_forever(), name="clean up"),
-            asyncio.create_task(self._abort_idle_messages_forever(), name="abort idle messages"),
-        ]
+        for work in (self._watch_other_processes, self._clean_up_forever, self._abort_idle_messages_forever):
+            self._begin(work())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
-        for task in [*self._tasks, *self._pumps]:
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, *self._pumps, return_exceptions=True)
-        self._work.set()
-        await self._writer
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._store.close()
 
     def stop(self) -> None:
         """End every stream now, without an end event, so that clients reconnect elsewhere or later."""
         self.stopping = True
-        for channel in self._channels.values():
-            channel.end_watches()
-            channel.wake()
+        for tail in self._tails.values():
+            tail.cut()
+            tail.wake()
+
+    @property
+    def readers(self) -> int:
+        return len(self._readers)
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """What goes on by itself, until the buffer is left."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     # Producers
+
+    async def room(self) -> None:
+        """Wait until less than the limit is waiting to be committed. Raises Unavailable."""
+        await self._store.room()
+        if self.stopping:
+            raise Stopping
 
     async def open_message(self, thread_id: str, message_id: str) -> tuple[Appended, bool]:
         """Open a message before its first chunk, so that readers can wait for it.
@@ -1853,8 +2046,10 @@ class ChunkBuffer:
         The second value is whether it is new; a message that is there already counts the call as
         a sign of life. Raises BadRequest for an id that cannot be one.
         """
-        commit = await self._submit(OpenMessage(*checked_ids(thread_id, message_id)))
-        return cast(Appended, commit.answer), commit.changed
+        check_ids(thread_id, message_id)
+        await self.room()
+        change = await self._store.open_message(thread_id, message_id)
+        return change.answer, change.made
 
     async def add_chunks(
         self,
@@ -1880,79 +2075,53 @@ class ChunkBuffer:
             raise BadRequest("The chunks are one text; put it in a list, or its characters would be a chunk each.")
         taken = [Chunk(chunk) if isinstance(chunk, str) else chunk for chunk in chunks]
         append = self.checked_append(thread_id, message_id, taken, index=index, complete=complete)
-        return cast(Appended, (await self.submit_append(append)).answer)
+        await self.room()
+        return (await self.append(append)).answer
 
     def checked_append(
-        self,
-        thread_id: str,
-        message_id: str,
-        chunks: Sequence[Chunk],
-        *,
-        index: int | None = None,
-        complete: bool = False,
-        thread: int | None = None,
+        self, thread_id: str, message_id: str, chunks: Sequence[Chunk] = (), *, index: int | None, complete: bool
     ) -> Append:
-        """The append, if its ids, its events and the size and text of its chunks are good."""
+        """The append, if its ids, its index, and the events, sizes and text of its chunks are good."""
+        check_ids(thread_id, message_id)
         if index is not None and not 0 <= index < 2**63:
             raise BadRequest(f"index={index} cannot be; it is the number of the first chunk in its message, from 0.")
-        sizes, refusal = self.checked_sizes(chunks)
+        sizes, refusal = checked_sizes(chunks, self.settings.max_chunk)
         if refusal is not None:
             raise refusal
-        return Append(*checked_ids(thread_id, message_id), chunks, sizes, index, complete, thread)
+        return Append(thread_id, message_id, chunks, sizes, index, complete)
 
-    def checked_sizes(self, chunks: Sequence[Chunk]) -> tuple[list[int], Problem | None]:
-        """The bytes of each chunk, up to the first that is refused, and why it is."""
-        sizes: list[int] = []
-        try:
-            for chunk in chunks:
-                if chunk.event is not None:
-                    checked_event(chunk.event)
-                if (size := utf8_size(chunk.content)) > self.settings.max_chunk:
-                    raise TooLarge(
-                        f"A chunk has {size} bytes, over max_chunk ({self.settings.max_chunk}); send it in parts."
-                    )
-                sizes.append(size)
-        except Problem as problem:
-            return sizes, problem
-        return sizes, None
-
-    async def stored_text(self, thread_id: str, message_id: str, index: int | None) -> tuple[str, int | None]:
-        """The text stored from chunk ``index`` on, and the index after it: none, without an index."""
-        if index is None:
-            return "", None
-        return await self._store.read(lambda snapshot: snapshot.text_from(thread_id, message_id, index))
-
-    async def submit_append(self, append: Append) -> Commit:
-        await self.room()
-        return await self.queue_append(append)
-
-    def queue_append(self, append: Append) -> asyncio.Future[Commit]:
-        """Put it right behind what was asked for before; the caller has waited for ``room``."""
-        return self._enqueue(append, sum(append.sizes) + PENDING_CHUNK_BYTES * len(append.chunks))
+    def append(self, append: Append) -> Awaitable[Change]:
+        """What was checked, right behind what was asked for before; the caller has waited for ``room``."""
+        return self._store.append(append)
 
     async def complete_message(self, thread_id: str, message_id: str) -> Appended:
         """End a message; again: the same answer. Raises NotFound; Conflict if it was aborted."""
-        commit = await self._submit(EndMessage(*checked_ids(thread_id, message_id), "completed"))
-        return cast(Appended, commit.answer)
+        check_ids(thread_id, message_id)
+        await self.room()
+        return (await self._store.end_message(thread_id, message_id, "completed")).answer
 
     async def abort_message(self, thread_id: str, message_id: str, reason: str | None = None) -> Appended:
         """Abort a message, from either side; again: the same answer.
 
         ``reason`` has up to 1,000 characters. Raises NotFound; Conflict if it is completed; TooLarge.
         """
+        check_ids(thread_id, message_id)
         if reason is not None:
             utf8_size(reason)
             if len(reason) > MAX_REASON:
                 raise TooLarge(f"The reason has {len(reason)} characters; say it in {MAX_REASON} or fewer.")
-        commit = await self._submit(EndMessage(*checked_ids(thread_id, message_id), "aborted", reason))
-        return cast(Appended, commit.answer)
+        await self.room()
+        return (await self._store.end_message(thread_id, message_id, "aborted", reason)).answer
 
     async def clear_thread_buffer(self, thread_id: str) -> None:
         """Forget a thread; returns once its text is in neither the database nor the WAL.
 
         Raises NotFound.
         """
-        await self._submit(ClearThread(checked_id("thread_id", thread_id)))
+        check_ids(thread_id)
+        await self.room()
+        await self._store.clear(thread_id)
+        self._erasure_owed = True
         try:
             await self._erase()
         except (DatabaseFull, Unavailable) as problem:
@@ -1970,88 +2139,81 @@ class ChunkBuffer:
         ended from outside, ``source`` is closed and the iteration ends.
         """
         opened, _ = await self.open_message(thread_id, message_id)
-        position = await self._locate(thread_id, message_id, after=str(opened.seq))
-        pump = asyncio.create_task(self._pump(thread_id, message_id, source))
-        self._pumps.add(pump)
-        pump.add_done_callback(self._pumps.discard)
-        # Not refused when there are max_readers, as an agent's stream is no reader's.
-        quiet = Quiet(self.settings, idle_timeout=0, heartbeat=1, expires=math.inf)
-        async with aclosing(self._follow(Seat(self), position, False, None, quiet)) as items:
+        place = await self.locate(thread_id, message_id, after=str(opened.seq))
+        recording = self.record(thread_id, message_id, source)
+        # Not limited to max_readers, as an agent's stream is no reader's.
+        items = self.follow(place, idle_timeout=0, heartbeat=1, limited=False)
+        async with aclosing(items):
             async for item in items:
                 if isinstance(item, Page):
                     for entry in item.entries:
                         if isinstance(entry, StoredChunk):
                             yield (Chunk(entry.content, entry.event) if entry.event else entry.content)
-                elif pump.done():
+                elif recording.done():
                     break  # it failed, and could not even abort the message
-        await asyncio.wait([pump])
-        if pump.cancelled():
+        await asyncio.wait([recording])
+        if recording.cancelled():
             raise Stopping
-        pump.result()
+        recording.result()
 
-    async def _pump(self, thread_id: str, message_id: str, source: AsyncIterable[str | Chunk]) -> None:
+    def record(self, thread_id: str, message_id: str, source: AsyncIterable[str | Chunk]) -> asyncio.Task[None]:
+        """Store what ``source`` yields, by itself, whoever comes or goes, until the buffer is left.
+
+        All that it has yielded while the last commit was under way is one append; it is at most
+        32 pieces ahead. The message is completed when ``source`` ends; when it fails the message is
+        aborted, with the error's ``reason``, or else its name, as the reason, and the task raises the
+        error. When the message is ended from outside the task ends. ``source`` is closed in any case.
+        """
+        return self._begin(self._record(thread_id, message_id, source))
+
+    async def _record(self, thread_id: str, message_id: str, source: AsyncIterable[str | Chunk]) -> None:
         try:
-            async with self.while_active(thread_id, message_id) as stop_watching:
-                async for piece in source:
-                    await self.add_chunks(thread_id, message_id, [piece])
-                stop_watching()
+            async with self.while_active(thread_id, message_id) as lift, aclosing(gathered(source, AHEAD)) as batches:
+                async for pieces in batches:
+                    await self.add_chunks(thread_id, message_id, pieces)
+                lift()
                 await self.complete_message(thread_id, message_id)
         except Conflict:
-            log.info("agent stopped: its message was ended from outside")
+            log.info("recording stopped: its message was ended from outside")
         except Exception as error:
-            with contextlib.suppress(Problem):  # the error itself is what the consumer must see
-                await self.abort_message(thread_id, message_id, type(error).__name__)
+            with contextlib.suppress(Problem):  # the error itself is what is to be seen
+                await self.abort_message(thread_id, message_id, getattr(error, "reason", type(error).__name__))
             raise
-        finally:
-            if isinstance(source, AsyncGenerator):
-                await source.aclose()
 
     @contextlib.asynccontextmanager
     async def while_active(
         self, thread_id: str, message_id: str, expires: float = math.inf
-    ) -> AsyncIterator[Callable[[], None]]:
+    ) -> AsyncIterator[Callable[[], Any]]:
         """Cut the block short as soon as the message is ended by anyone, or the service stops.
 
         Also at ``expires`` (seconds since 1970). Yields a function that lifts the watch, for the
         one who ends the message itself. Raises Conflict, Unavailable or Unauthorized: why.
         """
-        loop = asyncio.get_running_loop()
-        channel = self._channel(thread_id)
-        scope = asyncio.timeout(None if expires == math.inf else expires - time.time())
-
-        was_ended = False
-
-        def cut() -> None:
-            nonlocal was_ended
-            was_ended = True
-            if not scope.expired():
-                scope.reschedule(loop.time())
-
-        channel.watch(message_id, cut)
-        lift = partial(channel.unwatch, message_id, cut)
-        try:
-            with self._polling():
-                async with scope:
+        upload = asyncio.timeout(None if expires == math.inf else expires - time.time())
+        with self._attached(thread_id) as tail:
+            tail.uploads[upload] = message_id
+            lift = partial(tail.uploads.pop, upload, None)
+            try:
+                async with upload:
                     yield lift
-        except TimeoutError:
-            if not scope.expired():
-                raise
-        finally:
-            lift()
-            self._release(thread_id, channel)
-        if scope.expired():
-            raise await self._why_cut(thread_id, message_id) if was_ended else token_expired()
+            except TimeoutError:
+                if not upload.expired():
+                    raise
+                raise (
+                    await self._why_cut(thread_id, message_id) if upload.when() == CUT else token_expired()
+                ) from None
+            finally:
+                lift()
 
     async def _why_cut(self, thread_id: str, message_id: str) -> Problem:
         if self.stopping:
             return Stopping()
-        try:
-            found = await self._store.read(lambda snapshot: snapshot.message(thread_id, message_id))
-        except NotFound:
-            return thread_cleared()
-        if not found.ended:
-            return thread_cleared()
-        return message_ended(message_id, found.status, found.reason, found.chunk_count)
+        found = await self._store.find(thread_id, message_id)
+        return message_ended(message_id, found) if found.ended else thread_cleared()
+
+    async def stored_text(self, thread_id: str, message_id: str, index: int) -> tuple[str, int]:
+        """The text stored from chunk ``index`` on, and the index after it."""
+        return await self._store.text_from(thread_id, message_id, index)
 
     # Readers
 
@@ -2075,65 +2237,59 @@ class ChunkBuffer:
 
         Raises NotFound, BadRequest (a bad cursor), Unavailable (too many readers).
         """
-        if known_content is not None and after is None:
-            position = await self.match(thread_id, message_id, known_content)
-        else:
-            position = await self.locate(thread_id, message_id, after=None if after is None else str(after))
-        if position.finished:
+        if after is not None:
+            known_content = None
+        place = await self.locate(thread_id, message_id, after=after, known_content=known_content)
+        if place.finished:
             return
-        items = self.follow(position, idle_timeout=idle_timeout, heartbeat=0, poll_interval=poll_interval)
+        items = self.follow(place, idle_timeout=idle_timeout, heartbeat=0, poll_interval=poll_interval)
         async with aclosing(items):
             async for item in items:
-                if isinstance(item, Page):
-                    for entry in item.entries:
-                        yield entry
-                else:
-                    yield item
+                for entry in item.entries if isinstance(item, Page) else [item]:
+                    yield entry
 
     async def get_accumulated_content(self, thread_id: str, message_id: str | None = None) -> AccumulatedContent:
         """The text of a message so far, or of a thread's messages in the order they began.
 
         Raises NotFound, BadRequest.
         """
-        checked_id("thread_id", thread_id)
-        if message_id is not None:
-            checked_id("message_id", message_id)
-        return await self._store.read(lambda snapshot: snapshot.content(thread_id, message_id))
+        check_ids(thread_id, message_id)
+        return await self._store.content(thread_id, message_id)
 
     async def get_thread_status(self, thread_id: str) -> ThreadStatus:
         """A thread with its messages. Raises NotFound, BadRequest."""
-        checked_id("thread_id", thread_id)
-        status = await self._store.read(lambda snapshot: snapshot.status(thread_id))
-        return msgspec.structs.replace(status, readers=self._followers(thread_id))
+        check_ids(thread_id)
+        return self._with_readers(await self._store.status(thread_id))
 
     async def get_threads(
         self,
         status: Status | None = None,
         limit: int = 100,
         cursor: str | None = None,
-        covers: Callable[[str], bool] = lambda thread_id: True,
+        covered: Sequence[str] | None = None,
     ) -> ThreadPage:
         """Up to ``limit`` (1 to 1000) threads, the newest first, of one status or of any.
 
-        ``covers`` leaves out those for whose id it is false. Raises BadRequest.
+        ``covered`` leaves only those whose id it has, itself or as a ``prefix*``. Raises BadRequest.
         """
-        checked_range("limit", limit, 1, 1000)
+        check_range("limit", limit, 1, 1000)
         if cursor is not None and not re.fullmatch(r"\d{1,18}", cursor, re.ASCII):
             raise BadRequest(f"{cursor!r:.80} is not a cursor of this list; send the one that its last page gave.")
-        before = None if cursor is None else int(cursor)
-        page = await self._store.read(lambda snapshot: snapshot.threads(status, limit, before, covers))
-        threads = [
-            msgspec.structs.replace(thread, readers=self._followers(thread.thread_id)) for thread in page.threads
-        ]
-        return msgspec.structs.replace(page, threads=threads)
+        page = await self._store.threads(status, limit, None if cursor is None else int(cursor), covered)
+        return ThreadPage([self._with_readers(thread) for thread in page.threads], page.cursor)
 
-    def _followers(self, thread_id: str) -> int:
-        channel = self._channels.get(thread_id)
-        return channel.followers if channel else 0
+    def _with_readers(self, thread: S) -> S:
+        tail = self._tails.get(thread.thread_id)
+        return msgspec.structs.replace(thread, readers=tail.followers if tail else 0)
 
     async def get_active_threads(self, limit: int = 100, cursor: str | None = None) -> ThreadPage:
         """The threads of which a message is active. Raises BadRequest."""
         return await self.get_threads("active", limit, cursor)
+
+    async def get_active_message(self, thread_id: str) -> str | None:
+        """The thread's active message, the one that began last; None where there is none. Raises BadRequest."""
+        check_ids(thread_id)
+        return await self._store.active_message(thread_id)
 
     async def get_chunks(
         self,
@@ -2150,340 +2306,205 @@ class ChunkBuffer:
         ``expires`` is in seconds since 1970. Raises NotFound, BadRequest, Unauthorized (expired
         while it waited), and CursorGone for a cursor of another generation.
         """
-        checked_range("limit", limit, 1, 10_000)
-        checked_range("wait", wait, 0, 300)
-        position = await self._locate(thread_id, message_id, after)
-        if position.reset:
-            raise CursorGone(
-                "This cursor is of a thread that was cleared or expired, or lies beyond its end; read from the start,"
-                " with no after."
-            )
-        page = await self._store.read(lambda snapshot: snapshot.chunk_page(position, limit))
-        if not wait or position.finished or page.chunks or page.ends:
+        check_range("limit", limit, 1, 10_000)
+        check_range("wait", wait, 0, 300)
+        place = await self.locate(thread_id, message_id, after=after)
+        if place.reset:
+            raise cursor_gone()
+        page = await self._store.chunk_page(place, limit)
+        if not wait or place.finished or page.chunks or page.ends:
             return page
-        async with aclosing(self.follow(position, idle_timeout=wait, heartbeat=0, expires=expires)) as items:
+        async with aclosing(self.follow(place, idle_timeout=wait, heartbeat=0, expires=expires)) as items:
             await anext(items, None)
         if time.time() >= expires:
             raise token_expired()
-        return await self._store.read(lambda snapshot: snapshot.chunk_page(position, limit))
+        return await self._store.chunk_page(place, limit)
 
     async def locate(
-        self, thread_id: str, message_id: str | None = None, *, after: str | None = None, follow: bool = False
-    ) -> Position:
-        """Where a reader with this cursor begins.
+        self,
+        thread_id: str,
+        message_id: str | None = None,
+        *,
+        after: str | int | None = None,
+        known_content: str | None = None,
+        follow: bool = False,
+    ) -> Place:
+        """Where a reader begins who has all up to this cursor, or this text of the message, or nothing.
 
-        Raises NotFound (unless ``follow``, for a thread) and BadRequest.
+        With ``follow`` it waits for what is not made yet. Raises NotFound (without ``follow``),
+        BadRequest and InvalidContent.
         """
-        return await self._locate(thread_id, message_id, after, follow)
-
-    async def _locate(
-        self, thread_id: str, message_id: str | None, after: str | None, follow: bool = False
-    ) -> Position:
-        checked_id("thread_id", thread_id)
-        if message_id is not None:
-            checked_id("message_id", message_id)
-        cursor = None if after is None else Cursor.parse(after)
-        position = await self._store.read(lambda snapshot: snapshot.locate(thread_id, message_id, cursor, follow))
-        self.metrics.count_resume("start" if cursor is None else "cursor", position)
-        return position
-
-    async def match(self, thread_id: str, message_id: str, known_content: str) -> Position:
-        """Where a reader with this text begins. Raises NotFound, BadRequest, InvalidContent."""
-        checked_ids(thread_id, message_id)
-        utf8_size(known_content)
-        position = await self._store.read(lambda snapshot: snapshot.match(thread_id, message_id, known_content))
-        self.metrics.count_resume("content", position)
-        return position
-
-    def _check_room_for_reader(self) -> None:
-        if self.stopping:
-            raise Stopping
-        if self.readers >= self.settings.max_readers:
-            raise Unavailable(f"There are {self.readers} readers, as many as max_readers allows; try again later.")
+        check_ids(thread_id, message_id)
+        if known_content is not None:
+            if message_id is None:
+                raise BadRequest("known_content is the text of one message; say which, by its message_id.")
+            utf8_size(known_content)
+            kind, place = "content", await self._store.match(thread_id, message_id, known_content)
+        else:
+            cursor = None if after is None else Cursor.parse(str(after))
+            kind = "start" if cursor is None else "cursor"
+            place = await self._store.locate(thread_id, message_id, cursor, follow)
+        self.listener.resumed(kind, place)
+        return place
 
     def follow(
         self,
-        position: Position,
+        place: Place,
         *,
-        follow: bool = False,
         idle_timeout: float | None = None,
         heartbeat: float | None = None,
         poll_interval: float | None = None,
         expires: float = math.inf,
+        limited: bool = True,
     ) -> AsyncGenerator[Page | Signal, None]:
-        """What comes after a position, as it is committed; with ``follow`` also after the end.
+        """What comes after a place, as it is committed. Times are as for a Reader.
 
-        Times are seconds, by default those of the settings; 0 turns ``idle_timeout`` and
-        ``heartbeat`` off; ``expires`` is in seconds since 1970. No transaction is open while the
-        consumer has a page. Raises Unavailable if there are ``max_readers`` already.
+        No transaction is open while the consumer has a page. Raises Unavailable if there are
+        ``max_readers`` already, unless it is not ``limited``.
         """
-        self._check_room_for_reader()
-        quiet = Quiet(self.settings, idle_timeout, heartbeat, expires)
-        return self._follow(Seat(self), position, follow, poll_interval, quiet)
-
-    async def _follow(
-        self, seat: Seat, position: Position, follow: bool, poll_interval: float | None, quiet: Quiet
-    ) -> AsyncGenerator[Page | Signal, None]:
-        with contextlib.closing(seat), self._attached(position.thread_id, poll_interval) as channel:
-            if position.reset:
-                yield Signal.RESET
-            if position.thread is None:
-                await self._learn_head(position.thread_id, channel)
-            async with aclosing(self._events(channel, position, follow, quiet)) as events:
-                async for event in events:
-                    yield event
-
-    async def _events(
-        self, channel: Channel, position: Position, follow: bool, quiet: Quiet
-    ) -> AsyncGenerator[Page | Signal, None]:
-        seq, skip = position.after, position.skip
-        while not self.stopping:
-            if position.thread is None and channel.head:
-                position = msgspec.structs.replace(position, thread=channel.head.thread)
-            more = await self._more(channel, position, seq)
-            if isinstance(more, list) and not quiet.is_expired():
-                seq = more[-1].last_seq
-                if picked := pick(more, position.message_id, skip):
-                    skip = 0
-                    self.metrics.count_delivery(picked)
-                    yield picked
-                    quiet.broken()
-                    if position.ends_with(picked):
-                        return
-                continue
-            if more is None:
-                if not position.may_have_more(channel.head, follow):
-                    return
-                await channel.wait(quiet.until())
-            signal_ = more if more is Signal.GONE else quiet.due()
-            if signal_:
-                yield signal_
-            if signal_ not in (None, Signal.HEARTBEAT):
-                return
-
-    async def _more(self, channel: Channel, position: Position, seq: int) -> list[Page] | Signal | None:
-        """What comes after ``seq``: pages, GONE, or None for nothing yet."""
-        head, thread = channel.head, position.thread
-        if thread is None:
-            return None
-        if channel.has_lost(thread):
-            return Signal.GONE
-        if head and seq >= head.last_seq:
-            return None
-        if pages := channel.pages_after(seq):
-            return pages
-        found = await self._store.read(lambda snapshot: snapshot.page(thread, position.message, seq, PAGE_ROWS))
-        if found is None:
-            return Signal.GONE
-        channel.learn(found[0])
-        return [found[1]]
-
-    async def check_ready(self) -> None:
-        """Raises Unavailable or DatabaseFull unless the database answers and takes writes."""
-        if self._probe is None or self._probe.done():  # those who ask at the same time share one answer
-            self._probe = asyncio.create_task(self._maintain(self._store.probe))
-        await asyncio.shield(self._probe)
-
-    async def scrape(self) -> bytes:
-        """The metrics, in Prometheus' text format."""
-        metrics = self.metrics
-        metrics.readers.set(self.readers)
-        metrics.active_messages.set(await self._store.read(Snapshot.active_messages))
-        database_bytes, wal_bytes = self._store.sizes()
-        metrics.database_bytes.set(database_bytes)
-        metrics.wal_bytes.set(wal_bytes)
-        return generate_latest(metrics.registry)
-
-    async def _learn_head(self, thread_id: str, channel: Channel) -> None:
-        head = await self._store.read(lambda snapshot: snapshot.head(thread_id))
-        if head is not None:
-            channel.learn(head)
-
-    @contextlib.contextmanager
-    def _attached(self, thread_id: str, poll_interval: float | None) -> Iterator[Channel]:
-        channel = self._channel(thread_id)
-        channel.followers += 1
-        try:
-            with self._polling(poll_interval):
-                yield channel
-        finally:
-            channel.followers -= 1
-            if not channel.followers:
-                channel.forget()
-            self._release(thread_id, channel)
-
-    @contextlib.contextmanager
-    def _polling(self, interval: float | None = None) -> Iterator[None]:
-        """Have other processes' changes noticed within so many seconds."""
-        interval = max(self.settings.poll_interval if interval is None else interval, MIN_POLL_INTERVAL)
-        if interval < min(self._poll_intervals, default=math.inf):
-            self._hurry.set()
-        self._poll_intervals[interval] += 1
-        self._polled.set()
-        try:
-            yield
-        finally:
-            self._poll_intervals[interval] -= 1
-            self._poll_intervals += Multiset()  # drops what has come to zero
-            if not self._poll_intervals:
-                self._polled.clear()
-
-    def _channel(self, thread_id: str) -> Channel:
-        return self._channels.setdefault(thread_id, Channel())
-
-    def _release(self, thread_id: str, channel: Channel) -> None:
-        if channel.unused and self._channels.get(thread_id) is channel:
-            del self._channels[thread_id]
-
-    # The writer
-
-    async def _submit(self, operation: Operation) -> Commit:
-        """Raises Problem, with nothing changed."""
-        await self.room()
-        return cast(Commit, await self._enqueue(operation, PENDING_CHUNK_BYTES))
-
-    async def _maintain(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Run on the writer, alone, between two commits."""
-        await self.room()
-        return cast(T, await self._enqueue(work, 0))
-
-    def _enqueue(self, work: Operation | Callable[[], Awaitable[Any]], size: int) -> asyncio.Future[Any]:
-        pending = Pending(work, size)
-        self._queue.append(pending)
-        self._queued += size
-        if self._queued >= PENDING_BYTES:
-            self._room.clear()
-        self._work.set()
-        return pending.done
-
-    async def room(self) -> None:
-        """Wait until less than the limit is waiting to be committed. Raises Unavailable."""
-        while not self._room.is_set():  # the first of those who waited may have filled it again
-            await self._room.wait()
         if self.stopping:
             raise Stopping
+        if limited and self.readers >= self.settings.max_readers:
+            raise Unavailable(f"There are {self.readers} readers, as many as max_readers allows; try again later.")
+        reader = Reader(self.settings, idle_timeout, heartbeat, expires)
+        self._readers.add(reader)
+        return self._read(reader, place, poll_interval)
 
-    async def _write(self) -> None:
-        """The one writer: commits together what came while the last commit was under way."""
-        while True:
-            await self._work.wait()
-            if self._queue:
-                await self._gather()
-            batch = self._take_batch()
-            if not batch:
-                self._work.clear()
-                if self.stopping:
+    async def _read(
+        self, reader: Reader, place: Place, poll_interval: float | None
+    ) -> AsyncGenerator[Page | Signal, None]:
+        seq, skip = place.after, place.skip
+        with self._attached(place.thread_id, place.generation, poll_interval, reader) as tail:
+            if place.reset:
+                yield Signal.RESET
+            while not (self.stopping or tail.gone):
+                if tail.may_have_more(seq) and not reader.is_expired:
+                    pages = tail.after(seq) or await self._load(seq, place, tail)
+                    seq = pages[-1].last_seq if pages else seq
+                    if page := page_for(place.message_id, pages, skip):
+                        skip = 0
+                        self.listener.delivered(page)
+                        yield page
+                        reader.got_something()
+                        if place.ends_with(page):
+                            return
+                elif place.ends_where(tail.active) and not tail.may_have_more(seq):
                     return
-            elif isinstance(batch[0].work, Record):
-                await self._commit(batch)
-            else:
-                try:
-                    batch[0].answer(await batch[0].work())
-                except Exception as error:
-                    batch[0].answer(problem_of(error))
+                elif signal := await reader.waits(tail):
+                    yield signal
+                    if signal is not Signal.HEARTBEAT:
+                        return
+            if tail.gone:
+                yield Signal.GONE
 
-    async def _gather(self) -> None:
-        """Let in what is about to come: a commit costs about the same for many as for one.
+    async def _load(self, seq: int, place: Place, tail: Tail) -> list[Page]:
+        """What the store has after ``seq``; none, if meanwhile the tail is known to be of another thread."""
+        wanted = tail.generation
+        found, page = await self._store.page(place.thread_id, place.message_id, seq, PAGE_ROWS)
+        if wanted not in (0, found.generation):
+            self._retire(place.thread_id, tail)
+        elif not tail.gone and tail.generation in (0, found.generation):
+            tail.learn(found)
+            return [page] if page.last_seq > seq else []
+        return []
 
-        Those whom the last commit answered need some turns of the loop to come again; without
-        them, producers would split into halves that wait for each other's commits.
-        """
-        quiet, seen = 0, len(self._queue)
-        while quiet < QUIET_TURNS and seen < BATCH_OPERATIONS:
-            await asyncio.sleep(0)
-            quiet = quiet + 1 if len(self._queue) == seen else 0
-            seen = len(self._queue)
-
-    def _take_batch(self) -> list[Pending]:
-        """Operations for one transaction, or one piece of maintenance; what came first, first."""
-        size = taken = 0
-        for pending in self._queue:
-            if not isinstance(pending.work, Record):
-                taken = taken or 1
-                break
-            if taken and size + pending.size > BATCH_BYTES:
-                break
-            size += pending.size
-            taken += 1
-        batch, self._queue = self._queue[:taken], self._queue[taken:]
-        self._queued -= size
-        if self._queued < PENDING_BYTES:
-            self._room.set()
-        return batch
-
-    async def _commit(self, batch: list[Pending]) -> None:
-        began = time.perf_counter()
+    @contextlib.contextmanager
+    def _attached(
+        self, thread_id: str, generation: int = 0, poll_interval: float | None = None, reader: Reader | None = None
+    ) -> Iterator[Tail]:
+        """The thread's tail, with other processes' changes noticed within ``poll_interval`` seconds."""
+        tail = self._tail(thread_id, generation)
+        tail.users += 1
+        tail.followers += reader is not None
         try:
-            outcomes = await self._store.commit([cast(Operation, pending.work) for pending in batch])
-        except Exception as error:
-            log.error("commit failed: %s", error)
-            for pending in batch:
-                pending.answer(problem_of(error))
-            return
-        sizes: list[int] = []
-        for pending, outcome in zip(batch, outcomes, strict=True):
-            if isinstance(outcome, Commit):
-                if outcome.chunks:
-                    sizes += cast(Append, pending.work).sizes[-len(outcome.chunks) :]
-                self._publish(outcome, pending)
-            pending.answer(outcome)
-        self.metrics.count_commit(sizes, time.perf_counter() - began)
+            with self._store.watching(
+                thread_id, self.settings.poll_interval if poll_interval is None else poll_interval
+            ):
+                yield tail
+        finally:
+            tail.users -= 1
+            tail.followers -= reader is not None
+            if not tail.followers:
+                tail.forget()
+            if not tail.users and self._tails.get(thread_id) is tail:
+                del self._tails[thread_id]
+            if reader is not None:
+                self._readers.discard(reader)
 
-    def _publish(self, commit: Commit, pending: Pending) -> None:
-        if commit.end:
-            self.metrics.count_end(commit.end)
-        if commit.cleared:
-            self._scrub_owed = True
-        if channel := self._channels.get(commit.thread_id):
-            channel.publish(commit, pending.queued)
+    def _tail(self, thread_id: str, generation: int) -> Tail:
+        """Generations only grow: of two threads under one name, the lower is gone."""
+        tail = self._tails.get(thread_id)
+        if tail and 0 < tail.generation < generation:
+            self._retire(thread_id, tail)
+            tail = None
+        if tail is None:
+            tail = self._tails[thread_id] = Tail(generation)
+        elif generation and not tail.generation:
+            tail.generation, tail.last_seq = generation, None
+            tail.wake()
+        elif generation and tail.generation != generation:
+            tail = Tail(generation)
+            tail.retire()
+        return tail
 
-    # Periodic work
+    def _retire(self, thread_id: str, tail: Tail) -> None:
+        if self._tails.get(thread_id) is tail:
+            del self._tails[thread_id]
+        tail.retire()
+
+    # What the store and the clock do
+
+    def _take(self, changes: Sequence[tuple[Change, float]], seconds: float) -> None:
+        self.listener.committed([change for change, _ in changes], seconds)
+        for change, asked in changes:
+            tail, generation = self._tails.get(change.thread_id), change.state.generation
+            if tail is None or (generation < tail.generation):
+                continue  # a reader has found the thread that came after it
+            if change.cleared or tail.generation not in (0, generation):
+                self._retire(change.thread_id, tail)
+            else:
+                tail.take(change, asked)
 
     async def _watch_other_processes(self) -> None:
-        version = await self._maintain(self._store.data_version)
-        while not self.stopping:
-            await self._polled.wait()
-            self._hurry.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(self._poll_intervals, default=MIN_POLL_INTERVAL)):
-                    await self._hurry.wait()
-                    continue  # with the interval of the one who came
+        while True:
             with logged_problems("watch other processes"):
-                latest = await self._maintain(self._store.data_version)
-                if latest != version:
-                    await self._maintain(self._refresh)
-                    version = latest
+                async with aclosing(self._store.changed_elsewhere()) as changes:
+                    async for _ in changes:
+                        await self._refresh()
 
     async def _refresh(self) -> None:
-        """Bring every channel up to date; on the writer, so that no commit comes in between."""
-        watched = {thread_id: list(channel.watched) for thread_id, channel in self._channels.items()}
-        latest, found = await self._store.read(
-            lambda snapshot: (
-                snapshot.latest_thread(),
-                [(snapshot.head(key), snapshot.ended(key, ids)) for key, ids in watched.items()],
-            )
-        )
-        for thread_id, (head, ended) in zip(watched, found, strict=True):
-            if channel := self._channels.get(thread_id):
-                channel.refresh(head, latest, ended)
+        """Bring every tail up to date. What is committed in the meantime is told of after this."""
+        tails = [
+            (thread_id, message_id, tail, tail.generation)
+            for thread_id, tail in self._tails.items()
+            for message_id in (None, *tail.uploads.values())
+        ]
+        states = await self._store.states([(thread_id, message_id) for thread_id, message_id, _, _ in tails])
+        for (thread_id, message_id, tail, generation), state in zip(tails, states, strict=True):
+            if generation not in (0, state.generation):
+                self._retire(thread_id, tail)
+            elif message_id is not None and state.ended:
+                tail.cut(message_id)
+            elif tail.generation in (0, state.generation):
+                tail.renew(state)
 
     async def _clean_up_forever(self) -> None:
-        while not self.stopping:
+        while True:
             with logged_problems("clean up"):
                 await self._clean_up()
             interval = self.settings.cleanup_interval
-            await asyncio.sleep(min(interval, BUSY_TIMEOUT) if self._scrub_owed else interval)
+            await asyncio.sleep(min(interval, BUSY_TIMEOUT) if self._erasure_owed else interval)
 
     async def _clean_up(self) -> None:
         untouched_since = now_ms() - round(self.settings.ttl * 1000)
-        while untouched_since >= self._clock_set_at() and (
-            expired := await self._store.read(lambda snapshot: snapshot.idle_threads(untouched_since))
-        ):
-            for thread_id in expired:
-                with contextlib.suppress(NotFound):  # touched or cleared in the meantime
-                    await self._submit(ClearThread(thread_id, untouched_since))
-                    self.metrics.expired.inc()
-        await self._erase(at_any_size=True)
+        while untouched_since >= self._clock_set_at() and (expired := await self._store.expire(untouched_since)):
+            self._erasure_owed = True
+            self.listener.expired(expired)
+        await self._erase(at_any_cost=True)
+
+    async def _erase(self, at_any_cost: bool = False) -> None:
+        self._erasure_owed = True
+        self._erasure_owed = not await self._store.erase(at_any_cost)
 
     def _clock_set_at(self) -> int:
         """When the clock was last set, by its own new time (ms); what is older cannot be told apart by age."""
@@ -2493,34 +2514,29 @@ class ChunkBuffer:
             self._clock_offset, self._clock_set_ms = offset, now_ms()
         return self._clock_set_ms
 
-    async def _erase(self, at_any_size: bool = False) -> None:
-        """Where another process reads, its snapshot keeps the WAL: wait a while, then leave it owed."""
-        async with self._erasing:
-            while await self._maintain(self._store.erase_some):
-                self._scrub_owed = True
-            give_up = asyncio.get_running_loop().time() + BUSY_TIMEOUT
-            while self._scrub_owed or at_any_size:
-                self._scrub_owed = not await self._maintain(partial(self._store.scrub, at_any_size))
-                at_any_size = False
-                if self._scrub_owed:
-                    if asyncio.get_running_loop().time() >= give_up:
-                        return
-                    await asyncio.sleep(SCRUB_PAUSE)
-
     async def _abort_idle_messages_forever(self) -> None:
         timeout = self.settings.producer_timeout
-        while timeout and not self.stopping:
+        while timeout:
             await asyncio.sleep(min(max(timeout / 10, 0.02), 5))
             untouched_since = now_ms() - round(timeout * 1000)
             if untouched_since < max(self._started_ms, self._clock_set_at()):
                 continue  # while the service was down nobody could append
             with logged_problems("abort idle messages"):
-                await self._abort_idle_messages(untouched_since)
+                for thread_id, message_id in await self._store.idle_messages(untouched_since):
+                    with contextlib.suppress(NotFound, Conflict):  # touched or ended in the meantime
+                        await self._store.end_message(
+                            thread_id, message_id, "aborted", PRODUCER_TIMEOUT, untouched_since
+                        )
 
-    async def _abort_idle_messages(self, untouched_since: int) -> None:
-        for thread_id, message_id in await self._store.read(lambda snapshot: snapshot.idle_messages(untouched_since)):
-            with contextlib.suppress(NotFound, Conflict):  # touched or ended in the meantime
-                await self._submit(EndMessage(thread_id, message_id, "aborted", PRODUCER_TIMEOUT, untouched_since))
+    async def check_ready(self) -> None:
+        """Raises Unavailable or DatabaseFull unless the store answers and takes writes."""
+        if self._probe is None or self._probe.done():  # those who ask at the same time share one answer
+            self._probe = asyncio.create_task(self._store.probe())
+        await asyncio.shield(self._probe)
+
+    async def measure(self) -> tuple[int, int, int]:
+        """Bytes of the database file and of its WAL, and how many messages are active."""
+        return await self._store.measure()
 
 
 def ms_since_boot() -> int:
@@ -2528,59 +2544,49 @@ def ms_since_boot() -> int:
     return time.clock_gettime_ns(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)) // 1_000_000
 
 
-class Seat:
-    """One of ``max_readers``: taken at once, free when its stream is over, or dropped unread."""
+async def gathered(source: AsyncIterable[T], ahead: int) -> AsyncGenerator[list[T], None]:
+    """All that a source has yielded since the consumer last asked, of at most ``ahead`` items; closes it."""
+    waiting: list[T] = []
+    filled, emptied = asyncio.Event(), asyncio.Event()
 
-    def __init__(self, buffer: ChunkBuffer) -> None:
-        buffer.readers += 1
-        self.close = weakref.finalize(self, self._free, buffer)
+    async def pull() -> None:
+        async for item in source:
+            waiting.append(item)
+            filled.set()
+            if len(waiting) >= ahead:
+                emptied.clear()
+                await emptied.wait()
 
-    @staticmethod
-    def _free(buffer: ChunkBuffer) -> None:
-        buffer.readers -= 1
-
-
-class Quiet:
-    """When a reader to whom nothing comes is due a heartbeat, and when its time is up."""
-
-    def __init__(self, settings: Settings, idle_timeout: float | None, heartbeat: float | None, expires: float) -> None:
-        self._idle_timeout = (settings.idle_timeout if idle_timeout is None else idle_timeout) or math.inf
-        self._heartbeat = (settings.heartbeat if heartbeat is None else heartbeat) or math.inf
-        self._now = asyncio.get_running_loop().time
-        self._expires = self._now() + expires - time.time()
-        self.broken()
-
-    def broken(self) -> None:
-        self._since = self._last_sent = self._now()
-
-    def is_expired(self) -> bool:
-        return self._now() >= self._expires
-
-    def until(self) -> float | None:
-        soonest = min(self._since + self._idle_timeout, self._last_sent + self._heartbeat, self._expires)
-        return None if soonest == math.inf else soonest
-
-    def due(self) -> Signal | None:
-        now = self._now()
-        if now >= self._expires:
-            return Signal.EXPIRED
-        if now >= self._since + self._idle_timeout:
-            return Signal.TIMEOUT
-        if now >= self._last_sent + self._heartbeat:
-            self._last_sent = now
-            return Signal.HEARTBEAT
-        return None
+    pulling = asyncio.create_task(pull())
+    pulling.add_done_callback(lambda _: filled.set())
+    try:
+        while waiting or not pulling.done():
+            await filled.wait()
+            filled.clear()
+            items = waiting.copy()
+            waiting.clear()
+            emptied.set()
+            if items:
+                yield items
+        pulling.result()
+    finally:
+        pulling.cancel()
+        await asyncio.wait([pulling])
+        if not pulling.cancelled():
+            pulling.exception()  # looked at, whether or not anybody is there to be told
+        if aclose := getattr(source, "aclose", None):
+            await aclose()
 
 
-def pick(pages: Sequence[Page], message_id: str | None, skip: int) -> Page | None:
+def page_for(message_id: str | None, pages: Sequence[Page], skip: int) -> Page | None:
     """The pages as one reader needs them, or None if there is nothing in them for it."""
     parts = [page for page in pages if page.entries and message_id in (None, page.entries[0].message_id)]
     if not parts:
         return None
     page = parts[0]
-    first = page.entries[0]
-    if skip and isinstance(first, StoredChunk):
-        rest = msgspec.structs.replace(first, content=first.content.encode()[skip:].decode())
+    chunk = page.entries[0]
+    if skip and isinstance(chunk, StoredChunk):
+        rest = msgspec.structs.replace(chunk, content=chunk.content.encode()[skip:].decode())
         parts[0] = Page(page.generation, page.last_seq, [rest, *page.entries[1:]])
     return Page.joined(parts)
 
@@ -2590,15 +2596,10 @@ def logged_problems(task: str) -> Iterator[None]:
     """A periodic task goes on after an error, since its cause may go away."""
     try:
         yield
+    except Stopping:
+        return
     except Problem as error:
-        if isinstance(error, Stopping):
-            return
         log.warning("%s failed, and will be tried again: %s", task, error)
-
-
-def checked_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise BadRequest(f"{name}={value} is out of range; it goes from {low:g} to {high:g}.")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2611,63 +2612,7 @@ UNDECODABLE = (msgspec.DecodeError, UnicodeError, RecursionError)  # the last fo
 RETRY = b"retry: 1000\n"
 HEARTBEAT = b": hb\n"  # with no blank line after it: some clients dispatch an empty event for one
 SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-
-
-def sse_event(event: str, data: bytes = b"{}") -> bytes:
-    """A frame with no id. Browsers do not dispatch an event without data (HTML, 9.2.6)."""
-    return b"event: %s\ndata: %s\n\n" % (event.encode(), data)
-
-
-def sse_frames(page: Page) -> list[bytes]:
-    """The page's entries as server-sent events (HTML, 9.2), in one piece.
-
-    LF line ends, and data on one line, as a line end inside JSON is always escaped.
-    """
-    generation = page.generation
-    names: dict[str, bytes] = {}
-    frames = []
-    for entry in page.entries:
-        if isinstance(entry, MessageEnd):
-            frames.append(b"id: %d-%d\nevent: complete\ndata: %s\n\n" % (generation, entry.seq, encode_json(entry)))
-            continue
-        if (name := names.get(entry.message_id)) is None:
-            name = names[entry.message_id] = encode_json(entry.message_id)
-        event = b"" if entry.event is None else b"event: %s\n" % entry.event.encode()
-        frames.append(
-            b'id: %d-%d\n%sdata: {"content":%s,"timestamp":%d,"messageId":%s,"seq":%d}\n\n'
-            % (generation, entry.seq, event, encode_json(entry.content), entry.timestamp, name, entry.seq)
-        )
-    return [b"".join(frames)]
-
-
-async def sse(items: AsyncGenerator[Page | Signal, None], metrics: Metrics) -> AsyncGenerator[bytes, None]:
-    """What a reader is sent. The first line goes at once, so that headers and bytes flow."""
-    yield RETRY
-    async with aclosing(items):
-        try:
-            async for item in items:
-                if isinstance(item, Page):
-                    frames = b"".join(item.encoded(sse_frames))
-                    metrics.bytes_out.inc(len(frames))
-                    yield frames
-                elif item is Signal.HEARTBEAT:
-                    yield HEARTBEAT
-                elif item is Signal.EXPIRED:
-                    raise token_expired()
-                else:
-                    yield sse_event(item.value)
-        except Problem as problem:
-            yield sse_event("error", encode_json(problem_document(problem)))
-
-
-def ws_entries(page: Page) -> list[bytes]:
-    """The page's entries as WebSocket messages, less their first member, the subscriber's id."""
-    frames = []
-    for entry in page.entries:
-        kind = b"complete" if isinstance(entry, MessageEnd) else b"chunk"
-        cursor = b"%d-%d" % (page.generation, entry.seq)
-        frames.append(b'"type":"%s","cursor":"%s",%s' % (kind, cursor, encode_json(entry)[1:]))
-    return frames
+LINE_END = re.compile("\r\n|\n|\r")
 
 
 def problem_document(problem: ProblemDetailsException) -> dict[str, Any]:
@@ -2675,8 +2620,96 @@ def problem_document(problem: ProblemDetailsException) -> dict[str, Any]:
     return {"status": problem.status_code, "title": problem.title, "detail": problem.detail, **members}
 
 
+class ServerSentEvents:
+    """Entries and signals as server-sent events (HTML, 9.2), with LF line ends, and JSON as their data.
+
+    Data is on one line, as a line end inside JSON is always escaped, and never missing: browsers
+    do not dispatch an event without it (HTML, 9.2.6). Only what has a place has an id.
+    """
+
+    def frames(self, page: Page) -> list[bytes]:
+        generation = page.generation
+        names: dict[str, bytes] = {}
+        frames = []
+        for entry in page.entries:
+            if isinstance(entry, MessageEnd):
+                frames.append(b"id: %d-%d\nevent: complete\ndata: %s\n\n" % (generation, entry.seq, encode_json(entry)))
+                continue
+            if (name := names.get(entry.message_id)) is None:
+                name = names[entry.message_id] = encode_json(entry.message_id)
+            event = b"" if entry.event is None else b"event: %s\n" % entry.event.encode()
+            frames.append(
+                b'id: %d-%d\n%sdata: {"content":%s,"timestamp":%d,"messageId":%s,"seq":%d}\n\n'
+                % (generation, entry.seq, event, encode_json(entry.content), entry.timestamp, name, entry.seq)
+            )
+        return [b"".join(frames)]
+
+    def signal(self, signal: Signal, problem: Problem | None = None) -> bytes:
+        if signal is Signal.HEARTBEAT:
+            return HEARTBEAT
+        return self.event(signal.value, problem_document(problem) if problem else {})
+
+    def event(self, name: str, data: Any) -> bytes:
+        return b"event: %s\ndata: %s\n\n" % (name.encode(), encode_json(data))
+
+
+class RawEvents:
+    """Chunks as server-sent events whose data is their content, and nothing of our own besides the id.
+
+    What a client expects that knows only its producer. A line end inside the content divides the
+    data into lines, which readers join with LF (HTML, 9.2.6).
+    """
+
+    def frames(self, page: Page) -> list[bytes]:
+        frames = []
+        for entry in page.entries:
+            if isinstance(entry, StoredChunk):
+                event = "" if entry.event is None else f"event: {entry.event}\n"
+                data = "\ndata: ".join(LINE_END.split(entry.content))
+                frames.append(f"id: {page.generation}-{entry.seq}\n{event}data: {data}\n\n".encode())
+        return [b"".join(frames)]
+
+    def signal(self, signal: Signal, problem: Problem | None = None) -> bytes:
+        return HEARTBEAT if signal is Signal.HEARTBEAT else b""
+
+
+SERVER_SENT = ServerSentEvents()
+RAW = RawEvents()
+
+
+class BrokenOff(Exception):
+    """The body is to be broken off, as its end would be taken for a complete answer (RFC 9112, 8)."""
+
+
+async def sent(
+    items: AsyncGenerator[Page | Signal, None], form: Format, listener: Listener
+) -> AsyncGenerator[bytes, None]:
+    """What a reader is sent. The first line goes at once, so that headers and bytes flow.
+
+    Raises BrokenOff where the format has no word for an end that is not that of a completed message.
+    """
+    yield RETRY
+    completed = False
+    async with aclosing(items):
+        try:
+            async for item in items:
+                if isinstance(item, Page):
+                    end = item.entries[-1]
+                    completed = isinstance(end, MessageEnd) and end.status == "completed"
+                    frames = b"".join(item.encoded(form))
+                    listener.sent(len(frames))
+                    yield frames
+                elif item is Signal.EXPIRED:
+                    raise token_expired()
+                else:
+                    yield form.signal(item)
+        except Problem as problem:
+            yield form.signal(Signal.ERROR, problem)
+    if form is RAW and not completed:
+        raise BrokenOff
+
+
 CHUNKS = msgspec.json.Decoder(Chunk | list[Chunk])
-LINES = msgspec.json.Decoder(Chunk)
 
 
 def chunks_from_json(body: bytes) -> list[Chunk]:
@@ -2696,170 +2729,52 @@ def invalid_json(text: bytes, error: Exception, where: str = "The body") -> Inva
     return InvalidContent(f'{where} is not a chunk like {{"content": "text"}}: {error}.')
 
 
-class Lines:
-    """Chunks from NDJSON that arrives in pieces: one on each line, of any length up to ``max_line``."""
-
-    def __init__(self, max_line: int) -> None:
-        self._max_line = max_line
-        self._rest = bytearray()
-        self._whole = b""
-        self._lines = 0  # those before what is whole now
-
-    def feed(self, piece: bytes, is_last: bool) -> tuple[list[Chunk], Problem | None]:
-        """The chunks of the lines that are whole now, and what is wrong with the line after them."""
-        self._lines += self._whole.count(b"\n")
-        cut = len(piece) if is_last else piece.rfind(b"\n") + 1
-        if cut or is_last:
-            self._whole = bytes(self._rest) + piece[:cut]
-            self._rest = bytearray(piece[cut:])
-        else:
-            self._whole = b""
-            self._rest += piece
-        chunks, problem = self._decode()
-        if problem is None and len(self._rest) > self._max_line:
-            problem = TooLarge(
-                f"{self.where(len(chunks))} has over {self._max_line} bytes, more than any chunk of max_chunk; send it"
-                " in parts."
-            )
-        return chunks, problem
-
-    def where(self, number: int) -> str:
-        """The line of a chunk, by its number (from 0) among those that are whole now."""
-        lines = [line for line, text in enumerate(self._whole.split(b"\n"), self._lines + 1) if text.strip()]
-        after = self._lines + self._whole.count(b"\n") + 1
-        return f"Line {lines[number] if number < len(lines) else after}"
-
-    def _decode(self) -> tuple[list[Chunk], Problem | None]:
-        try:
-            return LINES.decode_lines(self._whole), None
-        except UNDECODABLE:
-            chunks: list[Chunk] = []
-            for line in self._whole.split(b"\n"):
-                try:
-                    chunks += LINES.decode_lines(line)
-                except UNDECODABLE as error:
-                    return chunks, invalid_json(line, error, self.where(len(chunks)))
-            raise
-
-
-class Text:
-    """Chunks from plain text that arrives in pieces: each becomes one, never cutting a character."""
-
-    def __init__(self, max_chunk: int, known: str, is_whole: bool) -> None:
-        self._is_whole = is_whole  # then nothing of what is known may be missing
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._max_characters = max(max_chunk // 4, 1)
-        self._known = known
-
-    def feed(self, piece: bytes, is_last: bool) -> tuple[list[Chunk], Problem | None]:
-        """The chunks that are whole now, less the ``known`` text that a retry sends again."""
-        try:
-            text = self._decoder.decode(piece, final=is_last)
-        except UnicodeDecodeError as error:
-            return [], InvalidContent(f"The body is not valid UTF-8: {error.reason}.")
-        known, self._known = self._known[: len(text)], self._known[len(text) :]
-        if not text.startswith(known) or (is_last and self._is_whole and self._known):
-            return [], Conflict("Another text is stored from this index on: another producer writes to this message.")
-        text = text[len(known) :]
-        step = self._max_characters
-        return [Chunk(text[start : start + step]) for start in range(0, len(text), step)], None
-
-    def where(self, number: int) -> str:
-        return "The text"
-
-
 # ---------------------------------------------------------------------------------------------
 # The routes
 # ---------------------------------------------------------------------------------------------
-
 
 READ = frozenset({"read"})
 WRITE = frozenset({"write"})
 ABORT = frozenset({"abort", "write"})
 ADMIN = frozenset({"admin"})
-ANYONE = Grant()  # what everybody may do where there is no secret
 SCOPES = ("read", "write", "abort", "admin")
 
 
-class Claims(msgspec.Struct, frozen=True):
-    """Those of a token (RFC 7519) that count here."""
+class Grant(Record, frozen=True):
+    """What a caller may do.
 
-    exp: float
-    scope: str = ""
-    threads: tuple[str, ...] | None = None
-
-
-def token_for(secret: str, grant: Grant) -> str:
-    claims: dict[str, Any] = {"exp": int(grant.expires), "scope": " ".join(sorted(grant.scope))}
-    if grant.threads is not None:
-        claims["threads"] = list(grant.threads)
-    return jwt.encode(claims, secret, algorithm="HS256")
-
-
-def grant_of(token: str, secret: str) -> Grant:
-    """What a token allows; its signature is compared in constant time. Raises Unauthorized."""
-    try:
-        claims = msgspec.convert(jwt.decode(token, secret, algorithms=["HS256"], options={"require": ["exp"]}), Claims)
-    except jwt.ExpiredSignatureError as error:
-        raise token_expired() from error
-    except (jwt.InvalidTokenError, msgspec.ValidationError) as error:
-        raise Unauthorized(
-            f"The token is not valid here ({error}); get one made with this service's secret."
-        ) from error
-    return Grant(frozenset(claims.scope.split()), claims.threads, claims.exp)
-
-
-async def authorize(secret: str, connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
-    """A guard: find out what the caller may do, and whether this call is among it.
-
-    An EventSource and a browser's WebSocket cannot send headers, so for what only reads, and for
-    a WebSocket, the token may be in the query too. Raises Unauthorized or Forbidden.
+    ``scope`` is words of read, write, abort and admin (RFC 8693, 4.2), ``threads`` ids or
+    ``prefix*`` (None: all), ``expires`` seconds since 1970.
     """
-    scopes = handler.opt["scopes"]
-    if scopes is None:
-        return
-    try:
-        connection.scope["auth"] = grant_for(connection, secret, scopes, bool(handler.opt.get("token_in_query")))
-    except Problem as problem:
-        connection.scope["refusal"] = problem  # type: ignore[typeddict-unknown-key]
-        raise
+
+    scope: frozenset[str] = frozenset({"admin"})
+    threads: tuple[str, ...] | None = None
+    expires: float = math.inf
+
+    def covers(self, thread_id: str) -> bool:
+        return self.threads is None or any(
+            thread_id.startswith(pattern[:-1]) if pattern.endswith("*") else thread_id == pattern
+            for pattern in self.threads
+        )
+
+    def has(self, scopes: AbstractSet[str]) -> bool:
+        return "admin" in self.scope or not scopes.isdisjoint(self.scope)
+
+    def require(self, scopes: AbstractSet[str], thread_id: str | None) -> None:
+        """Raises Unauthorized, or Forbidden: the same whether there is such a thread or not."""
+        if time.time() >= self.expires:
+            raise token_expired()
+        if not self.has(scopes):
+            raise Forbidden(f"The token's scope is {' '.join(sorted(self.scope))!r}; this takes {' or '.join(scopes)}.")
+        if thread_id is not None and not self.covers(thread_id):
+            raise Forbidden(f"The token does not cover the thread {thread_id!r}; get one that names it.")
 
 
-def grant_for(
-    connection: ASGIConnection[Any, Any, Any, Any], secret: str, scopes: AbstractSet[str], token_in_query: bool
-) -> Grant:
-    scheme, _, token = connection.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer":
-        token = connection.query_params.get("access_token", "") if token_in_query else ""
-    if not token:
-        raise Unauthorized("This takes a token; send it as 'Authorization: Bearer …'.")
-    grant = grant_of(token.strip(), secret)
-    grant.require(scopes, connection.path_params.get("thread_id"))
-    return grant
-
-
-def guards(settings: Settings) -> list[Guard]:
-    return [partial(authorize, settings.secret)] if settings.secret else []
+ANYONE = Grant()  # what everybody may do where there is no secret
 
 
 def granted(connection: ASGIConnection[Any, Any, Any, Any]) -> Grant:
     return cast(Grant, connection.scope.get("auth", ANYONE))
-
-
-class TokenBody(Record, frozen=True, rename=None, forbid_unknown_fields=True):
-    """``scope`` is words of read, write and abort; ``expires_in`` is seconds, or like ``10m``."""
-
-    scope: str = "read"
-    expires_in: float | str = 900
-
-
-class Token(Record, frozen=True):
-    """``expires_at`` is ms since 1970."""
-
-    token: str
-    scope: str
-    thread_id: str
-    expires_at: int
 
 
 class AbortBody(Record, frozen=True, forbid_unknown_fields=True):
@@ -2885,7 +2800,7 @@ def seconds(name: str, value: str | float | None) -> float | None:
         parsed = parse_duration(value) if isinstance(value, str) else value
     except ValueError as error:
         raise BadRequest(f"{name}: {error}.") from error
-    checked_range(name, parsed, 0, 86400)
+    check_range(name, parsed, 0, 86400)
     return parsed
 
 
@@ -2927,68 +2842,97 @@ async def whole_body(request: Request[Any, Any, Any], limit: int) -> bytes:
     return bytes(body)
 
 
-def appended_response(commit: Commit) -> Response[Appended]:
-    return Response(cast(Appended, commit.answer), status_code=201 if commit.changed else 200)
+class Body(NamedTuple):
+    """The body of an append, still to be read, and where it goes."""
+
+    request: Request[Any, Any, Any]
+    buffer: ChunkBuffer
+    append: Append  # without its chunks
 
 
-def sse_response(buffer: ChunkBuffer, items: AsyncGenerator[Page | Signal, None]) -> Stream:
-    return Stream(sse(items, buffer.metrics), headers=SSE_HEADERS, media_type="text/event-stream", status_code=200)
+async def append_json(body: Body) -> tuple[Appended, bool]:
+    """All or nothing; the answer, and whether anything was new."""
+    buffer, append = body.buffer, body.append
+    await buffer.room()
+    chunks = chunks_from_json(await whole_body(body.request, buffer.settings.max_body))
+    append = buffer.checked_append(
+        append.thread_id, append.message_id, chunks, index=append.index, complete=append.complete
+    )
+    await buffer.room()
+    change = await buffer.append(append)
+    return change.answer, change.changed
+
+
+class EventStream(Response[Any]):
+    """Server-sent events, of which the body is broken off where their iterator raises BrokenOff."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(None)
+        self._events = events
+
+    def to_asgi_response(self, *args: Any, **kwargs: Any) -> ASGIResponse:
+        return StreamedEvents(iterator=self._events, headers=SSE_HEADERS, status_code=200)
+
+
+class StreamedEvents(ASGIStreamingResponse):
+    async def send_body(self, send: Send, receive: Receive) -> None:
+        try:
+            await super().send_body(send, receive)
+        except* BrokenOff:
+            log.debug("the body was broken off")  # as the server closes a connection whose answer is not complete
+
+
+def event_stream(buffer: ChunkBuffer, place: Place, form: Format = SERVER_SENT, **options: Any) -> Response[Any]:
+    """204 where nothing more will come, which tells an EventSource to stop reconnecting (HTML, 9.2.3)."""
+    if place.finished:
+        return Response(None, status_code=204)
+    return EventStream(sent(buffer.follow(place, **options), form, buffer.listener))
 
 
 Buffer = NamedDependency[ChunkBuffer]
 THREAD = "/threads/{thread_id:str}"
 MESSAGE = f"{THREAD}/messages/{{message_id:str}}"
-ThreadId = Annotated[str, PathParameter(description="1 to 200 characters, no control characters, no /")]
-MessageId = Annotated[str, PathParameter(description="1 to 200 characters, no control characters, no /")]
+NAME = "1 to 200 characters, no control characters, no /"
+ThreadId = Annotated[str, PathParameter(description=NAME)]
+MessageId = Annotated[str, PathParameter(description=NAME)]
 ListCursor = Annotated[str | None, QueryParameter(name="cursor", description="as the page before gave it")]
 After = Annotated[str | None, QueryParameter(name="after", description="a cursor as a stream gave it, or a bare seq")]
+FormatName = Annotated[
+    Literal["raw"] | None,
+    QueryParameter(name="format", description="raw: each chunk's content is the data, and no events of our own"),
+]
 
-
-BODY_SCHEMAS, BODY_COMPONENTS = msgspec.json.schema_components(
-    (Chunk | list[Chunk], AbortBody, ResumeBody, TokenBody), ref_template="#/components/schemas/{name}"
-)
+BODY_COMPONENTS: dict[str, Any] = {}
 STREAMED = {"type": "string", "format": "binary"}
 
 
-def body_of(schema: Any, required: bool, *streamed: str) -> RequestBody:
-    content = {"application/json": schema, **dict.fromkeys(streamed, STREAMED)}
-    return RequestBody({kind: OpenAPIMediaType(schema=schema) for kind, schema in content.items()}, required=required)
+def takes(body: Any, *streamed: str, required: bool = True) -> type[OpenAPIOperation]:
+    """For a handler that reads its body itself: what the OpenAPI document says of it."""
+    (schema,), components = msgspec.json.schema_components((body,), ref_template="#/components/schemas/{name}")
+    BODY_COMPONENTS.update(components)
+    schemas = {"application/json": schema, **dict.fromkeys(streamed, STREAMED)}
+    content = {kind: OpenAPIMediaType(schema=cast(Any, schema)) for kind, schema in schemas.items()}
 
+    @dataclass
+    class Takes(OpenAPIOperation):
+        def __post_init__(self) -> None:
+            self.request_body = RequestBody(content, required=required)
 
-# These read their bodies themselves, so the OpenAPI document is told of them here.
-
-
-@dataclass
-class TakesChunks(OpenAPIOperation):
-    def __post_init__(self) -> None:
-        self.request_body = body_of(BODY_SCHEMAS[0], True, "application/x-ndjson", "text/plain")
-
-
-@dataclass
-class TakesReason(OpenAPIOperation):
-    def __post_init__(self) -> None:
-        self.request_body = body_of(BODY_SCHEMAS[1], False)
-
-
-@dataclass
-class TakesKnownContent(OpenAPIOperation):
-    def __post_init__(self) -> None:
-        self.request_body = body_of(BODY_SCHEMAS[2], True)
-
-
-@dataclass
-class TakesScope(OpenAPIOperation):
-    def __post_init__(self) -> None:
-        self.request_body = body_of(BODY_SCHEMAS[3], False)
+    return Takes
 
 
 @put(MESSAGE, summary="Open a message before its first chunk", scopes=WRITE)
 async def open_message(buffer: Buffer, thread_id: ThreadId, message_id: MessageId) -> Response[Appended]:
-    appended, is_new = await buffer.open_message(thread_id, message_id)
-    return Response(appended, status_code=201 if is_new else 200)
+    answer, is_new = await buffer.open_message(thread_id, message_id)
+    return Response(answer, status_code=201 if is_new else 200)
 
 
-@post(MESSAGE + "/chunks", summary="Append chunks", scopes=WRITE, operation_class=TakesChunks)
+@post(
+    MESSAGE + "/chunks",
+    summary="Append chunks",
+    scopes=WRITE,
+    operation_class=takes(Chunk | list[Chunk], "application/x-ndjson", "text/plain"),
+)
 async def append_chunks(
     request: Request[Any, Any, Any],
     buffer: Buffer,
@@ -3001,70 +2945,13 @@ async def append_chunks(
     chunk a line, committed and readable as the lines arrive. Plain text: likewise, a chunk a piece."""
     if request.headers.get("content-encoding", "identity") != "identity":
         raise UnsupportedMediaType("The body is compressed; send it as it is.")
-    kind, parameters = request.content_type
-    if kind == "application/json":
-        await buffer.room()
-        chunks = chunks_from_json(await whole_body(request, buffer.settings.max_body))
-        append = buffer.checked_append(thread_id, message_id, chunks, index=index, complete=complete)
-        return appended_response(await buffer.submit_append(append))
-    begin = buffer.checked_append(thread_id, message_id, [], index=index)
-    decoder: Lines | Text
-    if kind == "application/x-ndjson":
-        decoder = Lines(6 * buffer.settings.max_chunk + 1024)  # JSON takes up to six bytes for one
-    elif kind == "text/plain" and parameters.get("charset", "utf-8").lower() in ("utf-8", "us-ascii"):
-        known, index = await buffer.stored_text(thread_id, message_id, index)
-        begin = msgspec.structs.replace(begin, index=index)
-        decoder = Text(buffer.settings.max_chunk, known, is_whole=complete)
-    else:
-        raise UnsupportedMediaType(
-            f"{request.headers.get('content-type', 'no content type')!r:.80} cannot be appended; send"
-            " application/json, application/x-ndjson, or text/plain in UTF-8."
-        )
-    with answered_early():
-        commit = await append_stream(buffer, begin, body_pieces(request), decoder, complete, granted(request).expires)
-    return appended_response(commit)
-
-
-async def append_stream(
-    buffer: ChunkBuffer,
-    begin: Append,
-    pieces: AsyncGenerator[tuple[bytes, bool], None],
-    decoder: Lines | Text,
-    complete: bool,
-    expires: float,
-) -> Commit:
-    """Commit what each piece of the body brings before reading the next.
-
-    While it is being committed nothing more is read, so that the connection's flow control slows
-    a producer that is too fast. Cut short with a Problem when somebody else ends the message.
-    """
-    append, last, changed = begin, None, False
-    async with buffer.while_active(begin.thread_id, begin.message_id, expires) as lift, aclosing(pieces):
-        async for piece, is_last in pieces:
-            chunks, problem = decoder.feed(piece, is_last)
-            sizes, refusal = buffer.checked_sizes(chunks)
-            if refusal is not None:
-                refusal.detail = f"{decoder.where(len(sizes))} is refused: {refusal.detail}"
-                chunks, problem = chunks[: len(sizes)], refusal
-            ends = complete and is_last and problem is None
-            if chunks or (is_last and problem is None and (ends or last is None)):
-                if ends:
-                    lift()
-                append = buffer.checked_append(
-                    begin.thread_id,
-                    begin.message_id,
-                    chunks,
-                    index=append.index,
-                    complete=ends,
-                    thread=last.thread if last else None,
-                )
-                last = await buffer.submit_append(append)
-                changed = changed or last.changed
-                if append.index is not None:
-                    append = msgspec.structs.replace(append, index=append.index + len(chunks))
-            if problem is not None:
-                raise problem
-    return msgspec.structs.replace(cast(Commit, last), changed=changed)
+    kinds = request.route_handler.opt["bodies"]
+    if (take := kinds.get(request.content_type[0])) is None:
+        kind = request.headers.get("content-type", "no content type")
+        raise UnsupportedMediaType(f"{kind!r:.80} cannot be appended; send {' or '.join(kinds)}.")
+    append = buffer.checked_append(thread_id, message_id, index=index, complete=complete)
+    answer, is_new = await take(Body(request, buffer, append))
+    return Response(answer, status_code=201 if is_new else 200)
 
 
 @post(MESSAGE + "/complete", status_code=200, summary="Complete a message", scopes=WRITE)
@@ -3072,7 +2959,13 @@ async def complete_message(buffer: Buffer, thread_id: ThreadId, message_id: Mess
     return await buffer.complete_message(thread_id, message_id)
 
 
-@post(MESSAGE + "/abort", status_code=200, summary="Abort a message", scopes=ABORT, operation_class=TakesReason)
+@post(
+    MESSAGE + "/abort",
+    status_code=200,
+    summary="Abort a message",
+    scopes=ABORT,
+    operation_class=takes(AbortBody, required=False),
+)
 async def abort_message(
     request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId, message_id: MessageId
 ) -> Appended:
@@ -3080,6 +2973,37 @@ async def abort_message(
     body = await whole_body(request, buffer.settings.max_body)
     reason = decode_body(body, AbortBody).reason if body else None
     return await buffer.abort_message(thread_id, message_id, reason)
+
+
+class Reading(NamedTuple):
+    """What a reader's query asks for."""
+
+    after: str | None
+    follow: bool
+    idle_timeout: str | None
+    poll_interval: str | None
+    form: str | None
+
+
+async def stream(
+    request: Request[Any, Any, Any], buffer: ChunkBuffer, thread_id: str, message_id: str | None, reading: Reading
+) -> Response[Any]:
+    """From Last-Event-ID (which a browser sends when it reconnects), from ``after``, or the start."""
+    options: dict[str, Any] = {
+        "idle_timeout": seconds("idle_timeout", reading.idle_timeout),
+        "poll_interval": seconds("poll_interval", reading.poll_interval),
+        "expires": granted(request).expires,
+    }
+    cursor = request.headers.get("last-event-id") or reading.after
+    place = await buffer.locate(thread_id, message_id, after=cursor, follow=reading.follow)
+    if reading.form is None:
+        return event_stream(buffer, place, **options)
+    if place.reset:
+        raise cursor_gone()  # as this format has no word for it
+    if cursor is not None and place.generation and not reading.follow:
+        page = await buffer.get_chunks(thread_id, message_id, after=cursor)
+        place = msgspec.structs.replace(place, finished=not page.chunks and page.status != "active")
+    return event_stream(buffer, place, RAW, **options)
 
 
 @get(THREAD + "/stream", summary="Follow a thread (SSE)", scopes=READ, token_in_query=True)
@@ -3091,8 +3015,10 @@ async def stream_thread(
     follow: FromQuery[bool] = False,
     idle_timeout: FromQuery[str | None] = None,
     poll_interval: FromQuery[str | None] = None,
+    form: FormatName = None,
 ) -> Response[Any]:
-    return await stream(request, buffer, thread_id, None, after, follow, idle_timeout, poll_interval)
+    """With `follow=true` it waits for a thread not made yet, and for the next message."""
+    return await stream(request, buffer, thread_id, None, Reading(after, follow, idle_timeout, poll_interval, form))
 
 
 @get(MESSAGE + "/stream", summary="Follow a message (SSE)", scopes=READ, token_in_query=True)
@@ -3102,36 +3028,32 @@ async def stream_message(
     thread_id: ThreadId,
     message_id: MessageId,
     after: After = None,
+    follow: FromQuery[bool] = False,
     idle_timeout: FromQuery[str | None] = None,
     poll_interval: FromQuery[str | None] = None,
+    form: FormatName = None,
 ) -> Response[Any]:
-    return await stream(request, buffer, thread_id, message_id, after, False, idle_timeout, poll_interval)
+    """With `follow=true` it waits for a message not made yet."""
+    return await stream(
+        request, buffer, thread_id, message_id, Reading(after, follow, idle_timeout, poll_interval, form)
+    )
 
 
-async def stream(
+@get(THREAD + "/live", summary="Follow the active message of a thread (SSE)", scopes=READ, token_in_query=True)
+async def stream_active_message(
     request: Request[Any, Any, Any],
-    buffer: ChunkBuffer,
-    thread_id: str,
-    message_id: str | None,
-    after: str | None,
-    follow: bool,
-    idle_timeout: str | None,
-    poll_interval: str | None,
+    buffer: Buffer,
+    thread_id: ThreadId,
+    after: After = None,
+    idle_timeout: FromQuery[str | None] = None,
+    poll_interval: FromQuery[str | None] = None,
+    form: FormatName = None,
 ) -> Response[Any]:
-    """From Last-Event-ID (which a browser sends when it reconnects), from ``after``, or the start.
-
-    204 where nothing more will come, which tells an EventSource to stop reconnecting (HTML, 9.2.3).
-    """
-    quiet, poll = seconds("idle_timeout", idle_timeout), seconds("poll_interval", poll_interval)
-    cursor = request.headers.get("last-event-id") or after
-    position = await buffer.locate(thread_id, message_id, after=cursor, follow=follow)
-    if position.finished:
+    """From its start; 204 where none is active. Of several it is the one that began last."""
+    if (message_id := await buffer.get_active_message(thread_id)) is None:
         return Response(None, status_code=204)
-    return sse_response(
-        buffer,
-        buffer.follow(
-            position, follow=follow, idle_timeout=quiet, poll_interval=poll, expires=granted(request).expires
-        ),
+    return await stream(
+        request, buffer, thread_id, message_id, Reading(after, False, idle_timeout, poll_interval, form)
     )
 
 
@@ -3141,7 +3063,7 @@ async def stream(
     summary="Resume a message by the text one has (SSE)",
     scopes=READ,
     token_in_query=True,
-    operation_class=TakesKnownContent,
+    operation_class=takes(ResumeBody),
 )
 async def resume_stream(request: Request[Any, Any, Any], buffer: Buffer) -> Response[Any]:
     body = decode_body(await whole_body(request, buffer.settings.max_body), ResumeBody)
@@ -3150,17 +3072,10 @@ async def resume_stream(request: Request[Any, Any, Any], buffer: Buffer) -> Resp
     quiet, poll = seconds("idle_timeout", body.idle_timeout), seconds("poll_interval", body.poll_interval)
     granted(request).require(READ, body.thread_id)
     try:
-        if body.known_content is not None:
-            position = await buffer.match(body.thread_id, body.message_id, body.known_content)
-        else:
-            cursor = None if body.after is None else str(body.after)
-            position = await buffer.locate(body.thread_id, body.message_id, after=cursor)
+        place = await buffer.locate(body.thread_id, body.message_id, after=body.after, known_content=body.known_content)
     except NotFound:
-        return Stream([RETRY, sse_event("complete", b'{"exists":false}')], headers=SSE_HEADERS, status_code=200)
-    if position.finished:
-        return Response(None, status_code=204)
-    items = buffer.follow(position, idle_timeout=quiet, poll_interval=poll, expires=granted(request).expires)
-    return sse_response(buffer, items)
+        return Stream([RETRY, SERVER_SENT.event("complete", {"exists": False})], headers=SSE_HEADERS, status_code=200)
+    return event_stream(buffer, place, idle_timeout=quiet, poll_interval=poll, expires=granted(request).expires)
 
 
 @get(THREAD + "/chunks", summary="Read chunks by pages, or by a long poll", scopes=READ, token_in_query=True)
@@ -3200,7 +3115,7 @@ async def get_threads(
     limit: FromQuery[int] = 100,
     list_cursor: ListCursor = None,
 ) -> ThreadPage:
-    return await buffer.get_threads(status, limit, list_cursor, granted(request).covers)
+    return await buffer.get_threads(status, limit, list_cursor, granted(request).threads)
 
 
 @delete(THREAD, summary="Forget a thread, and erase its text", scopes=ADMIN)
@@ -3208,219 +3123,121 @@ async def clear_thread_buffer(buffer: Buffer, thread_id: ThreadId) -> None:
     await buffer.clear_thread_buffer(thread_id)
 
 
-@post(THREAD + "/tokens", summary="Mint a short-lived token for a browser", scopes=WRITE, operation_class=TakesScope)
-async def mint_token(request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId) -> Token:
-    """For this thread alone, and no wider than one's own; for up to a day."""
-    body = await whole_body(request, buffer.settings.max_body)
-    wanted = decode_body(body, TokenBody) if body else TokenBody()
-    own = granted(request)
-    if not buffer.settings.secret:
-        raise BadRequest("Authentication is off, so there are no tokens; start the service with a secret.")
-    if checked_id("thread_id", thread_id).endswith("*"):
-        raise BadRequest("A thread whose id ends in '*' cannot have a token of its own, as that would be a pattern.")
-    scope = frozenset(wanted.scope.split())
-    if not scope or not scope <= set(SCOPES):
-        raise InvalidContent(f"{wanted.scope!r:.80} is not a scope; use words of {', '.join(SCOPES)}.")
-    if not ("admin" in own.scope or scope <= own.scope | ({"abort"} if "write" in own.scope else set())):
-        raise Forbidden("A token cannot allow more than the one it is made with; ask for less.")
-    lifetime = cast(float, seconds("expires_in", wanted.expires_in))
-    grant = Grant(scope, (thread_id,), min(time.time() + lifetime, own.expires))
-    token = token_for(buffer.settings.secret, grant)
-    return Token(token, " ".join(sorted(scope)), thread_id, int(grant.expires) * 1000)
+@get("/health/live", summary="The process answers")
+async def live() -> dict[str, str]:
+    return {"status": "ok"}
 
 
-UNREAD_ANSWERS = 32  # of appends on one WebSocket, past which it is not read on
-
-
-class Subscribe(Record, frozen=True, rename=None, tag="subscribe", forbid_unknown_fields=True):
-    id: str | int
-    thread_id: str
-    message_id: str | None = None
-    after: str | int | None = None
-    known_content: str | None = None
-    follow: bool = False
-    idle_timeout: float | str | None = None
-    poll_interval: float | str | None = None
-
-
-class Unsubscribe(Record, frozen=True, rename=None, tag="unsubscribe", forbid_unknown_fields=True):
-    id: str | int
-
-
-class AppendFrame(Record, frozen=True, rename=None, tag="append", forbid_unknown_fields=True):
-    id: str | int
-    thread_id: str
-    message_id: str
-    chunks: list[Chunk]
-    index: int | None = None
-    complete: bool = False
-
-
-class AbortFrame(Record, frozen=True, rename=None, tag="abort", forbid_unknown_fields=True):
-    id: str | int
-    thread_id: str
-    message_id: str
-    reason: str | None = None
-
-
-FRAMES = msgspec.json.Decoder(Subscribe | Unsubscribe | AppendFrame | AbortFrame)
-
-
-class Conversation:
-    """One WebSocket: many subscriptions, each a reader of its own, and appends in their order."""
-
-    def __init__(self, socket: WebSocket[Any, Any, Any], buffer: ChunkBuffer) -> None:
-        self._socket = socket
-        self._buffer = buffer
-        self._grant = granted(socket)
-        self._subscriptions: dict[str | int, asyncio.Task[None]] = {}
-        self._appends: set[asyncio.Task[None]] = set()
-        self._closed = False
-
-    async def hold(self) -> None:
-        try:
-            while True:
-                await self._take(await self._socket.receive_data("text"))
-        except WebSocketDisconnect:
-            log.debug("WebSocket closed")
-        finally:
-            self._closed = True
-            for task in self._subscriptions.values():
-                task.cancel()
-
-    async def _take(self, text: str | bytes) -> None:
-        # Not read on while too much is waiting to be committed or told, so that the producer is slowed.
-        identity: str | int | None = None
-        try:
-            await self._buffer.room()
-            if len(self._appends) >= UNREAD_ANSWERS:
-                await asyncio.wait(self._appends, return_when=asyncio.FIRST_COMPLETED)
-            frame = decode_frame(text)
-            identity = frame.id
-            match frame:
-                case Subscribe():
-                    self._subscribe(frame)
-                case Unsubscribe():
-                    await self._unsubscribe(frame)
-                case AppendFrame():
-                    self._append(frame)
-                case AbortFrame():
-                    self._grant.require(ABORT, frame.thread_id)
-                    answer = await self._buffer.abort_message(frame.thread_id, frame.message_id, frame.reason)
-                    await self._send("aborted", frame.id, answer)
-        except Problem as problem:
-            await self._send("error", identity or identity_of(text), problem_document(problem))
-
-    def _subscribe(self, frame: Subscribe) -> None:
-        self._grant.require(READ, frame.thread_id)
-        if frame.id in self._subscriptions:
-            raise Conflict(f"The id {frame.id!r} has a subscription already; unsubscribe it, or use another id.")
-        if frame.known_content is not None and (frame.message_id is None or frame.after is not None):
-            raise BadRequest("known_content goes with a message_id, and not with after.")
-        self._subscriptions[frame.id] = asyncio.create_task(self._follow(frame))
-
-    async def _unsubscribe(self, frame: Unsubscribe) -> None:
-        if (task := self._subscriptions.pop(frame.id, None)) is None:
-            raise NotFound(f"There is no subscription with the id {frame.id!r}.")
-        task.cancel()
-        await asyncio.wait([task])
-        await self._send("unsubscribed", frame.id)
-
-    def _append(self, frame: AppendFrame) -> None:
-        self._grant.require(WRITE, frame.thread_id)
-        append = self._buffer.checked_append(
-            frame.thread_id, frame.message_id, frame.chunks, index=frame.index, complete=frame.complete
-        )
-        task = asyncio.create_task(self._acknowledge(frame.id, self._buffer.queue_append(append)))
-        self._appends.add(task)
-        task.add_done_callback(self._appends.discard)
-
-    async def _acknowledge(self, identity: str | int, committing: asyncio.Future[Commit]) -> None:
-        try:
-            answer = (await committing).answer
-            del committing  # and with it what was appended, as its producer may be slow to read this
-            await self._send("appended", identity, answer)
-        except Problem as problem:
-            await self._send("error", identity, problem_document(problem))
-
-    async def _follow(self, frame: Subscribe) -> None:
-        try:
-            await self._deliver(frame)
-        except Problem as problem:
-            await self._send("error", frame.id, problem_document(problem))
-        del self._subscriptions[frame.id]
-        if not self._buffer.stopping:  # then the client is to come back, and go on
-            await self._send("unsubscribed", frame.id)
-
-    async def _deliver(self, frame: Subscribe) -> None:
-        if frame.known_content is not None:
-            position = await self._buffer.match(frame.thread_id, cast(str, frame.message_id), frame.known_content)
-        else:
-            after = None if frame.after is None else str(frame.after)
-            position = await self._buffer.locate(frame.thread_id, frame.message_id, after=after, follow=frame.follow)
-        if position.finished:
-            return
-        items = self._buffer.follow(
-            position,
-            follow=frame.follow,
-            heartbeat=0,  # WebSocket has pings
-            idle_timeout=seconds("idle_timeout", frame.idle_timeout),
-            poll_interval=seconds("poll_interval", frame.poll_interval),
-            expires=self._grant.expires,
-        )
-        start = b'{"id":%s,' % encode_json(frame.id)
-        async with aclosing(items):
-            async for item in items:
-                if isinstance(item, Page):
-                    for rest in item.encoded(ws_entries):
-                        self._buffer.metrics.bytes_out.inc(len(rest))
-                        await self._send_text(start + rest)
-                elif item is Signal.EXPIRED:
-                    raise token_expired()
-                else:
-                    await self._send(item.value, frame.id)
-
-    async def _send(self, kind: str, identity: str | int | None, payload: Any = None) -> None:
-        members = msgspec.to_builtins(payload) if payload is not None else {}
-        await self._send_text(encode_json({**members, "type": kind, "id": identity}))
-
-    async def _send_text(self, text: bytes) -> None:
-        """Waits while the reader is slow, which holds up nobody else."""
-        if not self._closed:
-            try:
-                await self._socket.send_text(text.decode())
-            except OSError:  # how uvicorn tells that the connection is lost
-                self._closed = True
-
-
-def identity_of(text: str | bytes) -> str | int | None:
-    """The id of a frame, if it has one, however wrong the rest is."""
-    with contextlib.suppress(ValueError, RecursionError):  # of the standard library, as it takes lone surrogates
-        frame = json.loads(text)
-        if isinstance(frame, dict) and isinstance(identity := frame.get("id"), (str, int)):
-            return identity.encode(errors="replace").decode() if isinstance(identity, str) else identity
-    return None
-
-
-def decode_frame(text: str | bytes) -> Subscribe | Unsubscribe | AppendFrame | AbortFrame:
-    """Raises InvalidContent."""
-    try:
-        return cast(Subscribe | Unsubscribe | AppendFrame | AbortFrame, FRAMES.decode(text))
-    except UNDECODABLE as error:
-        raise InvalidContent(
-            f"This is not a frame ({error}); send subscribe, unsubscribe, append or abort, each with an id."
-        ) from error
-
-
-@websocket("/ws", scopes=frozenset(SCOPES), token_in_query=True)
-async def converse(socket: WebSocket[Any, Any, Any], buffer: Buffer) -> None:
-    await socket.accept()
-    await Conversation(socket, buffer).hold()
+@get("/health/ready", summary="The database answers and takes writes", scopes=None)
+async def ready(buffer: Buffer) -> dict[str, str]:
+    await buffer.check_ready()
+    return {"status": "ok"}
 
 
 # ---------------------------------------------------------------------------------------------
 # The app
 # ---------------------------------------------------------------------------------------------
+
+EXTRAS = ("logs", "tokens", "metrics", "page", "websocket", "uploads", "operate")
+
+
+def found_extras() -> Iterator[ModuleType]:
+    """Those that are beside this file; each has some of ``mount``, ``add_commands`` and ``set_up``."""
+    for name in EXTRAS:
+        try:
+            yield importlib.import_module(f"resume_stream.extras.{name}")
+        except ModuleNotFoundError as error:
+            if error.name not in ("resume_stream.extras", f"resume_stream.extras.{name}"):
+                raise
+
+
+class Parts:
+    """What the service is put together from; each extra adds to it.
+
+    ``api`` is mounted below ``/api``, ``root`` below ``/``, where ``pages`` are open to everybody.
+    ``bodies`` says by content type how the body of an append is taken. What is in ``on_start`` is
+    called once the service listens, what is in ``on_stop`` as soon as it is told to stop.
+    """
+
+    def __init__(self, buffer: ChunkBuffer) -> None:
+        self.buffer = buffer
+        self.api: list[Any] = [
+            open_message,
+            append_chunks,
+            complete_message,
+            abort_message,
+            stream_thread,
+            stream_message,
+            stream_active_message,
+            resume_stream,
+            get_chunks,
+            get_accumulated_content,
+            get_thread_status,
+            get_threads,
+            clear_thread_buffer,
+        ]
+        self.root: list[Any] = [ready]
+        self.pages: list[Any] = [live]
+        self.bodies: dict[str, Callable[[Body], Awaitable[tuple[Appended, bool]]]] = {"application/json": append_json}
+        self.guards: list[Guard] = []
+        self.middleware: list[DefineMiddleware] = [DefineMiddleware(Gate, settings=buffer.settings)]
+        self.openapi_pages: list[OpenAPIRenderPlugin] = []
+        self.on_start: list[Callable[[], None]] = []
+        self.on_stop: list[Callable[[], None]] = []
+        for extra in found_extras():
+            if hasattr(extra, "mount"):
+                extra.mount(self)
+        if buffer.settings.secret and not self.guards:
+            raise StartupError(
+                "there is a secret, and nothing here that knows of tokens; put extras/tokens.py in place"
+            )
+
+    def router(self, path: str, handlers: Sequence[Any]) -> Router:
+        return Router(
+            path,
+            route_handlers=handlers,
+            guards=self.guards,
+            dependencies={"buffer": Provide(lambda: self.buffer, use_cache=True, sync_to_thread=False)},
+            exception_handlers=ERROR_ANSWERS,
+            opt={"bodies": self.bodies},
+        )
+
+
+def router(buffer: ChunkBuffer, path: str = "/api") -> Router:
+    """The routes, for one's own Litestar app, which also has to enter the buffer::
+
+        buffer = ChunkBuffer(Settings(db="answers.db"))
+        app = Litestar([router(buffer)], lifespan=[buffer])
+
+    On shutdown call ``buffer.stop()`` as early as you can: a server waits for open streams first.
+    """
+    parts = Parts(buffer)
+    return parts.router(path, parts.api)
+
+
+def create_app(settings: Settings | None = None) -> Litestar:
+    """The service as an ASGI app that opens its own database."""
+    buffer = ChunkBuffer(settings)
+    return app_of(Parts(buffer), lifespan=[buffer])
+
+
+def app_of(parts: Parts, lifespan: Sequence[AbstractAsyncContextManager[Any]] = ()) -> Litestar:
+    settings, bearer = parts.buffer.settings, SecurityScheme(type="http", scheme="bearer", bearer_format="JWT")
+    return Litestar(
+        [parts.router("/api", parts.api), parts.router("/", parts.root), *parts.pages],
+        lifespan=list(lifespan),
+        middleware=parts.middleware,
+        cors_config=CORSConfig(allow_origins=list(settings.cors_origins)) if settings.cors_origins else None,
+        openapi_config=OpenAPIConfig(
+            title="resume-stream",
+            version=__version__,
+            components=Components(schemas=BODY_COMPONENTS, security_schemes={"bearerAuth": bearer}),
+            security=[{"bearerAuth": []}],
+            render_plugins=parts.openapi_pages or [JsonRenderPlugin()],
+        ),
+        exception_handlers=ERROR_ANSWERS,
+        logging_config=None,
+    )
 
 
 def answer_problem(request: Request[Any, Any, Any], problem: ProblemDetailsException) -> Response[Any]:
@@ -3446,90 +3263,8 @@ def answer_http_error(request: Request[Any, Any, Any], error: HTTPException) -> 
 ERROR_ANSWERS: ExceptionHandlersMap = {ProblemDetailsException: answer_problem, HTTPException: answer_http_error}
 
 
-def router(buffer: ChunkBuffer, path: str = "/api") -> Router:
-    """The routes, for one's own Litestar app, which also has to enter the buffer::
-
-        buffer = ChunkBuffer(Settings(db="answers.db"))
-        app = Litestar([router(buffer)], lifespan=[buffer])
-
-    On shutdown call ``buffer.stop()`` as early as you can: a server waits for open streams first.
-    """
-    return Router(
-        path,
-        route_handlers=[
-            open_message,
-            append_chunks,
-            complete_message,
-            abort_message,
-            stream_thread,
-            stream_message,
-            resume_stream,
-            get_chunks,
-            get_accumulated_content,
-            get_thread_status,
-            get_threads,
-            clear_thread_buffer,
-            mint_token,
-            converse,
-        ],
-        guards=guards(buffer.settings),
-        dependencies={"buffer": Provide(lambda: buffer, use_cache=True, sync_to_thread=False)},
-        exception_handlers=ERROR_ANSWERS,
-    )
-
-
-@get("/health/live", summary="The process answers")
-async def live() -> dict[str, str]:
-    return {"status": "ok"}
-
-
-@get("/health/ready", summary="The database answers and takes writes", scopes=None)
-async def ready(buffer: Buffer) -> dict[str, str]:
-    await buffer.check_ready()
-    return {"status": "ok"}
-
-
-@get("/metrics", summary="For Prometheus", media_type=MediaType.TEXT, scopes=ADMIN)
-async def metrics(buffer: Buffer) -> Response[bytes]:
-    return Response(await buffer.scrape(), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-
-@get("/", include_in_schema=False, media_type=MediaType.HTML)
-async def page() -> Response[bytes]:
-    return with_page_headers(Response((STATIC / "index.html").read_bytes(), media_type=MediaType.HTML))
-
-
-STATIC = Path(__file__).with_name("static")
-SWAGGER = Path(cast(ModuleSpec, find_spec("swagger_ui")).origin or "").with_name("static")
-SWAGGER_FILES = ("swagger-ui.css", "swagger-ui-bundle.js", "swagger-ui-standalone-preset.js")
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'",
-    "Cache-Control": "no-cache",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-}
-
-
-def with_page_headers(response: Response[Any]) -> Response[Any]:
-    """Asked for again each time, as a new version of the service has new files under the same names."""
-    response.headers.update(PAGE_HEADERS)
-    return response
-
-
-@get("/schema/assets/{name:str}", include_in_schema=False)
-async def swagger_file(name: FromPath[str]) -> File:
-    if name not in SWAGGER_FILES:
-        raise NotFound(f"There is no file {name!r}.")
-    return File(SWAGGER / name, filename=name, content_disposition_type="inline")
-
-
-request_id: ContextVar[str] = ContextVar("request_id", default="-")
-RUN = secrets.token_hex(4)
-REQUESTS = itertools.count(1)
-
-
 class Gate:
-    """Who may connect at all, and what is logged of them.
+    """Who may connect at all.
 
     A page of another origin must not reach a service that trusts whoever is on the same machine,
     neither directly nor by a name of its own that resolves to loopback: without a secret ``Host``
@@ -3542,25 +3277,15 @@ class Gate:
         self._origins = frozenset(settings.cors_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket"):
-            await self._app(scope, receive, send)
-            return
-        self._admit(scope)
-        await self._app(
-            scope, receive, denied(scope, send) if scope["type"] == ScopeType.WEBSOCKET else logged(scope, send)
-        )
-
-    def _admit(self, scope: Scope) -> None:
-        found: dict[bytes, list[str]] = {b"x-request-id": [], b"host": [], b"origin": []}
-        for name, value in scope["headers"]:
-            if name in found:
-                found[name].append(value.decode("latin-1"))
-        request_id.set("".join(found[b"x-request-id"])[:64] or f"{RUN}-{next(REQUESTS):x}")
-        if refusal := self._refusal(found[b"host"] or [""], found[b"origin"]):
-            log.warning("refused: %s", refusal.detail)
-            raise refusal
-        if "\ufffd" in scope["path"] and not is_utf8(unquote_to_bytes(scope.get("raw_path", b""))):
-            raise BadRequest("The path is not valid UTF-8; percent-encode ids as UTF-8.")
+        if scope["type"] in ("http", "websocket"):
+            hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+            origins = [value.decode("latin-1") for name, value in scope["headers"] if name == b"origin"]
+            if refusal := self._refusal(hosts or [""], origins):
+                log.warning("refused: %s", refusal.detail)
+                raise refusal
+            if "\ufffd" in scope["path"] and not is_utf8(unquote_to_bytes(scope.get("raw_path", b""))):
+                raise BadRequest("The path is not valid UTF-8; percent-encode ids as UTF-8.")
+        await self._app(scope, receive, send)
 
     def _refusal(self, hosts: Sequence[str], origins: Sequence[str]) -> Forbidden | None:
         if not self._any_host and not (len(hosts) == 1 and is_loopback_host(hosts[0])):
@@ -3568,51 +3293,6 @@ class Gate:
         if all(origin in self._origins or origin.partition("://")[2] == hosts[0] for origin in origins):
             return None
         return Forbidden(f"Pages of the origin {origins!r:.80} may not connect; name it in cors_origins.")
-
-
-def logged(scope: Scope, send: Send) -> Send:
-    """Write a line when the answer begins, except of appends that went well, which are too many.
-
-    Without the query, which may hold a token.
-    """
-    began = time.perf_counter()
-
-    async def send_logged(message: Message) -> None:
-        try:
-            await send(message)
-        except RuntimeError as error:
-            if "closed" not in str(error):
-                raise
-            log.debug("the client is gone: %s", error)  # uvloop's way to say so
-        if message["type"] == "http.response.start":
-            status, path = message["status"], scope["path"]
-            if status >= 400 or not path.endswith("/chunks"):
-                took = round((time.perf_counter() - began) * 1000, 1)
-                log.info("%s %s %d %s ms", cast(Any, scope)["method"], quote(path), status, took)
-
-    return send_logged
-
-
-def denied(scope: Scope, send: Send) -> Send:
-    """Answer a WebSocket that is refused before it is accepted with the problem, where it can be."""
-    can_answer = "websocket.http.response" in (cast(Any, scope).get("extensions") or {})
-    is_accepted = False
-
-    async def send_denied(message: Message) -> None:
-        nonlocal is_accepted
-        is_accepted = is_accepted or message["type"] == "websocket.accept"
-        if is_accepted or not can_answer or message["type"] != "websocket.close":
-            await send(message)
-            return
-        problem: Problem = cast(Any, scope).get("refusal") or Unavailable("The service cannot answer; try again.")
-        headers = [(b"content-type", b"application/problem+json")]
-        headers += [(name.lower().encode(), value.encode()) for name, value in (problem.headers or {}).items()]
-        start = {"type": "websocket.http.response.start", "status": problem.status_code, "headers": headers}
-        await send(cast(Message, start))
-        body = encode_json(problem_document(problem))
-        await send(cast(Message, {"type": "websocket.http.response.body", "body": body}))
-
-    return send_denied
 
 
 def is_utf8(data: bytes) -> bool:
@@ -3641,125 +3321,43 @@ def is_loopback(name: str) -> bool:
         return False
 
 
-def create_app(settings: Settings | None = None) -> Litestar:
-    """The service as an ASGI app that opens its own database."""
-    buffer = ChunkBuffer(settings)
-    return app_of(buffer, lifespan=[buffer])
-
-
-def app_of(buffer: ChunkBuffer, lifespan: Sequence[AbstractAsyncContextManager[Any]] = ()) -> Litestar:
-    settings = buffer.settings
-    operations = Router(
-        "/",
-        route_handlers=[metrics, ready],
-        guards=guards(settings),
-        dependencies={"buffer": Provide(lambda: buffer, use_cache=True, sync_to_thread=False)},
-    )
-    pages = create_static_files_router("/static", [STATIC], after_request=with_page_headers)
-    return Litestar(
-        [router(buffer), operations, live, page, pages, swagger_file],
-        lifespan=list(lifespan),
-        middleware=[DefineMiddleware(Gate, settings=settings)],
-        cors_config=CORSConfig(allow_origins=list(settings.cors_origins)) if settings.cors_origins else None,
-        openapi_config=OpenAPIConfig(
-            title="resume-stream",
-            version=__version__,
-            components=Components(
-                schemas=cast(Any, BODY_COMPONENTS),
-                security_schemes={"bearerAuth": SecurityScheme(type="http", scheme="bearer", bearer_format="JWT")},
-            ),
-            security=[{"bearerAuth": []}],
-            render_plugins=[
-                SwaggerRenderPlugin(
-                    path="/swagger",
-                    css_url=f"/schema/assets/{SWAGGER_FILES[0]}",
-                    js_url=f"/schema/assets/{SWAGGER_FILES[1]}",
-                    standalone_preset_js_url=f"/schema/assets/{SWAGGER_FILES[2]}",
-                    favicon='<link rel="icon" href="data:,">',
-                )
-            ],
-        ),
-        exception_handlers=ERROR_ANSWERS,
-        logging_config=None,
-    )
-
-
 # ---------------------------------------------------------------------------------------------
-# The command line
+# Serve
 # ---------------------------------------------------------------------------------------------
 
 SECRET_BYTES = 32
 STUCK_AFTER = 0.2  # seconds after which a connection whose reader does not read is cut on shutdown
 
 
-class JSONFormatter(logging.Formatter):
-    """A line of JSON for each record, for machines to read."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": int(record.created * 1000),
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-            "request": request_id.get(),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return encode_json(line).decode()
-
-
-def set_up_logging(log_format: str) -> None:
-    console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s") if console else JSONFormatter())
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    # uvicorn's own lines of WebSockets have the query in them, which may hold a token.
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-
-
 class Server(uvicorn.Server):
     """uvicorn, which ends streams as soon as it is told to stop, and then exits with 0."""
 
-    def __init__(self, config: uvicorn.Config, buffer: ChunkBuffer) -> None:
+    def __init__(self, config: uvicorn.Config, parts: Parts) -> None:
         super().__init__(config)
-        self._buffer = buffer
+        self._parts = parts
         self._loop = asyncio.get_running_loop()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         addresses = [listener.getsockname() for server in self.servers for listener in server.sockets]
         where = ", ".join(a if isinstance(a, str) else url_of(*a[:2]) for a in addresses)
-        print(start_line(self._buffer.settings, where), flush=True)
-        notify_systemd("READY=1")
-        if interval := int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6:
-            self._feed_watchdog(interval / 2)
-
-    def _feed_watchdog(self, every: float) -> None:
-        notify_systemd("WATCHDOG=1")
-        self._loop.call_later(every, self._feed_watchdog, every)
+        print(start_line(self._parts.buffer.settings, where), flush=True)
+        for tell in self._parts.on_start:
+            tell()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.should_exit = True
-        self._loop.call_soon_threadsafe(self._buffer.stop)
+        self._loop.call_soon_threadsafe(self._parts.buffer.stop)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        notify_systemd("STOPPING=1")
+        for tell in self._parts.on_stop:
+            tell()
         self._loop.call_later(STUCK_AFTER, self._cut_stuck_connections)
         await super().shutdown(sockets)
 
     def _cut_stuck_connections(self) -> None:
         for connection in list(self.server_state.connections):
             connection.transport.abort()
-
-
-def notify_systemd(state: str) -> None:
-    """Tell systemd, where it has asked to be told (sd_notify(3)); ``@`` begins an abstract name."""
-    if address := os.environ.get("NOTIFY_SOCKET"):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.settimeout(0.1)  # the loop does not wait for a systemd that does not read
-            try:
-                sender.sendto(state.encode(), re.sub("^@", "\0", address))
-            except OSError as error:
-                log.warning("cannot tell systemd %s: %s", state, error)
 
 
 def url_of(host: str, port: int) -> str:
@@ -3798,10 +3396,10 @@ async def serve(settings: Settings) -> None:
         )
     if 0 < len(settings.secret.encode()) < SECRET_BYTES:
         log.warning("the secret is shorter than the %d bytes that RFC 7518 (3.2) asks for", SECRET_BYTES)
-        warnings.simplefilter("ignore", InsecureKeyLengthWarning)
     async with ChunkBuffer(settings) as buffer:
+        parts = Parts(buffer)
         config = uvicorn.Config(
-            app_of(buffer),
+            app_of(parts),
             uds=settings.uds or None,
             lifespan="off",
             log_config=None,
@@ -3810,10 +3408,11 @@ async def serve(settings: Settings) -> None:
             proxy_headers=False,
             ws_max_size=settings.max_body,
         )
-        await Server(config, buffer).serve(listening(settings))
+        gc.freeze()  # what is there by now stays: the collector need not walk it, neither now nor at the end
+        await Server(config, parts).serve(listening(settings))
 
 
-def settings_from(environment: Mapping[str, str], flags: Mapping[str, str]) -> Settings:
+def settings_from(environment: Mapping[str, str], flags: Mapping[str, Any]) -> Settings:
     """Raises StartupError."""
     values = {}
     for name in SETTING_TYPES:
@@ -3832,163 +3431,46 @@ def settings_from(environment: Mapping[str, str], flags: Mapping[str, str]) -> S
     return Settings(**values)
 
 
-def make_token(settings: Settings, scope: str, threads: Sequence[str], expires_in: str) -> None:
-    """Print a token. Raises StartupError."""
-    words = frozenset(scope.split())
-    if not settings.secret:
-        raise StartupError("a token is made with a secret; set RESUME_STREAM_SECRET, or say --secret")
-    if not words or not words <= set(SCOPES):
-        raise StartupError(f"--scope: {scope!r} is not a scope; use words of {', '.join(SCOPES)}")
-    try:
-        expires = time.time() + parse_duration(expires_in)
-    except ValueError as error:
-        raise StartupError(f"--expires-in: {error}") from error
-    warnings.simplefilter("ignore", InsecureKeyLengthWarning)
-    print(token_for(settings.secret, Grant(words, tuple(threads) or None, expires)))
+Commands = Any  # argparse keeps the type of what add_subparsers returns to itself
+Command = Callable[[Settings, dict[str, Any]], None]
 
 
-@contextlib.contextmanager
-def opened_read_only(path: Path) -> Iterator[sqlite3.Connection]:
-    """One snapshot of the database, while the service may run. Raises StartupError."""
-    if not path.exists():
-        raise StartupError(f"there is no {path}")
-    try:
-        with contextlib.closing(
-            sqlite3.connect(database_uri(path, "ro"), uri=True, isolation_level=None)
-        ) as connection:
-            connection.execute("begin")
-            if connection.execute("pragma application_id").fetchone() != (APPLICATION_ID,):
-                raise StartupError(f"{path} is not a database of resume-stream")
-            yield connection
-    except sqlite3.Error as error:
-        raise StartupError(f"{path} is damaged, or cannot be read ({error})") from error
+def add_command(commands: Commands, name: str, summary: str, run: Command, *settings: str) -> argparse.ArgumentParser:
+    """A command with a flag for each of these settings; what it runs may raise StartupError."""
+    added: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=summary, argument_default=argparse.SUPPRESS
+    )
+    added.set_defaults(run=run)
+    for setting in settings:
+        hint, default = SETTING_HINTS[setting], SETTING_DEFAULTS[setting]
+        flag, text = f"--{setting.replace('_', '-')}", f"{get_args(hint)[1].description} (default: {default!r})"
+        if SETTING_TYPES[setting] is bool:
+            added.add_argument(flag, help=text, nargs="?", const="true")
+        else:
+            added.add_argument(flag, help=text)
+    return added
 
 
-def check(path: Path) -> None:
-    """Say what the database holds, and whether it is sound. Raises StartupError if it is not."""
-    with opened_read_only(path) as connection:
-        faults = [text for (text,) in connection.execute("pragma integrity_check") if text != "ok"]
-        faults += [
-            f"thread {thread_id!r} has {count} places in its sequence, and the last one is {last_seq}"
-            for thread_id, last_seq, count in connection.execute(
-                "select thread_id, last_seq,"
-                " (select count(*) from chunks where chunks.thread = threads.thread) as count from threads"
-                " where thread_id is not null and count <> last_seq"
-            )
-        ]
-        faults += [
-            f"message {message_id!r} says {chunk_count} chunks and has {count}"
-            for message_id, chunk_count, count in connection.execute(
-                "select message_id, chunk_count, (select count(*) from chunks where chunks.thread = messages.thread"
-                " and chunks.message = messages.message and content is not null) as count from messages"
-                " join threads using (thread) where thread_id is not null and count <> chunk_count"
-            )
-        ]
-        for status, threads, messages, chunks, size in connection.execute(
-            "select status, count(*), sum(message_count), sum(chunk_count), sum(size) from thread_summary"
-            " group by status order by status"
-        ):
-            print(f"{status}: {threads} threads, {messages} messages, {chunks} chunks, {size} bytes of text")
-    if faults:
-        raise StartupError(f"{path} is not sound: {'; '.join(faults)}")
-    print(f"{path} is sound")
-
-
-def backup(path: Path, target: Path) -> None:
-    """Copy the database, as it is at this moment, while the service runs. Raises StartupError."""
-    partial_copy = target.with_name(f"{target.name}.partial")
-    if target.exists() or partial_copy.exists():
-        raise StartupError(f"{target} (or its .partial) exists, and would be overwritten; name another file")
-
-    def progress(status: int, remaining: int, total: int) -> None:
-        print(f"\r{total - remaining} of {total} pages", end="", file=sys.stderr, flush=True)
-
-    with opened_read_only(path) as source:
-        source.execute("select * from clock").fetchone()  # the snapshot begins with the first read
-        try:
-            with contextlib.closing(sqlite3.connect(partial_copy)) as copy:
-                source.backup(copy, pages=1000, progress=progress)
-            os.link(partial_copy, target)  # which, unlike a rename, never overwrites
-        except (sqlite3.Error, OSError) as error:
-            raise StartupError(f"{target} cannot be written ({error})") from error
-        finally:
-            partial_copy.unlink(missing_ok=True)
-    print(f"\n{target} is a copy of {path}", file=sys.stderr)
-
-
-def healthcheck(settings: Settings) -> None:
-    """Ask the running service whether it is ready. Raises StartupError if it is not."""
-    try:
-        with contextlib.closing(connection_to(settings)) as connection:
-            connection.request("GET", "/health/ready", headers={"Host": "localhost"})
-            answer = connection.getresponse()
-            body = answer.read().decode()
-    except OSError as error:
-        raise StartupError(f"the service does not answer ({error})") from error
-    if answer.status != HTTPStatus.OK:
-        raise StartupError(f"the service is not ready: {body}")
-    print("ready")
-
-
-def connection_to(settings: Settings) -> http.client.HTTPConnection:
-    connection = http.client.HTTPConnection(settings.host, settings.port, timeout=2 * BUSY_TIMEOUT)
-    if settings.uds:
-        connection.sock = socket.socket(socket.AF_UNIX)
-        connection.sock.settimeout(2 * BUSY_TIMEOUT)
-        connection.sock.connect(settings.uds)
-    return connection
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("resume-stream", description=(__doc__ or "").partition("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name: str, summary: str, *setting_names: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=summary, description=summary, argument_default=argparse.SUPPRESS)
-        for setting in setting_names:
-            hint, default = SETTING_HINTS[setting], SETTING_DEFAULTS[setting]
-            flag, text = f"--{setting.replace('_', '-')}", f"{get_args(hint)[1].description} (default: {default!r})"
-            if SETTING_TYPES[setting] is bool:
-                added.add_argument(flag, help=text, nargs="?", const="true")
-            else:
-                added.add_argument(flag, help=text)
-        return added
-
-    command("serve", "run the service", *SETTING_TYPES)
-    token = command("token", "make a token", "secret")
-    token.add_argument("--scope", default="read", help="words of read, write, abort, admin (default: read)")
-    token.add_argument("--thread", action="append", default=[], help="an id, or prefix*, more than once (default: all)")
-    token.add_argument("--expires-in", default="1h", help="how long it is good for (default: 1h)")
-    command("check", "say whether the database is sound", "db")
-    command("backup", "copy the database while the service runs", "db").add_argument("file", type=Path)
-    command("healthcheck", "ask the running service whether it is ready", "host", "port", "uds")
-    command("version", "print the version")
-    return parser
-
-
-def run(command: str, flags: dict[str, Any]) -> None:
-    settings = settings_from(os.environ, flags)
-    match command:
-        case "serve":
-            set_up_logging(settings.log_format)
-            uvloop.run(serve(settings))
-        case "token":
-            make_token(settings, flags["scope"], flags["thread"], flags["expires_in"])
-        case "check":
-            check(Path(settings.db))
-        case "backup":
-            backup(Path(settings.db), flags["file"])
-        case "healthcheck":
-            healthcheck(settings)
-        case "version":
-            print(__version__)
+def run_serve(settings: Settings, flags: dict[str, Any]) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    for extra in found_extras():
+        if hasattr(extra, "set_up"):
+            extra.set_up(settings)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its own lines have queries in them, which may hold a token
+    logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing" not in record.msg)  # see BrokenOff
+    uvloop.run(serve(settings))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    gc.freeze()  # what is imported stays: the collector need not walk it, neither now nor at the end
-    flags = vars(argument_parser().parse_args(arguments))
+    parser = argparse.ArgumentParser("resume-stream", description=(__doc__ or "").partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    add_command(commands, "serve", "run the service", run_serve, *SETTING_TYPES)
+    for extra in found_extras():
+        if hasattr(extra, "add_commands"):
+            extra.add_commands(commands)
+    flags = vars(parser.parse_args(arguments))
     try:
-        run(flags.pop("command"), flags)
+        flags["run"](settings_from(os.environ, flags), flags)
     except StartupError as error:
         print(f"resume-stream: {error}", file=sys.stderr)
         return 1

@@ -12,6 +12,7 @@ built on, where glibc is as old as there or newer.
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -33,8 +34,9 @@ EXCLUDED = (
     *("pygments", "setuptools", "pkg_resources", "mypy", "pytest", "tkinter", "readline", "lzma", "bz2"),
 )
 
-# Named only in strings: by uvicorn's "auto" settings, and by find_spec.
+# Named only in strings: by uvicorn's "auto" settings, by find_spec, and by app.py, which looks for its extras.
 HIDDEN = (
+    *(f"resume_stream.extras.{path.stem}" for path in sorted((ROOT / "extras").glob("*.py"))),
     *("uvicorn.loops.uvloop", "uvicorn.protocols.http.httptools_impl", "uvicorn.lifespan.off"),
     *("uvicorn.protocols.websockets.websockets_impl", "uvicorn.protocols.websockets.websockets_sansio_impl"),
     "swagger_ui",
@@ -56,19 +58,31 @@ def environment() -> Path:
     return python
 
 
+def package() -> Path:
+    """The package as the wheel has it, and a script that starts it, in a folder of their own; the script."""
+    folder = BUILD / "package"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ROOT / "extras", folder / "resume_stream" / "extras")
+    shutil.copy(ROOT / "app.py", folder / "resume_stream" / "__init__.py")
+    script = folder / "start.py"
+    script.write_text("import sys\n\nimport resume_stream\n\nsys.exit(resume_stream.main())\n")
+    return script
+
+
 def build(python: Path, layout: str) -> Path:
     """Run PyInstaller; the path of the binary."""
+    script = package()
     target = DIST if layout == "onefile" else DIST / "onedir"
     swagger = next(folder for folder in python.parent.parent.glob("lib/python*/site-packages/swagger_ui/static"))
-    data = {ROOT / "schema.sql": ".", ROOT / "static": "static"}
+    data = {ROOT / "schema.sql": "resume_stream", ROOT / "static": "resume_stream/static"}
     data |= {swagger / name: "swagger_ui/static" for name in SWAGGER_FILES}
     options = ["--name=resume-stream", f"--{layout}", "--strip", "--noconfirm", "--clean", "--log-level=WARN"]
-    options += [f"--distpath={target}", f"--workpath={BUILD}", f"--specpath={BUILD}"]
+    options += [f"--distpath={target}", f"--workpath={BUILD}", f"--specpath={BUILD}", f"--paths={script.parent}"]
     options += [f"--runtime-hook={ROOT / 'deploy' / 'die_with_parent.py'}"] if layout == "onefile" else []
     options += [f"--add-data={path}:{place}" for path, place in data.items()]
     options += [f"--exclude-module={name}" for name in EXCLUDED]
     options += [f"--hidden-import={name}" for name in HIDDEN]
-    run(python, "-m", "PyInstaller", *options, ROOT / "app.py")
+    run(python, "-m", "PyInstaller", *options, script)
     return target / "resume-stream" if layout == "onefile" else target / "resume-stream" / "resume-stream"
 
 

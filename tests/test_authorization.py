@@ -110,6 +110,7 @@ ROUTES = [
     Route("POST", "/api/threads/{t}/messages/open/abort", ABORT, 200, {"reason": "stop"}),
     Route("GET", f"/api/threads/{{t}}/stream{QUICK}", READ, token_in_query=True),
     Route("GET", f"/api/threads/{{t}}/messages/open/stream{QUICK}", READ, token_in_query=True),
+    Route("GET", f"/api/threads/{{t}}/live{QUICK}", READ, token_in_query=True),
     Route(
         "POST",
         "/api/resume-stream",

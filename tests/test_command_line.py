@@ -69,7 +69,7 @@ def settings_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
         taken.append(settings)
 
     monkeypatch.setattr(resume_stream, "serve", serve)
-    monkeypatch.setattr(resume_stream, "set_up_logging", lambda log_format: None)
+    monkeypatch.setattr("resume_stream.extras.logs.set_up", lambda settings: None)
 
     def run(*flags: str, **environment: str) -> Settings:
         with monkeypatch.context() as context:

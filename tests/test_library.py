@@ -295,7 +295,7 @@ async def test_leaving_the_buffer_ends_its_readers_without_an_end(make_buffer: A
     async with make_buffer() as buffer:
         await buffer.add_chunks("t", "m", ["text"])
         reading = asyncio.create_task(take(buffer.resume_stream("t", "m")))
-        await until(lambda: buffer.readers and buffer._channels["t"]._waiting)
+        await until(lambda: buffer.readers and buffer._tails["t"]._waiting)
     async with asyncio.timeout(5):
         assert await reading == ["text"]
     for call in (buffer.add_chunks("t", "m", ["more"]), take(buffer.resume_stream("t", "m"))):
@@ -499,7 +499,7 @@ async def test_a_cancelled_append_leaves_nothing_open_wherever_it_was(buffer: Ch
         appending.cancel()
         await asyncio.wait([appending])
         appended = await buffer.add_chunks("t", "m", ["next"])
-        assert not await buffer._store._writer.run(lambda connection: connection.in_transaction)
+        assert not await buffer._store._file._writer.run(lambda connection: connection.in_transaction)
         stored = appended.seq
         assert appended.chunk_count == stored
     assert 12 <= stored <= 24
@@ -526,24 +526,24 @@ async def test_cancelled_calls_leave_the_buffer_in_order(buffer: ChunkBuffer, ca
         calling.cancel()
         await asyncio.wait([calling])
     await buffer.add_chunks("t", "last", ["text"])
-    for connection in (buffer._store._writer, buffer._store._reader):
+    for connection in (buffer._store._file._writer, buffer._store._file._reader):
         assert not await connection.run(lambda raw: raw.in_transaction)
     assert buffer.readers == 0
-    assert not buffer._channels
-    assert not buffer._poll_intervals
+    assert not buffer._tails
+    assert not buffer._store._poll_intervals
 
 
 async def test_what_waits_to_be_committed_is_bounded(buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resume_stream, "PENDING_BYTES", 5_000)
     monkeypatch.setattr(resume_stream, "BATCH_BYTES", 2_000)
-    most, enqueue = 0, buffer._take_batch
+    most, batch = 0, buffer._store._batch
 
     def watched() -> Any:
         nonlocal most
-        most = max(most, sum(pending.size for pending in buffer._queue))
-        return enqueue()
+        most = max(most, sum(write.size for write in buffer._store._waiting))
+        return batch()
 
-    monkeypatch.setattr(buffer, "_take_batch", watched)
+    monkeypatch.setattr(buffer._store, "_batch", watched)
     await asyncio.gather(*(buffer.add_chunks("t", "m", ["x" * 936]) for _ in range(100)))
     assert (await buffer.get_thread_status("t")).chunk_count == 100
     assert 2_000 <= most <= 6_000  # the limit, and the one that goes over it

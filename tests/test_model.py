@@ -132,7 +132,7 @@ class Reader:
             return
         if position.finished:
             return
-        items = buffer.follow(position, follow=self.message_id is None, idle_timeout=0, heartbeat=0)
+        items = buffer.follow(position, idle_timeout=0, heartbeat=0)
         async with contextlib.aclosing(items):
             async for item in items:
                 if item is Signal.RESET:
@@ -370,7 +370,7 @@ class BufferIsLikeItsModel(RuleBasedStateMachine):
         """To the end, or to the last chunk that there is."""
         last = message.end or (message.chunks[-1][0] if message.chunks else 0)
         got: list[Any] = []
-        position = await self.buffer.match(thread_id, message_id, known)
+        position = await self.buffer.locate(thread_id, message_id, known_content=known)
         if position.reset:
             got.append(Signal.RESET)
         if position.after >= last:

@@ -409,7 +409,7 @@ def test_the_schema_has_every_route(shared: Service) -> None:
         ("put", message),
         *(("post", f"{message}/{call}") for call in ("chunks", "complete", "abort")),
         ("get", f"{message}/stream"),
-        *(("get", f"{thread}/{call}") for call in ("stream", "chunks", "content")),
+        *(("get", f"{thread}/{call}") for call in ("stream", "live", "chunks", "content")),
         ("get", thread),
         ("delete", thread),
         ("post", f"{thread}/tokens"),

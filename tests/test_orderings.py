@@ -218,7 +218,7 @@ async def test_a_follower_of_a_thread_not_made_yet_misses_nothing(make_buffer: A
             async def follow(thread_id: str = thread_id) -> list[Any]:
                 position = await buffer.locate(thread_id, follow=True)
                 got: list[Any] = []
-                async with aclosing(buffer.follow(position, follow=True, idle_timeout=5)) as items:
+                async with aclosing(buffer.follow(position, idle_timeout=5)) as items:
                     async for item in items:
                         got += [seen(item)] if isinstance(item, Signal) else map(seen, item.entries)
                         if len(got) >= 4 or Signal.TIMEOUT in got:

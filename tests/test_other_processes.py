@@ -267,7 +267,7 @@ async def test_an_append_right_after_the_shell_takes_the_next_place(blind: Chunk
     await blind.add_chunks("t", "m", ["one"])
     await blind.add_chunks("t", "n", ["two"])
     position = await blind.locate("t", follow=True)
-    reading = await attached(blind, lambda: take(blind.follow(position, follow=True, idle_timeout=10), 7))
+    reading = await attached(blind, lambda: take(blind.follow(position, idle_timeout=10), 7))
     for message_id, place in (("m", 4), ("n", 6)):
         shell(blind.settings.db, ABORT.replace("'m'", f"'{message_id}'"))
         assert (await blind.add_chunks("t", f"after {message_id}", [message_id])).seq == place
@@ -295,7 +295,7 @@ async def test_a_follower_since_before_the_thread_learns_that_it_is_another_one(
     got: list[Any] = []
 
     async def follow() -> None:
-        async with aclosing(blind.follow(position, follow=True, idle_timeout=3)) as items:
+        async with aclosing(blind.follow(position, idle_timeout=3)) as items:
             async for item in items:
                 got.extend([item] if isinstance(item, Signal) else [(e.seq, e.content) for e in item.entries])
 
@@ -350,7 +350,7 @@ async def test_a_reader_that_is_in_no_hurry_does_not_delay_another(make_buffer: 
         for _ in range(20):
             await asyncio.sleep(0)
         other = await attached(buffer, lambda: take(buffer.resume_stream("t", "m", idle_timeout=3)), 2)
-        await until(lambda: buffer._channels["t"].head and buffer._channels["t"]._waiting)
+        await until(lambda: buffer._tails["t"].last_seq and buffer._tails["t"]._waiting)
         shell(buffer.settings.db, DELETE)
         assert await other == [(1, "one"), Signal.GONE]
         patient.cancel()
@@ -362,27 +362,27 @@ async def test_a_change_that_could_not_be_read_is_looked_at_again(
 ) -> None:
     async with make_buffer(poll_interval=0.02) as buffer:
         await buffer.add_chunks("t", "m", ["one"])
-        polls, data_version, read = 0, buffer._store.data_version, buffer._store.read
+        polls, data_version, states = 0, buffer._store._file.data_version, buffer._store.states
 
         async def counted() -> int:
             nonlocal polls
             polls += 1
             return await data_version()
 
-        monkeypatch.setattr(buffer._store, "data_version", counted)
+        monkeypatch.setattr(buffer._store._file, "data_version", counted)
         reading = await attached(buffer, lambda: take(buffer.resume_stream("t", "m", idle_timeout=3)))
         await until(lambda: polls >= 2, 0.005)
 
         failures = 0
 
-        async def fails_once(work: Any) -> Any:
+        async def fails_once(keys: Any) -> Any:
             nonlocal failures
-            if not failures and asyncio.current_task().get_name() == "writer":
+            if not failures:
                 failures += 1
                 raise resume_stream.Unavailable("Not now.")
-            return await read(work)
+            return await states(keys)
 
-        monkeypatch.setattr(buffer._store, "read", fails_once)
+        monkeypatch.setattr(buffer._store, "states", fails_once)
         shell(buffer.settings.db, DELETE)
         assert await reading == [(1, "one"), Signal.GONE]
         assert failures == 1
@@ -398,7 +398,7 @@ async def test_nothing_is_polled_while_nobody_waits(make_buffer: Any, monkeypatc
             polls += 1
             return 1
 
-        monkeypatch.setattr(buffer._store, "data_version", counted)
+        monkeypatch.setattr(buffer._store._file, "data_version", counted)
         items = buffer.resume_stream("t", "m")
         await anext(items)
         await until(lambda: polls >= 3, 0.005)

@@ -34,7 +34,9 @@ def served(installed: metadata.Distribution, tmp_path: Path) -> Iterator[str]:
 
 
 def test_the_package_has_every_file_as_it_is_checked_out(installed: metadata.Distribution) -> None:
-    sources = [ROOT / "app.py", ROOT / "schema.sql", *(file for file in (ROOT / "static").iterdir() if file.is_file())]
+    folders = ("extras", "static")
+    sources = [ROOT / "app.py", ROOT / "schema.sql"]
+    sources += [file for folder in folders for file in (ROOT / folder).iterdir() if file.is_file()]
     for source in sources:
         name = "__init__.py" if source.name == "app.py" else source.relative_to(ROOT)
         copy = Path(str(installed.locate_file(f"resume_stream/{name}")))
@@ -47,6 +49,7 @@ def test_the_installed_command_serves_the_api_and_the_page(served: str) -> None:
     assert httpx.get(f"{served}/").status_code == 200
     assert httpx.get(f"{served}/static/resume-stream.js").status_code == 200
     assert httpx.get(f"{served}/schema/assets/swagger-ui.css").status_code == 200
+    assert "resume_stream_chunks_in_total" in httpx.get(f"{served}/metrics").text
 
 
 def test_the_installed_module_has_what_the_design_promises(installed: metadata.Distribution, tmp_path: Path) -> None:

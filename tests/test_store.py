@@ -206,7 +206,7 @@ async def test_the_schema_is_strict_and_says_what_made_it(buffer: ChunkBuffer, t
 @pytest.mark.parametrize(("name", "number"), [("FULL", 2), ("NORMAL", 1)])
 async def test_synchronous_is_what_the_setting_says(make_buffer: Any, name: str, number: int) -> None:
     async with make_buffer(synchronous=name) as buffer:
-        ((found,),) = await buffer._store._writer.execute_fetchall("pragma synchronous")
+        ((found,),) = await buffer._store._file._writer.execute_fetchall("pragma synchronous")
         assert found == number
 
 
@@ -239,9 +239,9 @@ async def test_what_comes_while_a_commit_is_under_way_is_committed_together(
     buffer: ChunkBuffer, tmp_path: Path
 ) -> None:
     statements: list[str] = []
-    await buffer._store._writer.run(lambda connection: connection.set_trace_callback(statements.append))
+    await buffer._store._file._writer.run(lambda connection: connection.set_trace_callback(statements.append))
     answers = await asyncio.gather(*(buffer.add_chunks(f"t{n % 7}", "m", [f"{n}"]) for n in range(700)))
-    await buffer._store._writer.run(lambda connection: connection.set_trace_callback(None))
+    await buffer._store._file._writer.run(lambda connection: connection.set_trace_callback(None))
     assert 1 <= statements.count("commit") <= 20
     for number in range(7):
         assert sorted(answer.seq for answer in answers if answer.thread_id == f"t{number}") == list(range(1, 101))
@@ -263,14 +263,14 @@ async def test_one_refused_append_does_not_spoil_the_others_of_its_transaction(b
 async def test_a_transaction_that_fails_in_its_middle_leaves_nothing_and_does_not_stay_open(
     buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    apply = resume_stream.Transaction.apply
+    append = resume_stream.Transaction.append
 
-    def fails_after_it(transaction: Any, operation: Any) -> Any:
-        apply(transaction, operation)
+    def fails_after_it(*arguments: Any) -> Any:
+        append(*arguments)
         raise sqlite3.OperationalError("disk I/O error")
 
     with monkeypatch.context() as context:
-        context.setattr(resume_stream.Transaction, "apply", fails_after_it)
+        context.setattr(resume_stream.Transaction, "append", fails_after_it)
         with pytest.raises(resume_stream.Unavailable):
             await buffer.add_chunks("t", "m", ["lost"])
     assert (await buffer.add_chunks("t", "m", ["kept"])).seq == 1
@@ -344,7 +344,7 @@ async def test_a_checkpoint_that_fails_does_not_take_back_what_was_committed(
         raise sqlite3.OperationalError("database or disk is full")
 
     monkeypatch.setattr(resume_stream, "checkpoint", fails)
-    buffer._store._wal_limit = 0
+    buffer._store._file._wal_limit = 0
     assert (await buffer.add_chunks("t", "m", ["text"])).seq == 1
     assert (await reading).content == "text"
 

@@ -1,0 +1,164 @@
+"""What whoever runs the service has beside it: commands that look at the database, and systemd."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import socket
+import sqlite3
+import sys
+from collections.abc import Iterator
+from functools import partial
+from http import HTTPStatus
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+from resume_stream import (
+    APPLICATION_ID,
+    BUSY_TIMEOUT,
+    Commands,
+    Parts,
+    Settings,
+    StartupError,
+    __version__,
+    add_command,
+    database_uri,
+)
+
+log = logging.getLogger("resume_stream")
+
+
+def mount(parts: Parts) -> None:
+    parts.on_start.append(tell_systemd_that_it_runs)
+    parts.on_stop.append(partial(tell_systemd, "STOPPING=1"))
+
+
+def add_commands(commands: Commands) -> None:
+    add_command(commands, "check", "say whether the database is sound", check, "db")
+    copy = add_command(commands, "backup", "copy the database while the service runs", backup, "db")
+    copy.add_argument("file", type=Path)
+    add_command(
+        commands, "healthcheck", "ask the running service whether it is ready", healthcheck, "host", "port", "uds"
+    )
+    add_command(commands, "version", "print the version", lambda settings, flags: print(__version__))
+
+
+@contextlib.contextmanager
+def opened_read_only(path: Path) -> Iterator[sqlite3.Connection]:
+    """One snapshot of the database, while the service may run. Raises StartupError."""
+    if not path.exists():
+        raise StartupError(f"there is no {path}")
+    try:
+        with contextlib.closing(
+            sqlite3.connect(database_uri(path, "ro"), uri=True, isolation_level=None)
+        ) as connection:
+            connection.execute("begin")
+            if connection.execute("pragma application_id").fetchone() != (APPLICATION_ID,):
+                raise StartupError(f"{path} is not a database of resume-stream")
+            yield connection
+    except sqlite3.Error as error:
+        raise StartupError(f"{path} is damaged, or cannot be read ({error})") from error
+
+
+def check(settings: Settings, flags: dict[str, Any]) -> None:
+    """Say what the database holds, and whether it is sound. Raises StartupError if it is not."""
+    path = Path(settings.db)
+    with opened_read_only(path) as connection:
+        faults = [text for (text,) in connection.execute("pragma integrity_check") if text != "ok"]
+        faults += [
+            f"thread {thread_id!r} has {count} places in its sequence, and the last one is {last_seq}"
+            for thread_id, last_seq, count in connection.execute(
+                "select thread_id, last_seq,"
+                " (select count(*) from chunks where chunks.thread = threads.thread) as count from threads"
+                " where thread_id is not null and count <> last_seq"
+            )
+        ]
+        faults += [
+            f"message {message_id!r} says {chunk_count} chunks and has {count}"
+            for message_id, chunk_count, count in connection.execute(
+                "select message_id, chunk_count, (select count(*) from chunks where chunks.thread = messages.thread"
+                " and chunks.message = messages.message and content is not null) as count from messages"
+                " join threads using (thread) where thread_id is not null and count <> chunk_count"
+            )
+        ]
+        for status, threads, messages, chunks, size in connection.execute(
+            "select status, count(*), sum(message_count), sum(chunk_count), sum(size) from thread_summary"
+            " group by status order by status"
+        ):
+            print(f"{status}: {threads} threads, {messages} messages, {chunks} chunks, {size} bytes of text")
+    if faults:
+        raise StartupError(f"{path} is not sound: {'; '.join(faults)}")
+    print(f"{path} is sound")
+
+
+def backup(settings: Settings, flags: dict[str, Any]) -> None:
+    """Copy the database, as it is at this moment, while the service runs. Raises StartupError."""
+    path, target = Path(settings.db), flags["file"]
+    partial_copy = target.with_name(f"{target.name}.partial")
+    if target.exists() or partial_copy.exists():
+        raise StartupError(f"{target} (or its .partial) exists, and would be overwritten; name another file")
+
+    def progress(status: int, remaining: int, total: int) -> None:
+        print(f"\r{total - remaining} of {total} pages", end="", file=sys.stderr, flush=True)
+
+    with opened_read_only(path) as source:
+        source.execute("select * from clock").fetchone()  # the snapshot begins with the first read
+        try:
+            with contextlib.closing(sqlite3.connect(partial_copy)) as copy:
+                source.backup(copy, pages=1000, progress=progress)
+            os.link(partial_copy, target)  # which, unlike a rename, never overwrites
+        except (sqlite3.Error, OSError) as error:
+            raise StartupError(f"{target} cannot be written ({error})") from error
+        finally:
+            partial_copy.unlink(missing_ok=True)
+    print(f"\n{target} is a copy of {path}", file=sys.stderr)
+
+
+def healthcheck(settings: Settings, flags: dict[str, Any]) -> None:
+    """Ask the running service whether it is ready. Raises StartupError if it is not."""
+    try:
+        with contextlib.closing(connection_to(settings)) as connection:
+            connection.request("GET", "/health/ready", headers={"Host": "localhost"})
+            answer = connection.getresponse()
+            body = answer.read().decode()
+    except OSError as error:
+        raise StartupError(f"the service does not answer ({error})") from error
+    if answer.status != HTTPStatus.OK:
+        raise StartupError(f"the service is not ready: {body}")
+    print("ready")
+
+
+def connection_to(settings: Settings) -> HTTPConnection:
+    connection = HTTPConnection(settings.host, settings.port, timeout=2 * BUSY_TIMEOUT)
+    if settings.uds:
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.settimeout(2 * BUSY_TIMEOUT)
+        connection.sock.connect(settings.uds)
+    return connection
+
+
+def tell_systemd(state: str) -> None:
+    """Tell systemd, where it has asked to be told (sd_notify(3)); ``@`` begins an abstract name."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.settimeout(0.1)  # the loop does not wait for a systemd that does not read
+            try:
+                sender.sendto(state.encode(), re.sub("^@", "\0", address))
+            except OSError as error:
+                log.warning("cannot tell systemd %s: %s", state, error)
+
+
+def tell_systemd_that_it_runs() -> None:
+    """And go on telling it, as often as its watchdog asks."""
+    tell_systemd("READY=1")
+    if interval := int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6:
+        feed_watchdog(asyncio.get_running_loop(), interval / 2)
+
+
+def feed_watchdog(loop: asyncio.AbstractEventLoop, every: float) -> None:
+    tell_systemd("WATCHDOG=1")
+    loop.call_later(every, feed_watchdog, loop, every)

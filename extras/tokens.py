@@ -1,0 +1,177 @@
+"""Tokens (RFC 7519, 8693), where there is a secret: who may do what, and how one is made."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from functools import partial
+from typing import Any, cast
+
+import msgspec
+from litestar import Request, post
+from litestar.connection import ASGIConnection
+from litestar.handlers import BaseRouteHandler
+from resume_stream import (
+    SCOPES,
+    THREAD,
+    WRITE,
+    BadRequest,
+    Buffer,
+    Commands,
+    Forbidden,
+    Grant,
+    InvalidContent,
+    Parts,
+    Problem,
+    Record,
+    Settings,
+    StartupError,
+    ThreadId,
+    Unauthorized,
+    add_command,
+    checked_id,
+    decode_body,
+    granted,
+    parse_duration,
+    seconds,
+    takes,
+    token_expired,
+    whole_body,
+)
+
+LEAST_SECRET = 32  # bytes
+
+
+def mount(parts: Parts) -> None:
+    parts.api.append(mint_token)
+    if secret := parts.buffer.settings.secret:
+        warnings.filterwarnings("ignore", f"The HMAC key is .* bytes long.*{LEAST_SECRET}")  # said once, at the start
+        parts.guards.append(partial(authorize, secret))
+
+
+def add_commands(commands: Commands) -> None:
+    token = add_command(commands, "token", "make a token", make_token, "secret")
+    token.add_argument("--scope", default="read", help="words of read, write, abort, admin (default: read)")
+    token.add_argument("--thread", action="append", default=[], help="an id, or prefix*, more than once (default: all)")
+    token.add_argument("--expires-in", default="1h", help="how long it is good for (default: 1h)")
+
+
+class Claims(msgspec.Struct, frozen=True):
+    """Those of a token (RFC 7519) that count here."""
+
+    exp: float
+    scope: str = ""
+    threads: tuple[str, ...] | None = None
+
+
+def token_for(secret: str, grant: Grant) -> str:
+    import jwt
+
+    claims: dict[str, Any] = {"exp": int(grant.expires), "scope": " ".join(sorted(grant.scope))}
+    if grant.threads is not None:
+        claims["threads"] = list(grant.threads)
+    return jwt.encode(claims, secret, algorithm="HS256")
+
+
+def grant_of(token: str, secret: str) -> Grant:
+    """What a token allows; its signature is compared in constant time. Raises Unauthorized."""
+    import jwt  # of no use, and 10 ms, where there is no secret
+
+    try:
+        claims = msgspec.convert(jwt.decode(token, secret, algorithms=["HS256"], options={"require": ["exp"]}), Claims)
+    except jwt.ExpiredSignatureError as error:
+        raise token_expired() from error
+    except (jwt.InvalidTokenError, msgspec.ValidationError) as error:
+        raise Unauthorized(
+            f"The token is not valid here ({error}); get one made with this service's secret."
+        ) from error
+    return Grant(frozenset(claims.scope.split()), claims.threads, claims.exp)
+
+
+async def authorize(secret: str, connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
+    """A guard: find out what the caller may do, and whether this call is among it.
+
+    An EventSource and a browser's WebSocket cannot send headers, so for what only reads, and for
+    a WebSocket, the token may be in the query too. Raises Unauthorized or Forbidden.
+    """
+    scopes = handler.opt["scopes"]
+    if scopes is None:
+        return
+    try:
+        connection.scope["auth"] = grant_for(connection, secret, scopes, bool(handler.opt.get("token_in_query")))
+    except Problem as problem:
+        connection.scope["refusal"] = problem  # type: ignore[typeddict-unknown-key]
+        raise
+
+
+def grant_for(
+    connection: ASGIConnection[Any, Any, Any, Any], secret: str, scopes: AbstractSet[str], token_in_query: bool
+) -> Grant:
+    scheme, _, token = connection.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        token = connection.query_params.get("access_token", "") if token_in_query else ""
+    if not token:
+        raise Unauthorized("This takes a token; send it as 'Authorization: Bearer …'.")
+    grant = grant_of(token.strip(), secret)
+    grant.require(scopes, connection.path_params.get("thread_id"))
+    return grant
+
+
+class TokenBody(Record, frozen=True, rename=None, forbid_unknown_fields=True):
+    """``scope`` is words of read, write and abort; ``expires_in`` is seconds, or like ``10m``."""
+
+    scope: str = "read"
+    expires_in: float | str = 900
+
+
+class Token(Record, frozen=True):
+    """``expires_at`` is ms since 1970."""
+
+    token: str
+    scope: str
+    thread_id: str
+    expires_at: int
+
+
+@post(
+    THREAD + "/tokens",
+    summary="Mint a short-lived token for a browser",
+    scopes=WRITE,
+    operation_class=takes(TokenBody, required=False),
+)
+async def mint_token(request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId) -> Token:
+    """For this thread alone, and no wider than one's own; for up to a day."""
+    body = await whole_body(request, buffer.settings.max_body)
+    wanted = decode_body(body, TokenBody) if body else TokenBody()
+    own = granted(request)
+    if not buffer.settings.secret:
+        raise BadRequest("Authentication is off, so there are no tokens; start the service with a secret.")
+    if checked_id("thread_id", thread_id).endswith("*"):
+        raise BadRequest("A thread whose id ends in '*' cannot have a token of its own, as that would be a pattern.")
+    scope = frozenset(wanted.scope.split())
+    if not scope or not scope <= set(SCOPES):
+        raise InvalidContent(f"{wanted.scope!r:.80} is not a scope; use words of {', '.join(SCOPES)}.")
+    if not ("admin" in own.scope or scope <= own.scope | ({"abort"} if "write" in own.scope else set())):
+        raise Forbidden("A token cannot allow more than the one it is made with; ask for less.")
+    lifetime = cast(float, seconds("expires_in", wanted.expires_in))
+    grant = Grant(scope, (thread_id,), min(time.time() + lifetime, own.expires))
+    token = token_for(buffer.settings.secret, grant)
+    return Token(token, " ".join(sorted(scope)), thread_id, int(grant.expires) * 1000)
+
+
+def make_token(settings: Settings, flags: dict[str, Any]) -> None:
+    """Print a token. Raises StartupError."""
+    words = frozenset(flags["scope"].split())
+    threads: Sequence[str] = flags["thread"]
+    if not settings.secret:
+        raise StartupError("a token is made with a secret; set RESUME_STREAM_SECRET, or say --secret")
+    if not words or not words <= set(SCOPES):
+        raise StartupError(f"--scope: {flags['scope']!r} is not a scope; use words of {', '.join(SCOPES)}")
+    try:
+        expires = time.time() + parse_duration(flags["expires_in"])
+    except ValueError as error:
+        raise StartupError(f"--expires-in: {error}") from error
+    warnings.filterwarnings("ignore", "The HMAC key is")
+    print(token_for(settings.secret, Grant(words, tuple(threads) or None, expires)))

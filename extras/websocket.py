@@ -1,0 +1,290 @@
+"""One WebSocket for many threads: subscriptions, each a reader of its own, and appends in their order.
+
+Browsers allow six connections to a host over HTTP/1.1, and a stream takes one of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import Awaitable
+from contextlib import aclosing
+from typing import Any, cast
+
+import msgspec
+from litestar import WebSocket, websocket
+from litestar.enums import ScopeType
+from litestar.exceptions import WebSocketDisconnect
+from litestar.middleware import DefineMiddleware
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
+from resume_stream import (
+    ABORT,
+    READ,
+    SCOPES,
+    UNDECODABLE,
+    WRITE,
+    BadRequest,
+    Buffer,
+    Change,
+    Chunk,
+    ChunkBuffer,
+    Conflict,
+    InvalidContent,
+    MessageEnd,
+    NotFound,
+    Page,
+    Parts,
+    Problem,
+    Record,
+    Signal,
+    Unavailable,
+    encode_json,
+    granted,
+    problem_document,
+    seconds,
+    token_expired,
+)
+
+log = logging.getLogger("resume_stream")
+
+UNREAD_ANSWERS = 32  # of appends on one WebSocket, past which it is not read on
+
+
+def mount(parts: Parts) -> None:
+    parts.api.append(converse)
+    parts.middleware.append(DefineMiddleware(Denied))
+
+
+class Subscribe(Record, frozen=True, rename=None, tag="subscribe", forbid_unknown_fields=True):
+    id: str | int
+    thread_id: str
+    message_id: str | None = None
+    after: str | int | None = None
+    known_content: str | None = None
+    follow: bool = False
+    idle_timeout: float | str | None = None
+    poll_interval: float | str | None = None
+
+
+class Unsubscribe(Record, frozen=True, rename=None, tag="unsubscribe", forbid_unknown_fields=True):
+    id: str | int
+
+
+class AppendFrame(Record, frozen=True, rename=None, tag="append", forbid_unknown_fields=True):
+    id: str | int
+    thread_id: str
+    message_id: str
+    chunks: list[Chunk]
+    index: int | None = None
+    complete: bool = False
+
+
+class AbortFrame(Record, frozen=True, rename=None, tag="abort", forbid_unknown_fields=True):
+    id: str | int
+    thread_id: str
+    message_id: str
+    reason: str | None = None
+
+
+Frame = Subscribe | Unsubscribe | AppendFrame | AbortFrame
+FRAMES: msgspec.json.Decoder[Frame] = msgspec.json.Decoder(Frame)
+
+
+class SocketFrames:
+    """Entries and signals as WebSocket messages, each less its first member, the subscriber's id."""
+
+    def frames(self, page: Page) -> list[bytes]:
+        frames = []
+        for entry in page.entries:
+            kind = b"complete" if isinstance(entry, MessageEnd) else b"chunk"
+            cursor = b"%d-%d" % (page.generation, entry.seq)
+            frames.append(b'"type":"%s","cursor":"%s",%s' % (kind, cursor, encode_json(entry)[1:]))
+        return frames
+
+    def signal(self, signal: Signal, problem: Problem | None = None) -> bytes:
+        return encode_json({"type": signal.value, **(problem_document(problem) if problem else {})})[1:]
+
+
+SOCKET_FRAMES = SocketFrames()
+
+
+class Conversation:
+    """One WebSocket: many subscriptions, each a reader of its own, and appends in their order."""
+
+    def __init__(self, socket: WebSocket[Any, Any, Any], buffer: ChunkBuffer) -> None:
+        self._socket = socket
+        self._buffer = buffer
+        self._grant = granted(socket)
+        self._subscriptions: dict[str | int, asyncio.Task[None]] = {}
+        self._appends: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    async def hold(self) -> None:
+        try:
+            while True:
+                await self._take(await self._socket.receive_data("text"))
+        except WebSocketDisconnect:
+            log.debug("WebSocket closed")
+        finally:
+            self._closed = True
+            for task in self._subscriptions.values():
+                task.cancel()
+
+    async def _take(self, text: str | bytes) -> None:
+        # Not read on while too much is waiting to be committed or told, so that the producer is slowed.
+        identity: str | int | None = None
+        try:
+            await self._buffer.room()
+            if len(self._appends) >= UNREAD_ANSWERS:
+                await asyncio.wait(self._appends, return_when=asyncio.FIRST_COMPLETED)
+            frame = decode_frame(text)
+            identity = frame.id
+            match frame:
+                case Subscribe():
+                    self._subscribe(frame)
+                case Unsubscribe():
+                    await self._unsubscribe(frame)
+                case AppendFrame():
+                    self._append(frame)
+                case AbortFrame():
+                    self._grant.require(ABORT, frame.thread_id)
+                    answer = await self._buffer.abort_message(frame.thread_id, frame.message_id, frame.reason)
+                    await self._send("aborted", frame.id, answer)
+        except Problem as problem:
+            await self._send("error", identity or identity_of(text), problem_document(problem))
+
+    def _subscribe(self, frame: Subscribe) -> None:
+        self._grant.require(READ, frame.thread_id)
+        if frame.id in self._subscriptions:
+            raise Conflict(f"The id {frame.id!r} has a subscription already; unsubscribe it, or use another id.")
+        if frame.known_content is not None and (frame.message_id is None or frame.after is not None):
+            raise BadRequest("known_content goes with a message_id, and not with after.")
+        self._subscriptions[frame.id] = asyncio.create_task(self._follow(frame))
+
+    async def _unsubscribe(self, frame: Unsubscribe) -> None:
+        if (task := self._subscriptions.pop(frame.id, None)) is None:
+            raise NotFound(f"There is no subscription with the id {frame.id!r}.")
+        task.cancel()
+        await asyncio.wait([task])
+        await self._send("unsubscribed", frame.id)
+
+    def _append(self, frame: AppendFrame) -> None:
+        self._grant.require(WRITE, frame.thread_id)
+        append = self._buffer.checked_append(
+            frame.thread_id, frame.message_id, frame.chunks, index=frame.index, complete=frame.complete
+        )
+        task = asyncio.create_task(self._acknowledge(frame.id, self._buffer.append(append)))
+        self._appends.add(task)
+        task.add_done_callback(self._appends.discard)
+
+    async def _acknowledge(self, identity: str | int, committing: Awaitable[Change]) -> None:
+        try:
+            answer = (await committing).answer
+            del committing  # and with it what was appended, as its producer may be slow to read this
+            await self._send("appended", identity, answer)
+        except Problem as problem:
+            await self._send("error", identity, problem_document(problem))
+
+    async def _follow(self, frame: Subscribe) -> None:
+        try:
+            await self._deliver(frame)
+        except Problem as problem:
+            await self._send_text(b'{"id":%s,' % encode_json(frame.id) + SOCKET_FRAMES.signal(Signal.ERROR, problem))
+        del self._subscriptions[frame.id]
+        if not self._buffer.stopping:  # then the client is to come back, and go on
+            await self._send("unsubscribed", frame.id)
+
+    async def _deliver(self, frame: Subscribe) -> None:
+        place = await self._buffer.locate(
+            frame.thread_id, frame.message_id, after=frame.after, known_content=frame.known_content, follow=frame.follow
+        )
+        if place.finished:
+            return
+        items = self._buffer.follow(
+            place,
+            heartbeat=0,  # WebSocket has pings
+            idle_timeout=seconds("idle_timeout", frame.idle_timeout),
+            poll_interval=seconds("poll_interval", frame.poll_interval),
+            expires=self._grant.expires,
+        )
+        start = b'{"id":%s,' % encode_json(frame.id)
+        async with aclosing(items):
+            async for item in items:
+                if isinstance(item, Page):
+                    for rest in item.encoded(SOCKET_FRAMES):
+                        self._buffer.listener.sent(len(rest))
+                        await self._send_text(start + rest)
+                elif item is Signal.EXPIRED:
+                    raise token_expired()
+                else:
+                    await self._send_text(start + SOCKET_FRAMES.signal(item))
+
+    async def _send(self, kind: str, identity: str | int | None, payload: Any = None) -> None:
+        members = msgspec.to_builtins(payload) if payload is not None else {}
+        await self._send_text(encode_json({**members, "type": kind, "id": identity}))
+
+    async def _send_text(self, text: bytes) -> None:
+        """Waits while the reader is slow, which holds up nobody else."""
+        if not self._closed:
+            try:
+                await self._socket.send_text(text.decode())
+            except OSError:  # how uvicorn tells that the connection is lost
+                self._closed = True
+
+
+def identity_of(text: str | bytes) -> str | int | None:
+    """The id of a frame, if it has one, however wrong the rest is."""
+    with contextlib.suppress(ValueError, RecursionError):  # of the standard library, as it takes lone surrogates
+        frame = json.loads(text)
+        if isinstance(frame, dict) and isinstance(identity := frame.get("id"), (str, int)):
+            return identity.encode(errors="replace").decode() if isinstance(identity, str) else identity
+    return None
+
+
+def decode_frame(text: str | bytes) -> Frame:
+    """Raises InvalidContent."""
+    try:
+        return FRAMES.decode(text)
+    except UNDECODABLE as error:
+        raise InvalidContent(
+            f"This is not a frame ({error}); send subscribe, unsubscribe, append or abort, each with an id."
+        ) from error
+
+
+@websocket("/ws", scopes=frozenset(SCOPES), token_in_query=True)
+async def converse(socket: WebSocket[Any, Any, Any], buffer: Buffer) -> None:
+    await socket.accept()
+    await Conversation(socket, buffer).hold()
+
+
+class Denied:
+    """Answers a WebSocket that is refused before it is accepted with the problem, where that can be done."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, denied(scope, send) if scope["type"] == ScopeType.WEBSOCKET else send)
+
+
+def denied(scope: Scope, send: Send) -> Send:
+    can_answer = "websocket.http.response" in (cast(Any, scope).get("extensions") or {})
+    is_accepted = False
+
+    async def send_denied(message: Message) -> None:
+        nonlocal is_accepted
+        is_accepted = is_accepted or message["type"] == "websocket.accept"
+        if is_accepted or not can_answer or message["type"] != "websocket.close":
+            await send(message)
+            return
+        problem: Problem = cast(Any, scope).get("refusal") or Unavailable("The service cannot answer; try again.")
+        headers = [(b"content-type", b"application/problem+json")]
+        headers += [(name.lower().encode(), value.encode()) for name, value in (problem.headers or {}).items()]
+        start = {"type": "websocket.http.response.start", "status": problem.status_code, "headers": headers}
+        await send(cast(Message, start))
+        body = encode_json(problem_document(problem))
+        await send(cast(Message, {"type": "websocket.http.response.body", "body": body}))
+
+    return send_denied

@@ -1,0 +1,45 @@
+"""The house: app.py stands alone, and what is in extras/ knows of it only what it says that they may."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import resume_stream
+from conftest import ROOT
+
+EXTRAS = sorted((ROOT / "extras").glob("*.py"))
+
+
+def imported(path: Path) -> Iterator[tuple[str, str]]:
+    """The modules that a file imports, each with a name from it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield from ((node.module or "", alias.name) for alias in node.names)
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+
+
+@pytest.mark.parametrize("path", EXTRAS, ids=lambda path: path.stem)
+def test_an_extra_uses_only_what_extras_may_and_no_other_extra(path: Path) -> None:
+    used = {name for module, name in imported(path) if module == "resume_stream"}
+    assert used
+    assert used <= {*resume_stream.__all__, *resume_stream.FOR_EXTRAS}
+    assert not [module for module, _ in imported(path) if module.startswith(("resume_stream.", "extras"))]
+
+
+def test_extras_are_told_of_nothing_that_none_of_them_uses() -> None:
+    used = {name for path in EXTRAS for module, name in imported(path) if module == "resume_stream"}
+    assert set(resume_stream.FOR_EXTRAS) <= used
+    assert not {name for name in resume_stream.FOR_EXTRAS if not hasattr(resume_stream, name)}
+
+
+def test_every_extra_is_mounted() -> None:
+    assert sorted(resume_stream.EXTRAS) == [path.stem for path in EXTRAS]
+
+
+def test_app_imports_no_file_beside_it() -> None:
+    beside = {path.stem for path in ROOT.iterdir()} | {"resume_stream"}
+    assert not {module.partition(".")[0] for module, _ in imported(ROOT / "app.py")} & beside
