@@ -10,11 +10,11 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import TIMEOUT, Service, append, wait_until
+from conftest import TIMEOUT, Service, api_client, append, wait_until
 from resume_stream import ChunkBuffer
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
-from wire import JSON, NDJSON, TEXT, Stream, api_client, contents, message_path, problem, serving
+from wire import JSON, NDJSON, TEXT, Stream, contents, message_path, problem, serving
 
 CHUNK, BODY, MESSAGE = 100, 1024, 250
 
@@ -233,7 +233,7 @@ def test_a_full_database_takes_appends_again_once_there_is_room(
         if not by_cleanup:
             for number, send in enumerate(WAYS):
                 assert send(client, f"after-{number}", ["y" * 30_000]) == (201, "")
-    assert service.terminate() == 0
+    assert service.end() == 0
     assert service.db.stat().st_size <= limit
 
 

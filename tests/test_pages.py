@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Service, append, wait_until
-from wire import api_client, generation, message_path, problem, serving
+from conftest import Service, api_client, append, wait_until
+from wire import generation, message_path, problem, serving
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-from conftest import Service, append
-from wire import JSON, NDJSON, TEXT, api_client, contents, message_path, problem, serving
+from conftest import Service, api_client, append
+from wire import JSON, NDJSON, TEXT, contents, message_path, problem, serving
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import TIMEOUT, Service, append, wait_until
+from conftest import TIMEOUT, Service, api_client, append, wait_until
 from httpx_sse import ServerSentEvent, connect_sse
-from wire import NDJSON, Stream, Upload, api_client, data_of, message_path, serving
+from wire import NDJSON, Stream, Upload, data_of, message_path, serving
 
 ANSWER = """# Why the sky is blue 🌌
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
-from conftest import Service, append, wait_until
-from wire import NDJSON, TEXT, Stream, Upload, api_client, contents, message_path, serving
+from conftest import Service, api_client, append, wait_until
+from wire import NDJSON, TEXT, Stream, Upload, contents, message_path, serving
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def upload(service: Service, thread: str) -> Iterator[Callable[..., Upload]]:
 
 
 def wait_for_contents(client: httpx.Client, thread: str, *expected: str) -> None:
-    wait_until(lambda: contents(client, thread) == [*expected], f"{expected} in {contents(client, thread)}")
+    wait_until(lambda: contents(client, thread) == [*expected], lambda: f"{expected} (not {contents(client, thread)})")
 
 
 def test_a_line_is_readable_long_before_the_upload_ends(

@@ -9,9 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Service, append, wait_until
+from conftest import Service, api_client, append, wait_until
 from httpx_sse import EventSource
-from wire import JSON, Stream, api_client, data_of, generation, message_path, problem, serving
+from wire import JSON, Stream, data_of, generation, message_path, problem, serving
 
 TIMEOUT_FRAME = b"event: timeout\ndata: {}\n\n"
 RESET_FRAME = b"event: reset\ndata: {}\n\n"

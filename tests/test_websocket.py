@@ -11,15 +11,14 @@ import socket
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from conftest import TIMEOUT, Service, append, wait_until
+from conftest import TIMEOUT, Service, api_client, append, wait_until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
-from wire import Stream, api_client, contents, data_of, generation, message_path, serving
+from wire import Stream, contents, data_of, generation, message_path, serving
 
 MIB = 1024**2
 
@@ -542,13 +541,6 @@ def test_too_large_a_frame_ends_only_its_own_connection(start_service: Callable[
 # Nobody is hurt by a slow one
 
 
-def resident(service: Service) -> int:
-    """Bytes of memory that the service has."""
-    status = Path(f"/proc/{service.process.pid}/status").read_text()
-    (kib,) = [line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:")]
-    return int(kib) * 1024
-
-
 def test_a_reader_that_never_reads_hurts_nobody(start_service: Callable[..., Service]) -> None:
     service = start_service("--synchronous", "NORMAL")
     total, text = 50, "x" * (MIB - 64)
@@ -563,11 +555,11 @@ def test_a_reader_that_never_reads_hurts_nobody(start_service: Callable[..., Ser
         received: list[int] = []
         reader = threading.Thread(target=lambda: [received.append(len(stream.frame())) for _ in range(total)])
         reader.start()
-        before = resident(service)
+        before = service.memory()
         for _ in range(total):
             assert append(client, "t", "run", text).elapsed.total_seconds() < 5
         reader.join(TIMEOUT)
-        grown = resident(service) - before
+        grown = service.memory() - before
         assert len(received) == total
         assert min(received) > len(text)
         assert grown < 30 * MIB, f"{grown / MIB:.0f} MiB more"
@@ -583,7 +575,7 @@ def test_a_producer_that_never_reads_its_answers_is_slowed(start_service: Callab
 
     with api_client(service) as client, raw_socket(service) as deaf:
         append(client, "t", "run", *["x" * (MIB - 64)] * 6).raise_for_status()
-        before = resident(service)
+        before = service.memory()
         deaf.setblocking(False)
         # Its own ids are long, so that the answers fill what the kernel would buffer.
         frames = [frame(number, str(number) * 100_000, "") for number in range(60)]
@@ -599,7 +591,7 @@ def test_a_producer_that_never_reads_its_answers_is_slowed(start_service: Callab
         if sent == len(frames):
             wait_until(lambda: client.get("/threads/t").json()["messageCount"] == 61)
             wait_until(lambda: client.get("/threads/t").json()["chunkCount"] == 126)
-        grown = resident(service) - before
+        grown = service.memory() - before
         assert grown < 40 * MIB, f"{grown / MIB:.0f} MiB more, after {sent} of {len(frames)} frames"
 
 
@@ -610,14 +602,13 @@ def test_told_to_stop_it_closes_with_1012_and_exits_with_0(start_service: Callab
         assert ws.ask("subscribe", "s", thread_id="t")["content"] == "x"
         deaf.sendall(masked({"type": "subscribe", "id": 1, "thread_id": "big", "follow": True}))
         append(client, "big", "run", *["x" * MIB] * 8)
-        os.kill(service.process.pid, signal.SIGTERM)
+        os.kill(service.pid, signal.SIGTERM)
         for connection in (ws, idle):
             with pytest.raises(ConnectionClosed) as closed:
                 connection.receive()  # no end event before it: the client is to come back
             assert closed.value.rcvd.code == 1012
         assert service.process.wait(5) == 0
-        port = service.port
-        service.end(signal.SIGTERM)
-    service.start(port)
+        service.end()
+    service.start()
     with Socket(service) as ws:
         assert ws.ask("subscribe", "s", thread_id="t")["content"] == "x"
