@@ -14,22 +14,12 @@ from conftest import TIMEOUT, Service, api_client, append, wait_until
 from resume_stream import ChunkBuffer
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
-from wire import JSON, NDJSON, TEXT, Stream, contents, message_path, problem, serving
+from wire import JSON, NDJSON, TEXT, Stream, contents, message_path, problem, serving, shared_service
 
 CHUNK, BODY, MESSAGE = 100, 1024, 250
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    limits = ("--max-chunk", f"{CHUNK}B", "--max-body", "1KiB", "--max-message", str(MESSAGE))
-    with serving(tmp_path_factory.mktemp("limits"), *limits) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def client(service: Service) -> Iterator[httpx.Client]:
-    with api_client(service) as client:
-        yield client
+service = shared_service("--max-chunk", f"{CHUNK}B", "--max-body", "1KiB", "--max-message", str(MESSAGE))
 
 
 Answer = tuple[int, str]  # a status, and the detail of what is wrong

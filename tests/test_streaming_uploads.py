@@ -6,20 +6,10 @@ from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
-from conftest import Service, api_client, append, wait_until
-from wire import NDJSON, TEXT, Stream, Upload, contents, message_path, serving
+from conftest import Service, append, wait_until
+from wire import NDJSON, TEXT, Stream, Upload, contents, message_path, shared_service
 
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with serving(tmp_path_factory.mktemp("uploads"), "--max-chunk", "1KiB", "--max-message", "8KiB") as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def client(service: Service) -> Iterator[httpx.Client]:
-    with api_client(service) as client:
-        yield client
+service = shared_service("--max-chunk", "1KiB", "--max-message", "8KiB")
 
 
 @pytest.fixture

@@ -18,21 +18,12 @@ import pytest
 from conftest import TIMEOUT, Service, api_client, append, wait_until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
-from wire import Stream, contents, data_of, generation, message_path, serving
+from wire import Stream, contents, data_of, generation, message_path, shared_service
 
 MIB = 1024**2
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with serving(tmp_path_factory.mktemp("websocket")) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def client(service: Service) -> Iterator[httpx.Client]:
-    with api_client(service) as client:
-        yield client
+service = shared_service()
 
 
 class Socket:
