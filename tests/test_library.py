@@ -249,7 +249,7 @@ async def test_a_quiet_stream_times_out_and_can_be_resumed(buffer: ChunkBuffer) 
 
 async def test_a_reader_is_told_when_its_thread_is_cleared(buffer: ChunkBuffer) -> None:
     await buffer.add_chunks("t", "m", ["text"])
-    reading = await Reading(buffer.resume_stream("t", "m"), shape=said).has("text")
+    reading = await Reading(buffer.resume_stream("t", "m", idle_timeout=5), shape=said).has("text")
     await buffer.clear_thread_buffer("t")
     assert await reading == ["text", Signal.GONE]
 
@@ -497,19 +497,22 @@ async def test_a_cancelled_append_leaves_nothing_open_wherever_it_was(buffer: Ch
 @pytest.mark.parametrize(
     "call",
     [
-        lambda buffer: buffer.get_accumulated_content("t"),
-        lambda buffer: buffer.get_chunks("t", wait=5, after="1"),
-        lambda buffer: take(buffer.resume_stream("t", "m")),
-        lambda buffer: buffer.abort_message("t", "m"),
-        lambda buffer: buffer.clear_thread_buffer("t"),
+        lambda buffer, seq: buffer.get_accumulated_content("t"),
+        lambda buffer, seq: buffer.get_chunks("t", wait=5, after=f"{seq}"),
+        lambda buffer, seq: take(buffer.resume_stream("t", f"m{seq}", idle_timeout=5)),
+        lambda buffer, seq: buffer.abort_message("t", f"m{seq}"),
+        lambda buffer, seq: buffer.clear_thread_buffer("t"),
     ],
 )
 async def test_cancelled_calls_leave_the_buffer_in_order(buffer: ChunkBuffer, call: Any) -> None:
     for steps in range(8):
-        await buffer.add_chunks("t", f"m{steps}", ["text"])
-        calling = asyncio.create_task(call(buffer))
+        seq = (await buffer.add_chunks("t", "m", ["text"])).seq + 1
+        await buffer.add_chunks("t", f"m{seq}", ["text"])
+        calling = asyncio.create_task(call(buffer, seq))
         for _ in range(steps):
             await asyncio.sleep(0)
+        if steps == 7:
+            await until(lambda: buffer.readers or calling.done(), "the call to be waiting, or over")  # noqa: B023
         calling.cancel()
         await asyncio.wait([calling])
     await buffer.add_chunks("t", "last", ["text"])

@@ -574,7 +574,7 @@ def test_a_producer_that_never_reads_its_answers_is_slowed(start_service: Callab
         sent = 0
         for data in frames:
             rest = memoryview(data)
-            while rest and select.select([], [deaf], [], 2)[1]:
+            while rest and select.select([], [deaf], [], 1)[1]:
                 rest = rest[deaf.send(rest) :]
             if rest:
                 break  # it is not read on, which is one way to be bounded
