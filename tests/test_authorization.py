@@ -20,7 +20,18 @@ from conftest import ROOT, TIMEOUT, Service, append, wait_until
 from resume_stream import main
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import ClientConnection, connect
-from wire import NDJSON, Connection, Stream, Upload, contents, data_of, message_path, problem, serving
+from wire import (
+    NDJSON,
+    Connection,
+    Stream,
+    Upload,
+    contents,
+    data_of,
+    message_path,
+    problem,
+    serving,
+    websocket_address,
+)
 
 SECRET = "correct horse battery staple, 32+"
 HOUR = 3600
@@ -70,8 +81,7 @@ def made_thread(admin: httpx.Client) -> str:
 
 
 def websocket(service: Service, query: str = "", **headers: str) -> ClientConnection:
-    address = f"{service.api}/ws{query}".replace("http", "ws", 1)
-    return connect(address, additional_headers=headers, open_timeout=TIMEOUT)
+    return connect(websocket_address(service, query), additional_headers=headers, open_timeout=TIMEOUT)
 
 
 def ask(socket: ClientConnection, **frame: Any) -> dict[str, Any]:

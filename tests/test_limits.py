@@ -14,7 +14,7 @@ from conftest import TIMEOUT, Service, api_client, append, wait_until
 from resume_stream import ChunkBuffer
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
-from wire import JSON, NDJSON, TEXT, Stream, contents, message_path, problem, serving, shared_service
+from wire import JSON, NDJSON, TEXT, Stream, contents, message_path, problem, serving, shared_service, websocket_address
 
 CHUNK, BODY, MESSAGE = 100, 1024, 250
 
@@ -298,8 +298,7 @@ def test_one_reader_too_many_is_asked_to_come_again(none_reading: Service, readi
 
 
 def test_a_subscription_is_a_reader(none_reading: Service) -> None:
-    address = f"{none_reading.api}/ws".replace("http", "ws", 1)
-    with connect(address) as connection, Stream(none_reading, "/threads/t/stream") as stream:
+    with connect(websocket_address(none_reading)) as connection, Stream(none_reading, "/threads/t/stream") as stream:
         stream.frame()
 
         def ask(kind: str, number: int) -> dict[str, Any]:

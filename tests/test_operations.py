@@ -24,7 +24,7 @@ from conftest import ROOT, TIMEOUT, Service, api_client, append, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from resume_stream import main
 from websockets.sync.client import connect
-from wire import NDJSON, Stream, contents, generation, message_path, problem, serving
+from wire import NDJSON, Stream, contents, generation, message_path, problem, serving, websocket_address
 
 SECRET = "correct horse battery staple, 32+"
 
@@ -133,7 +133,7 @@ def test_what_goes_out_is_counted(shared: Service) -> None:
             "resumes_total{kind=start,outcome=resumed}": 1,
         }
         # The same by a WebSocket.
-        with connect(f"{shared.api}/ws".replace("http", "ws", 1)) as socket:
+        with connect(websocket_address(shared)) as socket:
             socket.send(json.dumps({"type": "subscribe", "id": 1, "thread_id": "out"}))
             assert [json.loads(socket.recv(TIMEOUT))["type"] for _ in range(4)][-1] == "unsubscribed"
         assert scraped(shared)["chunks_out_total"] - after["chunks_out_total"] == 3

@@ -18,7 +18,7 @@ import pytest
 from conftest import TIMEOUT, Service, api_client, append, wait_until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
-from wire import Stream, contents, data_of, generation, message_path, shared_service
+from wire import Stream, contents, data_of, generation, masked, message_path, shared_service, websocket_address
 
 MIB = 1024**2
 
@@ -30,8 +30,7 @@ class Socket:
     """Frames as dicts."""
 
     def __init__(self, service: Service) -> None:
-        address = f"{service.api}/ws".replace("http", "ws", 1)
-        self._connecting = connect(address, open_timeout=TIMEOUT, max_size=None, max_queue=None)
+        self._connecting = connect(websocket_address(service), open_timeout=TIMEOUT, max_size=None, max_queue=None)
 
     def __enter__(self) -> Socket:
         self.connection: ClientConnection = self._connecting.__enter__()
@@ -353,22 +352,6 @@ def test_pipelined_appends_are_committed_in_their_order(client: httpx.Client, ws
         ("appended", number, number + 1) for number in range(count + 1)
     ]
     assert contents(client, thread) == [str(number) for number in range(count)]
-
-
-def masked(*frames: dict[str, Any] | bytes) -> bytes:
-    """Text frames as a client sends them (RFC 6455, 5.2), with a mask of zeros."""
-    data = b""
-    for frame in frames:
-        text = frame if isinstance(frame, bytes) else json.dumps(frame).encode()
-        size = len(text)
-        if size < 126:
-            head = bytes([0x81, 0x80 | size])
-        elif size < 2**16:
-            head = b"\x81\xfe" + size.to_bytes(2, "big")
-        else:
-            head = b"\x81\xff" + size.to_bytes(8, "big")
-        data += head + bytes(4) + text
-    return data
 
 
 @contextlib.contextmanager

@@ -186,3 +186,23 @@ class Stream(Connection):
 def data_of(frame: bytes) -> dict[str, Any]:
     (line,) = [line for line in frame.split(b"\n") if line.startswith(b"data: ")]
     return json.loads(line.removeprefix(b"data: "))
+
+
+def websocket_address(service: Service, query: str = "") -> str:
+    return f"{service.api}/ws{query}".replace("http", "ws", 1)
+
+
+def masked(*frames: dict[str, Any] | bytes) -> bytes:
+    """Text frames as a client sends them (RFC 6455, 5.2), with a mask of zeros."""
+    data = b""
+    for frame in frames:
+        text = frame if isinstance(frame, bytes) else json.dumps(frame).encode()
+        size = len(text)
+        if size < 126:
+            head = bytes([0x81, 0x80 | size])
+        elif size < 2**16:
+            head = b"\x81\xfe" + size.to_bytes(2, "big")
+        else:
+            head = b"\x81\xff" + size.to_bytes(8, "big")
+        data += head + bytes(4) + text
+    return data

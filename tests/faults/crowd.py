@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from conftest import Service
+from wire import masked
 
 from .base import BROKEN_LINK, TIMEOUT, Link, Verdict, append, call, eventually, message_path, piece, thread_path
 
@@ -25,14 +26,6 @@ UPGRADE = {
 }
 MIB = 1024**2
 NDJSON = {"Content-Type": "application/x-ndjson", "Transfer-Encoding": "chunked"}
-
-
-def frame(text: str) -> bytes:
-    """A WebSocket message of a client, under a mask of zeros (RFC 6455, 5.3)."""
-    data = text.encode()
-    return (
-        b"\x81" + (bytes([0x80 | len(data)]) if len(data) < 126 else b"\xfe" + len(data).to_bytes(2)) + bytes(4) + data
-    )
 
 
 async def small_link(port: int) -> Link:
@@ -51,7 +44,7 @@ async def follow(link: Link, thread: str) -> None:
 async def follow_by_websocket(link: Link, thread: str) -> None:
     link.send_head("GET", "/api/ws", UPGRADE)
     await link.reader.readuntil(b"\r\n\r\n")
-    link.writer.write(frame(json.dumps({"type": "subscribe", "id": 1, "thread_id": thread})))
+    link.writer.write(masked({"type": "subscribe", "id": 1, "thread_id": thread}))
 
 
 # Each leaves at another place.
@@ -107,7 +100,7 @@ async def leave_in_handshake(link: Link, thread: str) -> None:
 
 async def leave_in_frame(link: Link, thread: str) -> None:
     await follow_by_websocket(link, thread)
-    link.writer.write(frame('{"type": "append"}')[:9])
+    link.writer.write(masked({"type": "append"})[:9])
     await asyncio.sleep(0.005)
 
 
@@ -115,7 +108,7 @@ async def leave_after_websocket_append(link: Link, thread: str) -> None:
     await follow_by_websocket(link, thread)
     chunks = [{"content": "whole"}]
     told = {"type": "append", "id": 2, "thread_id": thread, "message_id": "rude", "chunks": chunks}
-    link.writer.write(frame(json.dumps(told)))
+    link.writer.write(masked(told))
 
 
 RUDE: tuple[Callable[[Link, str], Awaitable[None]], ...] = (
