@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import importlib.util
+import inspect
 import os
 import re
 import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 from uuid import uuid4
 
 import httpx
@@ -41,75 +44,172 @@ def pytest_xdist_auto_num_workers() -> int:
     return (os.cpu_count() or 1) + 1
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
+    """Cancel a coroutine that waits in vain, so that its buffers can still be left, and the next test can begin."""
+    test = pyfuncitem.obj
+    if not inspect.iscoroutinefunction(test):
+        return
+
+    @functools.wraps(test)
+    async def within_time(**arguments: Any) -> None:
+        async with asyncio.timeout(3 * TIMEOUT):
+            await test(**arguments)
+
+    pyfuncitem.obj = within_time
+
+
 TIMEOUT = 20.0  # seconds after which a test gives up waiting
 
 
-def wait_until(condition: Callable[[], Any], what: str = "the condition") -> Any:
+def pauses() -> Iterator[float]:
+    """Seconds between looks at what is waited for: rarer, the longer it takes, as a look may cost something."""
+    pause = 0.001
+    while True:
+        yield pause
+        pause = min(pause * 1.5, 0.03)
+
+
+def wait_until(condition: Callable[[], Any], what: str | Callable[[], str] = "the condition") -> Any:
     """The first true value of a condition that some other process is about to make true."""
     deadline = time.monotonic() + TIMEOUT
-    while time.monotonic() < deadline:
+    for pause in pauses():
         if value := condition():
             return value
-        time.sleep(0.005)
-    raise TimeoutError(f"{what} did not come true within {TIMEOUT} s")
+        if time.monotonic() > deadline:
+            break
+        time.sleep(pause)
+    raise TimeoutError(f"{what if isinstance(what, str) else what()} did not come true within {TIMEOUT:g} s")
+
+
+async def until(
+    condition: Callable[[], Any],
+    what: str = "the condition",
+    seconds: float = TIMEOUT,
+    despite: tuple[type[Exception], ...] = (),
+) -> Any:
+    """The first true value of a condition, which may be a coroutine's, of which some errors are no more than false."""
+    deadline = time.monotonic() + seconds
+    for pause in pauses():
+        with contextlib.suppress(*despite):
+            value = condition()
+            if value := await value if inspect.isawaitable(value) else value:
+                return value
+        if time.monotonic() > deadline:
+            break
+        await asyncio.sleep(pause)
+    raise TimeoutError(f"{what} did not come true within {seconds:g} s")
 
 
 class Service:
-    """``resume-stream serve`` as a process of its own."""
+    """``resume-stream serve`` as a process of its own, with its log in a file: a pipe that nobody reads would stop it.
+
+    Once it has been started it comes back on the port that it had.
+    """
 
     command: ClassVar[list[str]] = [sys.executable, str(ROOT / "app.py")]
 
-    def __init__(self, db: Path, *flags: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, db: Path, *flags: str, environment: dict[str, str] | None = None, wrap: Sequence[str] = ()
+    ) -> None:
         self.db = db
         self.flags = flags
         self.environment = environment or {}
+        self.wrap = wrap
+        self.log = db.with_name(f"{db.name}.log")
+        self.cwd: Path | None = None
         self.process: subprocess.Popen[str] | None = None
         self.url = ""
+        self.port = 0
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *error: object) -> None:
+        if self.process is not None:
+            self.kill()
 
     @property
     def api(self) -> str:
         return f"{self.url}/api"
 
-    def start(self, port: int = 0) -> Service:
-        command = [*self.command, "serve", "--db", str(self.db), "--port", str(port), *self.flags]
-        with tempfile.TemporaryFile("w+") as log:
-            self.process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=log, text=True, env=self.whole_environment
-            )
-            line = self.process.stdout.readline()
-            found = re.search(r"http://\S+:\d+", line)
-            if not found:
-                log.seek(0)
-                raise RuntimeError(f"the service did not start: {line}{log.read()}")
-        self.url = found[0]
-        return self
-
     @property
     def whole_environment(self) -> dict[str, str]:
         return {**os.environ, **self.environment}
 
-    @property
-    def port(self) -> int:
-        return int(self.url.rpartition(":")[2])
+    def spawn(self) -> subprocess.Popen[str]:
+        """Start the process, and do not wait until it serves."""
+        command = [*self.wrap, *self.command, "serve", "--db", str(self.db), "--port", str(self.port), *self.flags]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, text=True, env=self.whole_environment, cwd=self.cwd
+            )
+        return self.process
+
+    def start(self) -> Self:
+        process = self.spawn()
+        assert process.stdout
+        impatience = threading.Timer(TIMEOUT, process.kill)
+        impatience.start()
+        try:
+            line = process.stdout.readline()
+        finally:
+            impatience.cancel()
+        found = re.search(r"http://\S+:(\d+)", line)
+        if not found:
+            code = self.end(signal.SIGKILL)
+            raise RuntimeError(f"the service did not start (exit code {code}): {line}{self.log.read_text()[-2000:]}")
+        self.url, self.port = found[0], int(found[1])
+        return self
+
+    def end(self, sig: int = signal.SIGTERM) -> int:
+        """Its exit code. Raises TimeoutExpired, and kills it, where it goes on."""
+        process, self.process = self.process, None
+        assert process
+        assert process.stdout
+        process.send_signal(sig)
+        try:
+            return process.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            process.stdout.close()
 
     def kill(self) -> None:
         self.end(signal.SIGKILL)
 
-    def terminate(self) -> int:
-        return self.end(signal.SIGTERM)
-
-    def end(self, sig: int) -> int:
-        self.process.send_signal(sig)
-        code = self.process.wait(TIMEOUT)
-        self.process.stdout.close()
-        self.process = None
-        return code
-
-    def restart(self) -> Service:
+    def restart(self) -> Self:
         """Die without warning, and come back on the same port."""
-        port = self.port
         self.kill()
-        return self.start(port)
+        return self.start()
+
+    @property
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        assert self.process
+        return self.process.pid
+
+    @property
+    def pids(self) -> list[int]:
+        """Of all the processes that it is."""
+        return [self.pid]
+
+    def memory(self) -> int:
+        """Bytes that it has in memory."""
+        statuses = [Path(f"/proc/{pid}/status").read_text() for pid in self.pids]
+        return sum(int(kib) * 1024 for status in statuses for kib in re.findall(r"VmRSS:\s+(\d+) kB", status))
+
+    def tracebacks(self) -> int:
+        return self.log.read_text().count("Traceback (most recent call last)")
+
+
+def api_client(service: Service) -> httpx.Client:
+    return httpx.Client(base_url=service.api, timeout=TIMEOUT, verify=False)  # it is HTTP: spare the certificates
 
 
 @pytest.fixture
@@ -141,7 +241,7 @@ def service(start_service: Callable[..., Service]) -> Service:
 @pytest.fixture
 def client(service: Service) -> Iterator[httpx.Client]:
     """A client of the running service's API."""
-    with httpx.Client(base_url=service.api, timeout=TIMEOUT) as client:
+    with api_client(service) as client:
         yield client
 
 
@@ -163,8 +263,11 @@ def make_buffer(tmp_path: Path) -> Callable[..., contextlib.AbstractAsyncContext
 
 @pytest.fixture
 async def buffer(make_buffer: Callable[..., ChunkBuffer]) -> AsyncIterator[ChunkBuffer]:
-    async with make_buffer() as buffer:
-        yield buffer
+    buffer = make_buffer()
+    await buffer.__aenter__()
+    yield buffer
+    async with asyncio.timeout(TIMEOUT):
+        await buffer.__aexit__(None, None, None)
 
 
 def append(client: httpx.Client, thread_id: str, message_id: str, *texts: str, **query: Any) -> httpx.Response:

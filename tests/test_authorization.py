@@ -20,7 +20,18 @@ from conftest import ROOT, TIMEOUT, Service, append, wait_until
 from resume_stream import main
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import ClientConnection, connect
-from wire import NDJSON, Stream, Upload, contents, data_of, message_path, problem, serving
+from wire import (
+    NDJSON,
+    Connection,
+    Stream,
+    Upload,
+    contents,
+    data_of,
+    message_path,
+    problem,
+    serving,
+    websocket_address,
+)
 
 SECRET = "correct horse battery staple, 32+"
 HOUR = 3600
@@ -70,8 +81,7 @@ def made_thread(admin: httpx.Client) -> str:
 
 
 def websocket(service: Service, query: str = "", **headers: str) -> ClientConnection:
-    address = f"{service.api}/ws{query}".replace("http", "ws", 1)
-    return connect(address, additional_headers=headers, open_timeout=TIMEOUT)
+    return connect(websocket_address(service, query), additional_headers=headers, open_timeout=TIMEOUT)
 
 
 def ask(socket: ClientConnection, **frame: Any) -> dict[str, Any]:
@@ -474,7 +484,7 @@ class Expiring(NamedTuple):
     stream: Stream
     socket: ClientConnection
     uploads: list[Upload]
-    poll: Stream
+    poll: Connection
 
 
 @pytest.fixture(scope="module")
@@ -499,10 +509,7 @@ def expiring(service: Service, admin: httpx.Client) -> Iterator[Expiring]:
             uploads[-1].send(b'{"content": "before"}\n')
         wait_until(lambda: len(contents(admin, thread)) == 2 + len(uploads))
         seq = admin.get(f"/threads/{thread}/chunks").json()["cursor"]
-        poll = Stream.__new__(Stream)  # its answer is read later than its request is sent
-        super(Stream, poll).__init__(service)
-        path = f"/api/threads/{thread}/chunks?message_id=open&wait=15&after={seq}"
-        poll.http.request("GET", path, headers=headers)
+        poll = Connection(service, "GET", f"/threads/{thread}/chunks?message_id=open&wait=15&after={seq}", headers)
         assert time.time() < exp, "this machine is too slow for this test"
         wait_until(lambda: time.time() >= moments[-1] + 0.1)
         append(admin, thread, "open", "a secret of later").raise_for_status()
@@ -536,10 +543,8 @@ def test_an_upload_ends_with_its_token(admin: httpx.Client, expiring: Expiring) 
 
 
 def test_a_long_poll_gives_nothing_of_after_its_token(expiring: Expiring) -> None:
-    expiring.poll.http.sock.settimeout(TIMEOUT)
-    response = expiring.poll.http.getresponse()
-    body = response.read()
-    assert b"a secret of later" not in body
+    expiring.poll.begin_answer()
+    assert b"a secret of later" not in expiring.poll.rest()
     assert time.time() - expiring.expired < 10
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from buffers import attached, take
 from hypothesis import given
 from hypothesis import settings as how
 from hypothesis import strategies as st
-from resume_stream import Chunk, ChunkBuffer, MessageEnd, Settings, Signal, StoredChunk
+from resume_stream import Chunk, ChunkBuffer, MessageEnd, Settings, Signal
 
 RESET = Signal.RESET
 
@@ -41,11 +41,9 @@ async def store(buffer: ChunkBuffer, pieces: Sequence[Chunk | str], others: Sequ
 
 async def resumed(buffer: ChunkBuffer, known: str) -> list[Any]:
     """What a reader with this text gets of a message that is still active: (seq, content) or a signal."""
-    items = buffer.resume_stream("thread", "run", known, idle_timeout=1e-9)
-    async with aclosing(items):
-        found = [item async for item in items]
+    found = await take(buffer.resume_stream("thread", "run", known, idle_timeout=1e-9))
     assert found.pop() is Signal.TIMEOUT
-    return [(item.seq, item.content) if isinstance(item, StoredChunk) else item for item in found]
+    return found
 
 
 async def resume_of(buffer: ChunkBuffer, pieces: Sequence[Chunk | str], known: str, others: Sequence[str] = ()) -> Any:
@@ -139,12 +137,9 @@ def test_other_messages_are_no_part_of_the_text(run: Callable[..., Any]) -> None
 def test_a_reader_who_has_all_there_is_waits_for_what_comes_next(run: Callable[..., Any]) -> None:
     async def check(buffer: ChunkBuffer) -> None:
         await store(buffer, ["ab"])
-        async with aclosing(buffer.resume_stream("thread", "run", "ab")) as items:
-            waiting = asyncio.ensure_future(anext(items))
-            while not buffer.readers:  # noqa: ASYNC110
-                await asyncio.sleep(0)
-            await buffer.add_chunks("thread", "run", ["c"])
-            assert (await waiting).content == "c"
+        reading = await attached(buffer, buffer.resume_stream("thread", "run", "ab"), 1)
+        await buffer.add_chunks("thread", "run", ["c"])
+        assert await reading == [(2, "c")]
 
     run(check)
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator
+import contextlib
+import sqlite3
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
+import buffers
 import httpx
 import msgspec
 import pytest
 import resume_stream
-from conftest import TIMEOUT
+from buffers import Reading, attached, follow, is_at_rest, kept_for_readers
+from conftest import until
 from litestar import Litestar, get
 from litestar.testing import AsyncTestClient
 from resume_stream import (
@@ -31,28 +35,14 @@ from resume_stream import (
 pytestmark = pytest.mark.anyio
 
 
-async def take(items: Any, count: int | None = None) -> list[Any]:
-    """What a reader gets: text, ``(event, text)``, ``END status``, or a Signal."""
-    taken: list[Any] = []
-    async with aclosing(items):
-        async for item in items:
-            if isinstance(item, StoredChunk):
-                taken.append((item.event, item.content) if item.event else item.content)
-            elif isinstance(item, MessageEnd):
-                taken.append(f"END {item.status} {item.reason}")
-            else:
-                taken.append(item)
-            if len(taken) == count:
-                break
-    return taken
+def said(item: Any) -> Any:
+    """What a reader is told, without places: text, ``(event, text)``, ``END status reason``, or a Signal."""
+    if isinstance(item, StoredChunk):
+        return (item.event, item.content) if item.event else item.content
+    return f"END {item.status} {item.reason}" if isinstance(item, MessageEnd) else item
 
 
-async def until(condition: Any) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        await asyncio.sleep(0)
+take = partial(buffers.take, shape=said)
 
 
 async def text_of(buffer: ChunkBuffer, message_id: str = "m") -> str:
@@ -216,8 +206,7 @@ async def test_a_reader_gets_what_it_does_not_have_yet(buffer: ChunkBuffer, argu
 
 async def test_a_reader_waits_for_what_is_not_written_yet(buffer: ChunkBuffer) -> None:
     await buffer.open_message("t", "m")
-    reading = asyncio.create_task(take(buffer.resume_stream("t", "m")))
-    await until(lambda: buffer.readers)
+    reading = await attached(buffer, buffer.resume_stream("t", "m"), shape=said)
     await buffer.add_chunks("t", "other", ["not for this one"], complete=True)
     for text in "abc":
         await buffer.add_chunks("t", "m", [text])
@@ -245,11 +234,11 @@ async def test_readers_that_come_at_any_time_get_everything_once(buffer: ChunkBu
 
 async def test_a_thread_is_followed_beyond_the_end_of_each_of_its_messages(buffer: ChunkBuffer) -> None:
     await buffer.open_message("t", "last")
-    reading = asyncio.create_task(take(buffer.follow(await buffer.locate("t"), idle_timeout=10)))
-    await until(lambda: buffer.readers)
+    reading = await attached(buffer, follow(buffer, "t", idle_timeout=10))
     for message_id in ("m", "n", "last"):
         await buffer.add_chunks("t", message_id, [message_id], complete=True)
-    assert [entry.seq for page in await reading for entry in page.entries] == [1, 2, 3, 4, 5, 6]
+    ends = [(2, "completed"), (4, "completed"), (6, "completed")]
+    assert await reading == [(1, "m"), ends[0], (3, "n"), ends[1], (5, "last"), ends[2]]
 
 
 async def test_a_quiet_stream_times_out_and_can_be_resumed(buffer: ChunkBuffer) -> None:
@@ -260,8 +249,7 @@ async def test_a_quiet_stream_times_out_and_can_be_resumed(buffer: ChunkBuffer) 
 
 async def test_a_reader_is_told_when_its_thread_is_cleared(buffer: ChunkBuffer) -> None:
     await buffer.add_chunks("t", "m", ["text"])
-    reading = asyncio.create_task(take(buffer.resume_stream("t", "m")))
-    await until(lambda: buffer.readers)
+    reading = await Reading(buffer.resume_stream("t", "m", idle_timeout=5), shape=said).has("text")
     await buffer.clear_thread_buffer("t")
     assert await reading == ["text", Signal.GONE]
 
@@ -294,8 +282,7 @@ async def test_too_many_readers_are_refused_and_one_may_come_when_another_has_le
 async def test_leaving_the_buffer_ends_its_readers_without_an_end(make_buffer: Any) -> None:
     async with make_buffer() as buffer:
         await buffer.add_chunks("t", "m", ["text"])
-        reading = asyncio.create_task(take(buffer.resume_stream("t", "m")))
-        await until(lambda: buffer.readers and buffer._tails["t"]._waiting)
+        reading = await Reading(buffer.resume_stream("t", "m"), shape=said).has("text")
     async with asyncio.timeout(5):
         assert await reading == ["text"]
     for call in (buffer.add_chunks("t", "m", ["more"]), take(buffer.resume_stream("t", "m"))):
@@ -499,7 +486,7 @@ async def test_a_cancelled_append_leaves_nothing_open_wherever_it_was(buffer: Ch
         appending.cancel()
         await asyncio.wait([appending])
         appended = await buffer.add_chunks("t", "m", ["next"])
-        assert not await buffer._store._file._writer.run(lambda connection: connection.in_transaction)
+        assert is_at_rest(buffer.settings.db)
         stored = appended.seq
         assert appended.chunk_count == stored
     assert 12 <= stored <= 24
@@ -510,43 +497,54 @@ async def test_a_cancelled_append_leaves_nothing_open_wherever_it_was(buffer: Ch
 @pytest.mark.parametrize(
     "call",
     [
-        lambda buffer: buffer.get_accumulated_content("t"),
-        lambda buffer: buffer.get_chunks("t", wait=5, after="1"),
-        lambda buffer: take(buffer.resume_stream("t", "m")),
-        lambda buffer: buffer.abort_message("t", "m"),
-        lambda buffer: buffer.clear_thread_buffer("t"),
+        lambda buffer, seq: buffer.get_accumulated_content("t"),
+        lambda buffer, seq: buffer.get_chunks("t", wait=5, after=f"{seq}"),
+        lambda buffer, seq: take(buffer.resume_stream("t", f"m{seq}", idle_timeout=5)),
+        lambda buffer, seq: buffer.abort_message("t", f"m{seq}"),
+        lambda buffer, seq: buffer.clear_thread_buffer("t"),
     ],
 )
 async def test_cancelled_calls_leave_the_buffer_in_order(buffer: ChunkBuffer, call: Any) -> None:
     for steps in range(8):
-        await buffer.add_chunks("t", f"m{steps}", ["text"])
-        calling = asyncio.create_task(call(buffer))
+        seq = (await buffer.add_chunks("t", "m", ["text"])).seq + 1
+        await buffer.add_chunks("t", f"m{seq}", ["text"])
+        calling = asyncio.create_task(call(buffer, seq))
         for _ in range(steps):
             await asyncio.sleep(0)
+        if steps == 7:
+            await until(lambda: buffer.readers or calling.done(), "the call to be waiting, or over")  # noqa: B023
         calling.cancel()
         await asyncio.wait([calling])
     await buffer.add_chunks("t", "last", ["text"])
-    for connection in (buffer._store._file._writer, buffer._store._file._reader):
-        assert not await connection.run(lambda raw: raw.in_transaction)
+    await until(lambda: is_at_rest(buffer.settings.db), "the end of every transaction")  # a read may be under way
     assert buffer.readers == 0
-    assert not buffer._tails
-    assert not buffer._store._poll_intervals
+    assert kept_for_readers(buffer) == []
+
+
+@contextlib.contextmanager
+def nothing_is_committed(db: str) -> Iterator[None]:
+    """While another process has the database locked."""
+    with contextlib.closing(sqlite3.connect(db, isolation_level=None)) as other:
+        other.execute("begin immediate")
+        yield
 
 
 async def test_what_waits_to_be_committed_is_bounded(buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was let in is committed by a buffer that is told to stop; what waited for room was never kept."""
     monkeypatch.setattr(resume_stream, "PENDING_BYTES", 5_000)
     monkeypatch.setattr(resume_stream, "BATCH_BYTES", 2_000)
-    most, batch = 0, buffer._store._batch
-
-    def watched() -> Any:
-        nonlocal most
-        most = max(most, sum(write.size for write in buffer._store._waiting))
-        return batch()
-
-    monkeypatch.setattr(buffer._store, "_batch", watched)
-    await asyncio.gather(*(buffer.add_chunks("t", "m", ["x" * 936]) for _ in range(100)))
-    assert (await buffer.get_thread_status("t")).chunk_count == 100
-    assert 2_000 <= most <= 6_000  # the limit, and the one that goes over it
+    size = 936  # and 64 for the chunk itself
+    await asyncio.gather(*(buffer.add_chunks("t", "m", ["x" * size]) for _ in range(100)))
+    assert (await buffer.get_thread_status("t")).chunk_count == 100  # slowed, and not refused
+    with nothing_is_committed(buffer.settings.db):
+        appends = [asyncio.create_task(buffer.add_chunks("t", "n", ["x" * size])) for _ in range(100)]
+        await asyncio.sleep(0.05)  # which is long enough for all of them to be let in, if that could be
+        buffer.stop()
+    outcomes = await asyncio.gather(*appends, return_exceptions=True)
+    let_in = [outcome for outcome in outcomes if isinstance(outcome, Appended)]
+    assert all(isinstance(outcome, resume_stream.Unavailable) for outcome in outcomes if outcome not in let_in)
+    assert (await buffer.get_thread_status("t")).messages[1].chunk_count == len(let_in)
+    assert 2 < len(let_in) <= 5 + 1 + 2  # the limit, the one that goes over it, and what was being committed
 
 
 async def test_producers_that_wait_for_room_are_refused_when_the_buffer_stops(

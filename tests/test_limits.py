@@ -10,26 +10,16 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import TIMEOUT, Service, append, wait_until
+from conftest import TIMEOUT, Service, api_client, append, wait_until
 from resume_stream import ChunkBuffer
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
-from wire import JSON, NDJSON, TEXT, Stream, api_client, contents, message_path, problem, serving
+from wire import JSON, NDJSON, TEXT, Stream, contents, message_path, problem, serving, shared_service, websocket_address
 
 CHUNK, BODY, MESSAGE = 100, 1024, 250
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    limits = ("--max-chunk", f"{CHUNK}B", "--max-body", "1KiB", "--max-message", str(MESSAGE))
-    with serving(tmp_path_factory.mktemp("limits"), *limits) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def client(service: Service) -> Iterator[httpx.Client]:
-    with api_client(service) as client:
-        yield client
+service = shared_service("--max-chunk", f"{CHUNK}B", "--max-body", "1KiB", "--max-message", str(MESSAGE))
 
 
 Answer = tuple[int, str]  # a status, and the detail of what is wrong
@@ -233,7 +223,7 @@ def test_a_full_database_takes_appends_again_once_there_is_room(
         if not by_cleanup:
             for number, send in enumerate(WAYS):
                 assert send(client, f"after-{number}", ["y" * 30_000]) == (201, "")
-    assert service.terminate() == 0
+    assert service.end() == 0
     assert service.db.stat().st_size <= limit
 
 
@@ -308,8 +298,7 @@ def test_one_reader_too_many_is_asked_to_come_again(none_reading: Service, readi
 
 
 def test_a_subscription_is_a_reader(none_reading: Service) -> None:
-    address = f"{none_reading.api}/ws".replace("http", "ws", 1)
-    with connect(address) as connection, Stream(none_reading, "/threads/t/stream") as stream:
+    with connect(websocket_address(none_reading)) as connection, Stream(none_reading, "/threads/t/stream") as stream:
         stream.frame()
 
         def ask(kind: str, number: int) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import conftest
 import resume_stream
+from buffers import follow, locate_text
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -20,6 +22,7 @@ MESSAGES = st.sampled_from(["m", "n"])
 TEXTS = st.text(alphabet=["a", "b", "\0", "\r", "\n", "é", "\u0301", "🌊"], max_size=4)
 CHUNKS = st.lists(st.builds(Chunk, TEXTS, st.sampled_from([None, None, None, "tool"])), max_size=4)
 WAIT = 3.0  # seconds after which something that has to come is missing
+until = partial(conftest.until, seconds=WAIT)
 
 
 # The model
@@ -123,26 +126,26 @@ class Reader:
 
     async def follow(self, buffer: ChunkBuffer) -> None:
         self.gone = self.missing = False
+        wait = self.message_id is None
+        items = follow(
+            buffer, self.thread_id, self.message_id, after=self.cursor, follow=wait, idle_timeout=0, heartbeat=0
+        )
         try:
-            position = await buffer.locate(
-                self.thread_id, self.message_id, after=self.cursor, follow=self.message_id is None
-            )
+            async with contextlib.aclosing(items):
+                async for item in items:
+                    self.take(item)
         except resume_stream.NotFound:
             self.missing = True
-            return
-        if position.finished:
-            return
-        items = buffer.follow(position, idle_timeout=0, heartbeat=0)
-        async with contextlib.aclosing(items):
-            async for item in items:
-                if item is Signal.RESET:
-                    self.got = []
-                elif item is Signal.GONE:
-                    self.gone = True
-                else:
-                    assert not isinstance(item, Signal)
-                    self.got += map(plain, item.entries)
-                    self.cursor = f"{item.generation}-{item.entries[-1].seq}"
+
+    def take(self, item: Any) -> None:
+        if item is Signal.RESET:
+            self.got = []
+        elif item is Signal.GONE:
+            self.gone = True
+        else:
+            assert not isinstance(item, Signal)
+            self.got += map(plain, item.entries)
+            self.cursor = f"{item.generation}-{item.entries[-1].seq}"
 
     @property
     def told(self) -> bool:
@@ -370,7 +373,7 @@ class BufferIsLikeItsModel(RuleBasedStateMachine):
         """To the end, or to the last chunk that there is."""
         last = message.end or (message.chunks[-1][0] if message.chunks else 0)
         got: list[Any] = []
-        position = await self.buffer.locate(thread_id, message_id, known_content=known)
+        position = await locate_text(self.buffer, thread_id, message_id, known)
         if position.reset:
             got.append(Signal.RESET)
         if position.after >= last:
@@ -430,14 +433,6 @@ class BufferIsLikeItsModel(RuleBasedStateMachine):
             content = self.runner.run(self.buffer.get_accumulated_content(thread_id)).content
             said = [chunk.content for message in thread.messages.values() for _, chunk in message.chunks]
             assert content == "".join(said)
-
-
-async def until(condition: Any) -> None:
-    deadline = time.monotonic() + WAIT
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        await asyncio.sleep(0.001)
 
 
 async def outcome(call: Any) -> Any:

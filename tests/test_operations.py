@@ -21,11 +21,11 @@ from uuid import uuid4
 import httpx
 import jwt
 import pytest
-from conftest import ROOT, TIMEOUT, Service, append, wait_until
+from conftest import ROOT, TIMEOUT, Service, api_client, append, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from resume_stream import main
 from websockets.sync.client import connect
-from wire import NDJSON, Stream, api_client, contents, generation, message_path, problem, serving
+from wire import NDJSON, Stream, contents, generation, message_path, problem, serving, websocket_address
 
 SECRET = "correct horse battery staple, 32+"
 
@@ -145,7 +145,7 @@ def test_what_goes_out_is_counted(shared: Service) -> None:
             "resumes_total{kind=start,outcome=resumed}": 1,
         }
         # The same by a WebSocket.
-        with connect(f"{shared.api}/ws".replace("http", "ws", 1)) as socket:
+        with connect(websocket_address(shared)) as socket:
             socket.send(json.dumps({"type": "subscribe", "id": 1, "thread_id": "out"}))
             assert [json.loads(socket.recv(TIMEOUT))["type"] for _ in range(4)][-1] == "unsubscribed"
         assert scraped(shared)["chunks_out_total"] - after["chunks_out_total"] == 3
@@ -340,7 +340,7 @@ def test_systemd_is_told_when_it_serves_that_it_lives_and_when_it_stops(
         systemd.settimeout(TIMEOUT)
         service = start_service(environment={"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "200000"})
         assert [systemd.recv(100) for _ in range(4)] == [b"READY=1", *[b"WATCHDOG=1"] * 3]
-        assert service.terminate() == 0
+        assert service.end() == 0
         systemd.settimeout(0)
         rest = [systemd.recv(100)]
         while rest[-1] == b"WATCHDOG=1":
@@ -354,7 +354,7 @@ def test_a_systemd_that_does_not_listen_is_no_reason_to_stop(
     environment = {"NOTIFY_SOCKET": str(tmp_path / "nobody.sock"), "WATCHDOG_USEC": "200000"}
     service = start_service(environment=environment)
     assert httpx.get(f"{service.url}/health/live").status_code == 200
-    assert service.terminate() == 0
+    assert service.end() == 0
 
 
 @pytest.mark.parametrize("path", ["/", "/static/resume-stream.js", "/static/page.css"])

@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import aclosing
 from typing import Any
 
 import pytest
 import resume_stream
-from resume_stream import ChunkBuffer, MessageEnd, Signal, StoredChunk
+from buffers import follow, store_of, take
+from resume_stream import ChunkBuffer, Signal
 
 pytestmark = pytest.mark.anyio
 
@@ -44,17 +44,18 @@ class Gates:
         self._busy = 0
         self._reads = iter([READER[:2], READER[2:]])
         self._commits = iter([PRODUCER[:2], PRODUCER[2:]])
-        read, commit = buffer._store.read, buffer._store.commit
+        store = store_of(buffer)
+        read, commit = store.read, store.commit
 
-        async def gated_read(work: Any) -> Any:
+        async def gated_read(*work: Any) -> Any:
             mine = asyncio.current_task() is self.reader
-            return await self._through(next(self._reads, None) if mine else None, lambda: read(work))
+            return await self._through(next(self._reads, None) if mine else None, lambda: read(*work))
 
         async def gated_commit(operations: Any) -> Any:
             return await self._through(next(self._commits, None), lambda: commit(operations))
 
-        monkeypatch.setattr(buffer._store, "read", gated_read)
-        monkeypatch.setattr(buffer._store, "commit", gated_commit)
+        monkeypatch.setattr(store, "read", gated_read)
+        monkeypatch.setattr(store, "commit", gated_commit)
 
     async def _through(self, steps: tuple[str, ...] | None, call: Callable[[], Awaitable[Any]]) -> Any:
         if steps is None:
@@ -89,28 +90,15 @@ class Gates:
 
 
 async def read_message(buffer: ChunkBuffer, thread_id: str, after: str | None) -> list[Any]:
-    async with aclosing(buffer.resume_stream(thread_id, "m", after=after, idle_timeout=5)) as items:
-        return [seen(item) async for item in items]
+    return await take(buffer.resume_stream(thread_id, "m", after=after, idle_timeout=5))
 
 
 async def read_by_content(buffer: ChunkBuffer, thread_id: str, after: str | None) -> list[Any]:
-    async with aclosing(buffer.resume_stream(thread_id, "m", "x" if after else "", idle_timeout=5)) as items:
-        return [seen(item) async for item in items]
+    return await take(buffer.resume_stream(thread_id, "m", "x" if after else "", idle_timeout=5))
 
 
 async def read_thread(buffer: ChunkBuffer, thread_id: str, after: str | None) -> list[Any]:
-    position = await buffer.locate(thread_id, after=after)
-    got: list[Any] = []
-    async with aclosing(buffer.follow(position, idle_timeout=5)) as items:
-        async for item in items:
-            got += [seen(item)] if isinstance(item, Signal) else map(seen, item.entries)
-    return got
-
-
-def seen(item: Any) -> Any:
-    if isinstance(item, StoredChunk):
-        return item.seq, item.content
-    return (item.seq, item.status) if isinstance(item, MessageEnd) else item
+    return await take(follow(buffer, thread_id, after=after, idle_timeout=5))
 
 
 READERS = [read_message, read_by_content, read_thread]
@@ -175,7 +163,7 @@ async def test_an_end_by_somebody_else_is_the_last_thing_too(make_buffer: Any, r
                 with pytest.raises(resume_stream.Conflict):
                     await buffer.add_chunks(thread_id, "m", ["too late"])
 
-            assert await happen(buffer, order, read(buffer, thread_id, None), changes) == [(1, "aborted")], order
+            assert await happen(buffer, order, read(buffer, thread_id, None), changes) == [(1, "stop")], order
 
 
 @pytest.mark.parametrize("read", [read_message, read_thread])
@@ -215,21 +203,11 @@ async def test_a_follower_of_a_thread_not_made_yet_misses_nothing(make_buffer: A
         for number, order in enumerate(ORDERS):
             thread_id = f"t{number}"
 
-            async def follow(thread_id: str = thread_id) -> list[Any]:
-                position = await buffer.locate(thread_id, follow=True)
-                got: list[Any] = []
-                async with aclosing(buffer.follow(position, idle_timeout=5)) as items:
-                    async for item in items:
-                        got += [seen(item)] if isinstance(item, Signal) else map(seen, item.entries)
-                        if len(got) >= 4 or Signal.TIMEOUT in got:
-                            break
-                return got
-
             async def changes(gates: Gates, thread_id: str = thread_id) -> None:
                 await buffer.add_chunks(thread_id, "m", ["a"], complete=True)
                 await buffer.add_chunks(thread_id, "n", ["b"], complete=True)
 
-            got = await happen(buffer, order, follow(), changes)
+            got = await happen(buffer, order, take(follow(buffer, thread_id, follow=True, idle_timeout=5), 4), changes)
             assert got == [(1, "a"), (2, "completed"), (3, "b"), (4, "completed")], order
 
 

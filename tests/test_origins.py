@@ -14,7 +14,7 @@ from conftest import TIMEOUT, Service
 from resume_stream import Settings, StartupError, serve
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
-from wire import serving
+from wire import serving, websocket_address
 
 ALLOWED, FOREIGN = "https://chat.example", "https://evil.example"
 SECRET = "correct horse battery staple, 32+"
@@ -56,9 +56,8 @@ def raw_status(
 
 def handshake(service: Service, **headers: str) -> int:
     """101, or the status of the refusal."""
-    address = f"{service.api}/ws".replace("http", "ws", 1)
     try:
-        with connect(address, additional_headers=headers, open_timeout=TIMEOUT):
+        with connect(websocket_address(service), additional_headers=headers, open_timeout=TIMEOUT):
             return 101
     except InvalidStatus as refusal:
         return refusal.response.status_code

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import resume_stream
-from conftest import TIMEOUT, Service, append, wait_until
+from buffers import FailsOnce, Polls, Reading, attached, follow, take
+from conftest import TIMEOUT, Service, append, until, wait_until
 from httpx_sse import connect_sse
-from resume_stream import ChunkBuffer, MessageEnd, Signal, StoredChunk
+from resume_stream import ChunkBuffer, Signal
+from wire import NDJSON, Upload, message_path
 
 pytestmark = pytest.mark.anyio
 
@@ -64,26 +62,6 @@ class Reader(threading.Thread):
         self.join(TIMEOUT)
         assert not self.is_alive()
         return self.events
-
-
-class Upload:
-    """An NDJSON upload that is never ended."""
-
-    def __init__(self, service: Service, path: str) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", service.port), TIMEOUT)
-        self.socket.sendall(
-            f"POST /api{path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-ndjson\r\n"
-            "Transfer-Encoding: chunked\r\n\r\n".encode()
-        )
-
-    def send(self, text: str) -> None:
-        line = json.dumps({"content": text}).encode() + b"\n"
-        self.socket.sendall(b"%x\r\n%s\r\n" % (len(line), line))
-
-    def answer(self) -> str:
-        """All that the service says, until it closes the connection."""
-        with self.socket, self.socket.makefile("rb") as file:
-            return file.read().decode()
 
 
 # A running service, and the shell
@@ -136,18 +114,17 @@ def test_an_end_made_with_the_shell_is_an_end_for_everybody(service: Service, cl
     append(client, "t", "n", "two")
     whole = Reader(f"{service.api}/threads/t/stream").waits_after(2)
     reader = Reader(f"{service.api}/threads/t/messages/m/stream").waits_after(1)
-    upload = Upload(service, "/threads/t/messages/m/chunks")
-    upload.send("three")
-    whole.waits_after(3)
-    shell(service.db, ABORT)
-    ended_at = time.monotonic()
-    end = ("complete", {"messageId": "m", "status": "aborted", "reason": "by hand", "seq": 4})
-    assert reader.finished()[-1] == end
-    assert reader.ended_at - ended_at < SOON
-    answer = upload.answer()
-    assert time.monotonic() - ended_at < SOON
-    assert answer.startswith("HTTP/1.1 409 ")
-    assert "by hand" in answer
+    with Upload(service, message_path("t", "m"), NDJSON) as upload:
+        upload.send(b'{"content":"three"}\n')
+        whole.waits_after(3)
+        shell(service.db, ABORT)
+        ended_at = time.monotonic()
+        end = ("complete", {"messageId": "m", "status": "aborted", "reason": "by hand", "seq": 4})
+        assert reader.finished()[-1] == end
+        assert reader.ended_at - ended_at < SOON
+        status, answer = upload.answer()
+        assert time.monotonic() - ended_at < SOON
+    assert (status, answer["reason"]) == (409, "by hand")
     refused = append(client, "t", "m", "too late")
     assert (refused.status_code, refused.json()["reason"]) == (409, "by hand")
     assert append(client, "t", "n", "five").json()["seq"] == 5
@@ -161,11 +138,11 @@ def test_an_end_made_with_the_shell_is_an_end_for_everybody(service: Service, cl
 def test_an_upload_into_a_thread_that_the_shell_deletes_is_answered_early(
     service: Service, client: httpx.Client
 ) -> None:
-    upload = Upload(service, "/threads/t/messages/m/chunks")
-    upload.send("one")
-    wait_until(lambda: client.get("/threads/t").status_code == 200, "the thread")
-    shell(service.db, DELETE)
-    assert upload.answer().startswith("HTTP/1.1 409 ")
+    with Upload(service, message_path("t", "m"), NDJSON) as upload:
+        upload.send(b'{"content":"one"}\n')
+        wait_until(lambda: client.get("/threads/t").status_code == 200, "the thread")
+        shell(service.db, DELETE)
+        assert upload.answer()[0] == 409
     assert client.get("/threads/t").status_code == 404
 
 
@@ -235,86 +212,53 @@ async def blind(make_buffer: Any) -> Any:
         yield buffer
 
 
-async def until(condition: Callable[[], Any], pause: float = 0) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        await asyncio.sleep(pause)
-
-
-async def take(items: Any, count: int | None = None) -> list[Any]:
-    taken: list[Any] = []
-    async with aclosing(items):
-        async for item in items:
-            for entry in item.entries if isinstance(item, resume_stream.Page) else [item]:
-                if isinstance(entry, StoredChunk):
-                    taken.append((entry.seq, entry.content))
-                else:
-                    taken.append((entry.seq, entry.reason) if isinstance(entry, MessageEnd) else entry)
-            if len(taken) == count:
-                break
-    return taken
-
-
-async def attached(buffer: ChunkBuffer, reading: Callable[[], Any], readers: int = 1) -> asyncio.Task[Any]:
-    task = asyncio.create_task(reading())
-    await until(lambda: buffer.readers >= readers)
-    return task
-
-
 async def test_an_append_right_after_the_shell_takes_the_next_place(blind: ChunkBuffer) -> None:
     await blind.add_chunks("t", "m", ["one"])
     await blind.add_chunks("t", "n", ["two"])
-    position = await blind.locate("t", follow=True)
-    reading = await attached(blind, lambda: take(blind.follow(position, idle_timeout=10), 7))
+    reading = await attached(blind, follow(blind, "t", follow=True, idle_timeout=10), 7)
     for message_id, place in (("m", 4), ("n", 6)):
         shell(blind.settings.db, ABORT.replace("'m'", f"'{message_id}'"))
         assert (await blind.add_chunks("t", f"after {message_id}", [message_id])).seq == place
     with pytest.raises(resume_stream.Conflict):
         await blind.add_chunks("t", "m", ["too late"])
     await blind.complete_message("t", "after m")
-    assert await reading == [(1, "one"), (2, "two"), (3, "by hand"), (4, "m"), (5, "by hand"), (6, "n"), (7, None)]
+    assert await reading == [
+        (1, "one"),
+        (2, "two"),
+        (3, "by hand"),
+        (4, "m"),
+        (5, "by hand"),
+        (6, "n"),
+        (7, "completed"),
+    ]
 
 
 async def test_an_append_right_after_the_shell_deleted_the_thread_begins_anew(blind: ChunkBuffer) -> None:
     await blind.add_chunks("t", "m", ["one", "two"])
     old = (await blind.get_accumulated_content("t")).cursor
-    reading = await attached(blind, lambda: take(blind.resume_stream("t", "m", idle_timeout=10)))
+    reading = await Reading(blind.resume_stream("t", "m", idle_timeout=10)).has((1, "one"), (2, "two"))
     shell(blind.settings.db, DELETE)
     assert (await blind.add_chunks("t", "m", ["other"])).seq == 1
-    got = await reading
-    assert got[-1] is Signal.GONE
-    assert got[:-1] == [(1, "one"), (2, "two")][: len(got) - 1]
+    assert await reading == [(1, "one"), (2, "two"), Signal.GONE]
     assert await take(blind.resume_stream("t", "m", after=old), 2) == [Signal.RESET, (1, "other")]
 
 
 async def test_a_follower_since_before_the_thread_learns_that_it_is_another_one(blind: ChunkBuffer) -> None:
     """Otherwise it would wait at its old place, and miss what comes before that in the new thread."""
-    position = await blind.locate("t", follow=True)
-    got: list[Any] = []
-
-    async def follow() -> None:
-        async with aclosing(blind.follow(position, idle_timeout=3)) as items:
-            async for item in items:
-                got.extend([item] if isinstance(item, Signal) else [(e.seq, e.content) for e in item.entries])
-
-    reading = await attached(blind, follow)
+    reading = await attached(blind, follow(blind, "t", follow=True, idle_timeout=3))
     await blind.add_chunks("t", "m", ["one", "two", "three"])
-    await until(lambda: len(got) >= 3)
+    await reading.has(*(old := [(1, "one"), (2, "two"), (3, "three")]))
     shell(blind.settings.db, DELETE)
     for text in "abcde":
         await blind.add_chunks("t", "m", [text])
-    await reading
-    assert got[:3] == [(1, "one"), (2, "two"), (3, "three")]
-    assert got[3:] == [Signal.GONE]
+    assert await reading == [*old, Signal.GONE]
 
 
 async def test_text_of_the_deleted_thread_is_never_served_to_readers_of_the_new_one(blind: ChunkBuffer) -> None:
     await blind.open_message("t", "m")
     slow = blind.resume_stream("t", "m", idle_timeout=10)
     reading = asyncio.create_task(anext(slow))
-    await until(lambda: blind.readers)
+    await until(lambda: blind.readers, "the reader")
     for text in ("old 1", "old 2", "old 3"):
         await blind.add_chunks("t", "m", [text])
     assert (await reading).content == "old 1"  # and it stays, reading no further
@@ -322,7 +266,7 @@ async def test_text_of_the_deleted_thread_is_never_served_to_readers_of_the_new_
     await blind.add_chunks("t", "m", ["new 1", "new 2", "new 3"], complete=True)
     for after in range(3):
         got = await take(blind.resume_stream("t", "m", after=after))
-        assert got == [*((seq, f"new {seq}") for seq in range(after + 1, 4)), (4, None)]
+        assert got == [*((seq, f"new {seq}") for seq in range(after + 1, 4)), (4, "completed")]
     await slow.aclose()
 
 
@@ -345,16 +289,12 @@ async def test_a_reader_that_is_in_no_hurry_does_not_delay_another(make_buffer: 
     async with make_buffer(poll_interval=0.05) as buffer:
         for thread_id in ("t", "u"):
             await buffer.add_chunks(thread_id, "m", ["one"])
-        patient = await attached(buffer, lambda: take(buffer.resume_stream("u", "m", None, 600, idle_timeout=60)))
-        # It has to be polled for by now, with its own interval.
-        for _ in range(20):
-            await asyncio.sleep(0)
-        other = await attached(buffer, lambda: take(buffer.resume_stream("t", "m", idle_timeout=3)), 2)
-        await until(lambda: buffer._tails["t"].last_seq and buffer._tails["t"]._waiting)
+        # It is polled for, with its own interval, by the time it has got something.
+        patient = await Reading(buffer.resume_stream("u", "m", None, 600, idle_timeout=60)).has((1, "one"))
+        other = await Reading(buffer.resume_stream("t", "m", idle_timeout=3)).has((1, "one"))
         shell(buffer.settings.db, DELETE)
         assert await other == [(1, "one"), Signal.GONE]
-        patient.cancel()
-        await asyncio.wait([patient])
+        await patient.cancel()
 
 
 async def test_a_change_that_could_not_be_read_is_looked_at_again(
@@ -362,50 +302,25 @@ async def test_a_change_that_could_not_be_read_is_looked_at_again(
 ) -> None:
     async with make_buffer(poll_interval=0.02) as buffer:
         await buffer.add_chunks("t", "m", ["one"])
-        polls, data_version, states = 0, buffer._store._file.data_version, buffer._store.states
-
-        async def counted() -> int:
-            nonlocal polls
-            polls += 1
-            return await data_version()
-
-        monkeypatch.setattr(buffer._store._file, "data_version", counted)
-        reading = await attached(buffer, lambda: take(buffer.resume_stream("t", "m", idle_timeout=3)))
-        await until(lambda: polls >= 2, 0.005)
-
-        failures = 0
-
-        async def fails_once(keys: Any) -> Any:
-            nonlocal failures
-            if not failures:
-                failures += 1
-                raise resume_stream.Unavailable("Not now.")
-            return await states(keys)
-
-        monkeypatch.setattr(buffer._store, "states", fails_once)
+        polls = Polls(buffer, monkeypatch)
+        reading = await Reading(buffer.resume_stream("t", "m", idle_timeout=3)).has((1, "one"))
+        await polls.go_on(2)
+        failure = FailsOnce(buffer, monkeypatch)
         shell(buffer.settings.db, DELETE)
         assert await reading == [(1, "one"), Signal.GONE]
-        assert failures == 1
+        assert failure.has_failed
 
 
 async def test_nothing_is_polled_while_nobody_waits(make_buffer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async with make_buffer(poll_interval=0.01) as buffer:
         await buffer.add_chunks("t", "m", ["one"])
-        polls = 0
-
-        async def counted() -> int:
-            nonlocal polls
-            polls += 1
-            return 1
-
-        monkeypatch.setattr(buffer._store._file, "data_version", counted)
-        items = buffer.resume_stream("t", "m")
-        await anext(items)
-        await until(lambda: polls >= 3, 0.005)
-        await items.aclose()
+        polls = Polls(buffer, monkeypatch)
+        reading = await Reading(buffer.resume_stream("t", "m")).has((1, "one"))
+        await polls.go_on(3)
+        await reading.cancel()
         for _ in range(5):  # one may be under way
             await asyncio.sleep(0.01)
-        rest = polls
+        rest = polls.count
         for _ in range(10):
             await asyncio.sleep(0.01)
-        assert polls == rest
+        assert polls.count == rest

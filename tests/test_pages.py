@@ -8,20 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Service, append, wait_until
-from wire import api_client, generation, message_path, problem, serving
+from conftest import Service, api_client, append, wait_until
+from wire import generation, message_path, problem, serving, shared_service
 
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with serving(tmp_path_factory.mktemp("pages")) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def client(service: Service) -> Iterator[httpx.Client]:
-    with api_client(service) as client:
-        yield client
+service = shared_service()
 
 
 def page_of(client: httpx.Client, thread: str, **query: Any) -> dict[str, Any]:

@@ -9,20 +9,10 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-from conftest import Service, append
-from wire import JSON, NDJSON, TEXT, api_client, contents, message_path, problem, serving
+from conftest import api_client, append
+from wire import JSON, NDJSON, TEXT, contents, message_path, problem, serving, shared_service
 
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with serving(tmp_path_factory.mktemp("producers")) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def client(service: Service) -> Iterator[httpx.Client]:
-    with api_client(service) as client:
-        yield client
+service = shared_service()
 
 
 @pytest.fixture(scope="module")

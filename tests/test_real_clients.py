@@ -6,15 +6,14 @@ import json
 import random
 import re
 import subprocess
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
-from conftest import TIMEOUT, Service, append, wait_until
+from conftest import TIMEOUT, Service, api_client, append, wait_until
 from httpx_sse import ServerSentEvent, connect_sse
-from wire import NDJSON, Stream, Upload, api_client, data_of, message_path, serving
+from wire import NDJSON, Stream, Upload, data_of, message_path, serving, shared_service
 
 ANSWER = """# Why the sky is blue 🌌
 
@@ -60,18 +59,7 @@ def test_the_answer_is_like_that_of_a_model() -> None:
     assert len(TOKENS) > 200
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with serving(tmp_path_factory.mktemp("clients")) as service:
-        with api_client(service) as client:
-            append(client, "done", "run", *TOKENS, complete=True)
-        yield service
-
-
-@pytest.fixture(scope="module")
-def client(service: Service) -> Iterator[httpx.Client]:
-    with api_client(service) as client:
-        yield client
+service = shared_service(fill=lambda client: append(client, "done", "run", *TOKENS, complete=True))
 
 
 def events(client: httpx.Client, *request: str, **rest: Any) -> list[ServerSentEvent]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import random
@@ -18,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 import resume_stream
-from conftest import TIMEOUT, Service, append, wait_until
+from conftest import TIMEOUT, Service, append, until, wait_until
 from resume_stream import ChunkBuffer, MessageEnd
 
 pytestmark = pytest.mark.anyio
@@ -42,11 +41,7 @@ class Clock:
         """Until the periodic tasks have seen the new time."""
         self.now += ms
         self.looks = 0
-        deadline = time.monotonic() + TIMEOUT
-        while self.looks < looks:
-            if time.monotonic() > deadline:
-                raise TimeoutError
-            await asyncio.sleep(0.005)
+        await until(lambda: self.looks >= looks, f"{looks} looks at the clock")
 
 
 async def status_of(buffer: ChunkBuffer, message_id: str = "m") -> tuple[str, str | None]:

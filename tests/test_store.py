@@ -18,7 +18,8 @@ from typing import Any
 import httpx
 import pytest
 import resume_stream
-from conftest import TIMEOUT, Service, append
+from buffers import attached, history, on_writer, transactions_in
+from conftest import TIMEOUT, Service, append, until
 from resume_stream import ChunkBuffer, Problem, Settings, StartupError, with_room
 
 pytestmark = pytest.mark.anyio
@@ -27,7 +28,8 @@ THREAD_COUNT = 200
 
 
 def files_of(db: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in db.parent.glob(f"{db.name}*") if path.suffix != ".lock"}
+    files = db.parent.glob(f"{db.name}*")
+    return {path.name: path.read_bytes() for path in files if path.suffix not in (".lock", ".log")}
 
 
 def query(db: Path, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
@@ -39,14 +41,6 @@ def query(db: Path, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
 def execute(db: Path, sql: str) -> None:
     with contextlib.closing(sqlite3.connect(db)) as connection:
         connection.executescript(sql)
-
-
-async def eventually(condition: Callable[[], Any], what: str) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(what)
-        await asyncio.sleep(0.005)
 
 
 def refusal(db: Path) -> str:
@@ -139,7 +133,7 @@ def test_a_file_that_is_already_served_is_refused_under_every_name(service: Serv
     for name in (service.db, alias):
         line = refusal(name)
         assert "is already served" in line
-        assert str(service.process.pid) in line
+        assert str(service.pid) in line
     assert files_of(service.db) == before
     assert append(client, "t", "m", "two").json()["seq"] == 2
 
@@ -206,46 +200,37 @@ async def test_the_schema_is_strict_and_says_what_made_it(buffer: ChunkBuffer, t
 @pytest.mark.parametrize(("name", "number"), [("FULL", 2), ("NORMAL", 1)])
 async def test_synchronous_is_what_the_setting_says(make_buffer: Any, name: str, number: int) -> None:
     async with make_buffer(synchronous=name) as buffer:
-        ((found,),) = await buffer._store._file._writer.execute_fetchall("pragma synchronous")
-        assert found == number
+        found = await on_writer(buffer, lambda writer: writer.execute("pragma synchronous").fetchone())
+        assert found == (number,)
 
 
 # What a commit is
 
 
-async def test_an_append_is_answered_after_its_commit_and_not_before(
-    buffer: ChunkBuffer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commit, reached, gate = buffer._store.commit, asyncio.Event(), asyncio.Event()
-
-    async def gated(operations: Any) -> Any:
-        reached.set()
-        await gate.wait()
-        return await commit(operations)
-
-    monkeypatch.setattr(buffer._store, "commit", gated)
-    appending = asyncio.create_task(buffer.add_chunks("t", "m", ["text"]))
-    await reached.wait()
-    done, _ = await asyncio.wait([appending], timeout=0.05)
-    stored = query(tmp_path / "chunks.db", "select * from chunks")
-    gate.set()
-    assert not done
-    assert stored == []
-    await appending
-    assert query(tmp_path / "chunks.db", "select content from chunks") == [("text",)]
+async def test_an_append_is_answered_after_its_commit_and_not_before(buffer: ChunkBuffer, tmp_path: Path) -> None:
+    db = tmp_path / "chunks.db"
+    with contextlib.closing(sqlite3.connect(db, isolation_level=None)) as other:
+        other.execute("begin immediate")  # nobody else can commit
+        appending = asyncio.create_task(buffer.add_chunks("t", "m", ["text"]))
+        done, _ = await asyncio.wait([appending], timeout=0.1)
+        assert not done
+        assert query(db, "select * from chunks") == []
+        other.execute("rollback")
+        await appending
+        assert query(db, "select content from chunks") == [("text",)]
 
 
 async def test_what_comes_while_a_commit_is_under_way_is_committed_together(
     buffer: ChunkBuffer, tmp_path: Path
 ) -> None:
-    statements: list[str] = []
-    await buffer._store._file._writer.run(lambda connection: connection.set_trace_callback(statements.append))
+    db = tmp_path / "chunks.db"
+    await buffer.open_message("t0", "m")
+    before = len(transactions_in(db))
     answers = await asyncio.gather(*(buffer.add_chunks(f"t{n % 7}", "m", [f"{n}"]) for n in range(700)))
-    await buffer._store._file._writer.run(lambda connection: connection.set_trace_callback(None))
-    assert 1 <= statements.count("commit") <= 20
+    assert 1 <= len(transactions_in(db)) - before <= 20
     for number in range(7):
         assert sorted(answer.seq for answer in answers if answer.thread_id == f"t{number}") == list(range(1, 101))
-    assert query(tmp_path / "chunks.db", "select count(*) from chunks") == [(700,)]
+    assert query(db, "select count(*) from chunks") == [(700,)]
 
 
 async def test_one_refused_append_does_not_spoil_the_others_of_its_transaction(buffer: ChunkBuffer) -> None:
@@ -320,33 +305,38 @@ def test_a_disk_that_takes_no_more_is_a_clear_error_and_is_used_again_by_itself(
     """A limit on the size of a file stands in for a disk that is full."""
     append(client, "t", "m", "kept")
     limit = Path(f"{service.db}-wal").stat().st_size + 5000
-    resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    resource.prlimit(service.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     for _ in range(3):
         answer = append(client, "t", "m", "lost" * 5000)
         assert answer.status_code in (503, 507)
         assert answer.headers["content-type"] == "application/problem+json"
         assert client.get("/threads/t/content").json()["content"] == "kept"
-    resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    resource.prlimit(service.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert append(client, "t", "m", " and more").json()["seq"] == 2
     assert client.get("/threads/t/content").json()["content"] == "kept and more"
     assert query(service.db, "pragma integrity_check") == [("ok",)]
 
 
 async def test_a_checkpoint_that_fails_does_not_take_back_what_was_committed(
-    buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch
+    make_buffer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk has room for the WAL, and none for the database: the append is stored all the same."""
-    await buffer.open_message("t", "m")
-    reading = asyncio.create_task(anext(buffer.resume_stream("t", "m", idle_timeout=5)))
-    await eventually(lambda: buffer.readers, "the reader is there")
+    monkeypatch.setattr(resume_stream, "WAL_BYTES", 0)  # a checkpoint after each commit, then
+    failures = 0
 
     def fails(connection: sqlite3.Connection, busy_timeout: float) -> bool:
+        nonlocal failures
+        failures += 1
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(resume_stream, "checkpoint", fails)
-    buffer._store._file._wal_limit = 0
-    assert (await buffer.add_chunks("t", "m", ["text"])).seq == 1
-    assert (await reading).content == "text"
+    async with make_buffer() as buffer:
+        await buffer.open_message("t", "m")
+        reading = await attached(buffer, buffer.resume_stream("t", "m", idle_timeout=5), 1)
+        with monkeypatch.context() as context:
+            context.setattr(resume_stream, "checkpoint", fails)
+            assert (await buffer.add_chunks("t", "m", ["text"])).seq == 1
+            assert await reading == [(1, "text")]
+        assert failures
 
 
 @contextlib.contextmanager
@@ -477,8 +467,8 @@ async def test_text_that_expired_is_nowhere_in_the_files(
         await asyncio.gather(*(buffer.add_chunks(f"thread-{number}", "run-1", []) for number in live))
         assert marks_in(db) == set(texts)
         monkeypatch.setattr(resume_stream, "now_ms", lambda: now)
-        await eventually(lambda: query(db, "select count(*) from threads") == [(len(live),)], "they are deleted")
-        await eventually(lambda: marks_in(db) == live, "the expired are erased")
+        await until(lambda: query(db, "select count(*) from threads") == [(len(live),)], "they are deleted")
+        await until(lambda: marks_in(db) == live, "the expired are erased")
         assert await live_texts(buffer, live) == {number: texts[number] for number in live}
 
 
@@ -488,13 +478,12 @@ async def test_an_expired_thread_is_gone_for_its_reader_and_a_touched_one_stays(
     monkeypatch.setattr(resume_stream, "CLOCK_STEP_MS", math.inf)  # its times are made up
     async with make_buffer(ttl=1000, cleanup_interval=0.02) as buffer:
         await asyncio.gather(*(buffer.open_message(thread_id, "m") for thread_id in ("t", "touched")))
-        reading = asyncio.create_task(anext(buffer.resume_stream("t", "m", idle_timeout=10)))
-        await eventually(lambda: buffer.readers, "the reader is there")
+        reading = await attached(buffer, buffer.resume_stream("t", "m", idle_timeout=10))
         later = time.time_ns() // 1_000_000 + 999_000
         monkeypatch.setattr(resume_stream, "now_ms", lambda: later)
         await buffer.open_message("touched", "m")
         later += 2_000
-        assert await reading is resume_stream.Signal.GONE
+        assert await reading == [resume_stream.Signal.GONE]
         assert (await buffer.get_thread_status("touched")).status == "active"
 
 
@@ -502,48 +491,41 @@ async def test_a_long_thread_is_erased_a_bounded_number_of_chunks_at_a_time(
     buffer: ChunkBuffer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resume_stream, "ERASE_ROWS", 10)
-    db, erase_some, lefts = tmp_path / "chunks.db", buffer._store.erase_some, [95]
+    monkeypatch.setattr(resume_stream, "BUSY_TIMEOUT", 0.1)
+    db = tmp_path / "chunks.db"
     await buffer.add_chunks("t", "m", ["text"] * 95)
     await buffer.add_chunks("other", "m", ["text"])
-
-    async def watched() -> bool:
-        more = await erase_some()
-        lefts.extend(left for (left,) in query(db, "select count(*) - 1 from chunks where content = 'text'"))
-        return more
-
-    monkeypatch.setattr(buffer._store, "erase_some", watched)
-    await buffer.clear_thread_buffer("t")
-    assert lefts[-1] == 0
+    with contextlib.closing(sqlite3.connect(f"file:{db}?mode=ro", uri=True, isolation_level=None)) as person:
+        person.execute("begin")
+        person.execute("select * from threads").fetchall()  # which keeps the WAL, and so each of its transactions
+        await buffer.clear_thread_buffer("t")
+        lefts = history(db, "select (select count(*) from chunks)", tmp_path)
+    assert lefts[-1] == 1
     assert max(before - after for before, after in itertools.pairwise(lefts)) == 10
     assert query(db, "select thread_id from threads") == [("other",)]
 
 
 async def test_a_thread_that_is_being_erased_is_not_there_and_can_be_made_again(
-    buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch
+    buffer: ChunkBuffer, tmp_path: Path
 ) -> None:
-    gate, erase_some = asyncio.Event(), buffer._store.erase_some
+    db = tmp_path / "chunks.db"
     await buffer.add_chunks("t", "m", ["old"] * 5, complete=True)
     old = (await buffer.get_accumulated_content("t")).cursor
-
-    async def never() -> bool:
-        gate.set()
-        raise resume_stream.Unavailable("Not now.")
-
-    monkeypatch.setattr(buffer._store, "erase_some", never)
-    with pytest.raises(resume_stream.Unavailable):
+    execute(db, "create trigger hold before delete on chunks begin select raise(abort, 'Not now.'); end")
+    with pytest.raises(resume_stream.Unavailable, match=r"Not now\."):
         await buffer.clear_thread_buffer("t")
-    assert gate.is_set()
     for call in (buffer.get_thread_status("t"), buffer.get_accumulated_content("t"), buffer.get_chunks("t")):
         with pytest.raises(resume_stream.NotFound):
             await call
     assert (await buffer.get_threads()).threads == []
     await buffer.add_chunks("t", "m", ["new"])
-    monkeypatch.setattr(buffer._store, "erase_some", erase_some)
+    execute(db, "drop trigger hold")
     await buffer.clear_thread_buffer("t")
     await buffer.add_chunks("t", "m", ["newer"])
     assert (await buffer.get_accumulated_content("t")).content == "newer"
     with pytest.raises(resume_stream.CursorGone):
         await buffer.get_chunks("t", after=old)
+    assert query(db, "select content from chunks") == [("newer",)]
 
 
 async def test_a_reader_in_the_way_delays_the_erasure_and_no_more(
@@ -562,7 +544,7 @@ async def test_a_reader_in_the_way_delays_the_erasure_and_no_more(
                 await buffer.get_thread_status("doomed")
             await buffer.add_chunks("live", "m", [marked(3)])
             assert person.execute("select text from transcript where thread = 'doomed'").fetchone() == text
-        await eventually(lambda: marks_in(db) == {2, 3}, "the text is erased once the reader is gone")
+        await until(lambda: marks_in(db) == {2, 3}, "the text is erased once the reader is gone")
         assert (await buffer.get_accumulated_content("live")).content == marked(2) * 500 + marked(3)
 
 
@@ -580,7 +562,7 @@ async def test_in_a_large_file_text_is_erased_while_other_messages_are_streaming
         for number in live:
             for run in ("run-0", "run-1"):
                 await buffer.complete_message(f"thread-{number}", run)
-        await eventually(lambda: marks_in(db) == live, "the rest is erased once nothing streams")
+        await until(lambda: marks_in(db) == live, "the rest is erased once nothing streams")
 
 
 async def test_an_erasure_that_was_interrupted_is_finished_after_a_restart(make_buffer: Any, tmp_path: Path) -> None:
@@ -591,6 +573,6 @@ async def test_an_erasure_that_was_interrupted_is_finished_after_a_restart(make_
     execute(db, "update threads set thread_id = null where thread_id = 'doomed'")
     assert marks_in(db) == {1, 2}
     async with make_buffer() as buffer:
-        await eventually(lambda: marks_in(db) == {2}, "the cleared thread is erased")
+        await until(lambda: marks_in(db) == {2}, "the cleared thread is erased")
         assert [thread.thread_id for thread in (await buffer.get_threads()).threads] == ["live"]
         assert query(db, "select count(*) from chunks") == [(1,)]

@@ -7,19 +7,9 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 from conftest import Service, append, wait_until
-from wire import NDJSON, TEXT, Stream, Upload, api_client, contents, message_path, serving
+from wire import NDJSON, TEXT, Stream, Upload, contents, message_path, shared_service
 
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with serving(tmp_path_factory.mktemp("uploads"), "--max-chunk", "1KiB", "--max-message", "8KiB") as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def client(service: Service) -> Iterator[httpx.Client]:
-    with api_client(service) as client:
-        yield client
+service = shared_service("--max-chunk", "1KiB", "--max-message", "8KiB")
 
 
 @pytest.fixture
@@ -37,7 +27,7 @@ def upload(service: Service, thread: str) -> Iterator[Callable[..., Upload]]:
 
 
 def wait_for_contents(client: httpx.Client, thread: str, *expected: str) -> None:
-    wait_until(lambda: contents(client, thread) == [*expected], f"{expected} in {contents(client, thread)}")
+    wait_until(lambda: contents(client, thread) == [*expected], lambda: f"{expected} (not {contents(client, thread)})")
 
 
 def test_a_line_is_readable_long_before_the_upload_ends(

@@ -9,25 +9,16 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Service, append, wait_until
+from conftest import Service, api_client, append, wait_until
 from httpx_sse import EventSource
-from wire import JSON, Stream, api_client, data_of, generation, message_path, problem, serving
+from wire import JSON, Stream, data_of, generation, message_path, problem, serving, shared_service
 
 TIMEOUT_FRAME = b"event: timeout\ndata: {}\n\n"
 RESET_FRAME = b"event: reset\ndata: {}\n\n"
 GONE_FRAME = b"event: gone\ndata: {}\n\n"
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with serving(tmp_path_factory.mktemp("streams")) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def client(service: Service) -> Iterator[httpx.Client]:
-    with api_client(service) as client:
-        yield client
+service = shared_service()
 
 
 Open = Callable[..., Stream]

@@ -11,37 +11,26 @@ import socket
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from conftest import TIMEOUT, Service, append, wait_until
+from conftest import TIMEOUT, Service, api_client, append, wait_until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
-from wire import Stream, api_client, contents, data_of, generation, message_path, serving
+from wire import Stream, contents, data_of, generation, masked, message_path, shared_service, websocket_address
 
 MIB = 1024**2
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with serving(tmp_path_factory.mktemp("websocket")) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def client(service: Service) -> Iterator[httpx.Client]:
-    with api_client(service) as client:
-        yield client
+service = shared_service()
 
 
 class Socket:
     """Frames as dicts."""
 
     def __init__(self, service: Service) -> None:
-        address = f"{service.api}/ws".replace("http", "ws", 1)
-        self._connecting = connect(address, open_timeout=TIMEOUT, max_size=None, max_queue=None)
+        self._connecting = connect(websocket_address(service), open_timeout=TIMEOUT, max_size=None, max_queue=None)
 
     def __enter__(self) -> Socket:
         self.connection: ClientConnection = self._connecting.__enter__()
@@ -365,22 +354,6 @@ def test_pipelined_appends_are_committed_in_their_order(client: httpx.Client, ws
     assert contents(client, thread) == [str(number) for number in range(count)]
 
 
-def masked(*frames: dict[str, Any] | bytes) -> bytes:
-    """Text frames as a client sends them (RFC 6455, 5.2), with a mask of zeros."""
-    data = b""
-    for frame in frames:
-        text = frame if isinstance(frame, bytes) else json.dumps(frame).encode()
-        size = len(text)
-        if size < 126:
-            head = bytes([0x81, 0x80 | size])
-        elif size < 2**16:
-            head = b"\x81\xfe" + size.to_bytes(2, "big")
-        else:
-            head = b"\x81\xff" + size.to_bytes(8, "big")
-        data += head + bytes(4) + text
-    return data
-
-
 @contextlib.contextmanager
 def raw_socket(service: Service) -> Iterator[socket.socket]:
     """A WebSocket from which nothing is read, and whose kernel buffers are small."""
@@ -542,13 +515,6 @@ def test_too_large_a_frame_ends_only_its_own_connection(start_service: Callable[
 # Nobody is hurt by a slow one
 
 
-def resident(service: Service) -> int:
-    """Bytes of memory that the service has."""
-    status = Path(f"/proc/{service.process.pid}/status").read_text()
-    (kib,) = [line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:")]
-    return int(kib) * 1024
-
-
 def test_a_reader_that_never_reads_hurts_nobody(start_service: Callable[..., Service]) -> None:
     service = start_service("--synchronous", "NORMAL")
     total, text = 50, "x" * (MIB - 64)
@@ -563,11 +529,11 @@ def test_a_reader_that_never_reads_hurts_nobody(start_service: Callable[..., Ser
         received: list[int] = []
         reader = threading.Thread(target=lambda: [received.append(len(stream.frame())) for _ in range(total)])
         reader.start()
-        before = resident(service)
+        before = service.memory()
         for _ in range(total):
             assert append(client, "t", "run", text).elapsed.total_seconds() < 5
         reader.join(TIMEOUT)
-        grown = resident(service) - before
+        grown = service.memory() - before
         assert len(received) == total
         assert min(received) > len(text)
         assert grown < 30 * MIB, f"{grown / MIB:.0f} MiB more"
@@ -583,7 +549,7 @@ def test_a_producer_that_never_reads_its_answers_is_slowed(start_service: Callab
 
     with api_client(service) as client, raw_socket(service) as deaf:
         append(client, "t", "run", *["x" * (MIB - 64)] * 6).raise_for_status()
-        before = resident(service)
+        before = service.memory()
         deaf.setblocking(False)
         # Its own ids are long, so that the answers fill what the kernel would buffer.
         frames = [frame(number, str(number) * 100_000, "") for number in range(60)]
@@ -591,7 +557,7 @@ def test_a_producer_that_never_reads_its_answers_is_slowed(start_service: Callab
         sent = 0
         for data in frames:
             rest = memoryview(data)
-            while rest and select.select([], [deaf], [], 2)[1]:
+            while rest and select.select([], [deaf], [], 1)[1]:
                 rest = rest[deaf.send(rest) :]
             if rest:
                 break  # it is not read on, which is one way to be bounded
@@ -599,7 +565,7 @@ def test_a_producer_that_never_reads_its_answers_is_slowed(start_service: Callab
         if sent == len(frames):
             wait_until(lambda: client.get("/threads/t").json()["messageCount"] == 61)
             wait_until(lambda: client.get("/threads/t").json()["chunkCount"] == 126)
-        grown = resident(service) - before
+        grown = service.memory() - before
         assert grown < 40 * MIB, f"{grown / MIB:.0f} MiB more, after {sent} of {len(frames)} frames"
 
 
@@ -610,14 +576,13 @@ def test_told_to_stop_it_closes_with_1012_and_exits_with_0(start_service: Callab
         assert ws.ask("subscribe", "s", thread_id="t")["content"] == "x"
         deaf.sendall(masked({"type": "subscribe", "id": 1, "thread_id": "big", "follow": True}))
         append(client, "big", "run", *["x" * MIB] * 8)
-        os.kill(service.process.pid, signal.SIGTERM)
+        os.kill(service.pid, signal.SIGTERM)
         for connection in (ws, idle):
             with pytest.raises(ConnectionClosed) as closed:
                 connection.receive()  # no end event before it: the client is to come back
             assert closed.value.rcvd.code == 1012
         assert service.process.wait(5) == 0
-        port = service.port
-        service.end(signal.SIGTERM)
-    service.start(port)
+        service.end()
+    service.start()
     with Socket(service) as ws:
         assert ws.ask("subscribe", "s", thread_id="t")["content"] == "x"

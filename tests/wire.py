@@ -4,31 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
-from http.client import HTTPConnection, HTTPResponse
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
-from conftest import TIMEOUT, Service
+import pytest
+from conftest import TIMEOUT, Service, api_client
 
 JSON = {"Content-Type": "application/json"}
 NDJSON = {"Content-Type": "application/x-ndjson"}
 TEXT = {"Content-Type": "text/plain"}
 
 
-@contextlib.contextmanager
-def serving(folder: Path, *flags: str) -> Iterator[Service]:
-    service = Service(folder / "chunks.db", *flags).start()
-    try:
-        yield service
-    finally:
-        if service.process is not None:
-            service.kill()
+def serving(folder: Path, *flags: str) -> Service:
+    """A service for ``with``, with its database in this folder."""
+    return Service(folder / "chunks.db", *flags)
 
 
-def api_client(service: Service) -> httpx.Client:
-    return httpx.Client(base_url=service.api, timeout=TIMEOUT, verify=False)  # it is HTTP: spare the certificates
+def shared_service(*flags: str, fill: Callable[[httpx.Client], Any] = lambda client: None) -> Any:
+    """The fixture ``service`` of a file whose tests share one, and what that holds from the start."""
+
+    @pytest.fixture(scope="module")
+    def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+        with serving(tmp_path_factory.mktemp("shared"), *flags) as service:
+            with api_client(service) as client:
+                fill(client)
+            yield service
+
+    return service
 
 
 def message_path(thread: str, message: str, call: str = "chunks") -> str:
@@ -60,10 +67,17 @@ def problem(response: httpx.Response) -> tuple[int, dict[str, Any]]:
 
 
 class Connection:
-    """One request on a TCP connection of its own."""
+    """One request on a TCP connection of its own, on which nothing is waited for longer than TIMEOUT."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, method: str, path: str, headers: dict[str, str], body: bytes = b"") -> None:
+        self.request = f"{method} /api{path}"
         self.http = HTTPConnection("127.0.0.1", service.port, timeout=TIMEOUT)
+        self.http.connect()
+        self.socket = self.http.sock  # http.client forgets it once the answer has begun, where that ends with it
+        self.http.putrequest(method, f"/api{path}")
+        for name, value in headers.items():
+            self.http.putheader(name, value)
+        self.http.endheaders(body or None)
         self.response: HTTPResponse | None = None
 
     def __enter__(self) -> Self:
@@ -77,19 +91,50 @@ class Connection:
             self.response.close()
         self.http.close()
 
+    @contextlib.contextmanager
+    def waiting_for(self, what: str) -> Iterator[None]:
+        """Cut the connection where this takes longer than TIMEOUT, also where something else keeps coming."""
+        is_late = threading.Event()
+        impatience = threading.Timer(TIMEOUT, cut, [self.socket, is_late])
+        impatience.start()
+        late = TimeoutError(f"{self.request}: {what} did not come within {TIMEOUT:g} s")
+        try:
+            yield
+        except (OSError, HTTPException) as error:
+            if is_late.is_set() or isinstance(error, TimeoutError):
+                raise late from error
+            raise
+        finally:
+            impatience.cancel()
+        if is_late.is_set():
+            raise late
+
+    def begin_answer(self) -> HTTPResponse:
+        with self.waiting_for("an answer"):
+            self.response = self.http.getresponse()
+        return self.response
+
+    def rest(self) -> bytes:
+        """Up to the end, which the service decides."""
+        with self.waiting_for("the end of the answer"):
+            return self.response.read()
+
+
+def cut(end: socket.socket, is_late: threading.Event) -> None:
+    is_late.set()
+    with contextlib.suppress(OSError):  # the service may have closed it just now
+        end.shutdown(socket.SHUT_RDWR)
+
 
 class Upload(Connection):
     """A POST whose body is sent as the test goes on, in chunked transfer encoding."""
 
     def __init__(self, service: Service, path: str, headers: dict[str, str]) -> None:
-        super().__init__(service)
-        self.http.putrequest("POST", f"/api{path}")
-        for name, value in {**headers, "Transfer-Encoding": "chunked"}.items():
-            self.http.putheader(name, value)
-        self.http.endheaders()
+        super().__init__(service, "POST", path, {**headers, "Transfer-Encoding": "chunked"})
 
     def send(self, data: bytes) -> None:
-        self.http.send(b"%x\r\n%s\r\n" % (len(data), data))
+        with self.waiting_for("room for more of the body"):
+            self.http.send(b"%x\r\n%s\r\n" % (len(data), data))
 
     def finish(self) -> tuple[int, dict[str, Any]]:
         self.http.send(b"0\r\n\r\n")
@@ -97,49 +142,67 @@ class Upload(Connection):
 
     def answer(self) -> tuple[int, dict[str, Any]]:
         """What the service says, whether or not it has seen the end of the body."""
-        self.response = self.http.getresponse()
-        return self.response.status, json.loads(self.response.read())
+        return self.begin_answer().status, json.loads(self.rest())
 
     def hang_up(self) -> None:
         """Send no more, and wait until the service has closed its side too."""
-        self.http.sock.shutdown(1)
-        while self.http.sock.recv(65536):
-            pass
+        self.socket.shutdown(socket.SHUT_WR)
+        with self.waiting_for("the end of the connection"):
+            while self.socket.recv(65536):
+                pass
 
 
 class Stream(Connection):
     """A stream that is read as the test goes on, byte for byte."""
 
     def __init__(self, service: Service, path: str, headers: dict[str, str] | None = None, body: Any = None) -> None:
-        super().__init__(service)
         if body is None:
-            self.http.request("GET", f"/api{path}", headers=headers or {})
+            super().__init__(service, "GET", path, headers or {})
         else:
-            self.http.request("POST", f"/api{path}", json.dumps(body), {**JSON, **(headers or {})})
-        self.response = self.http.getresponse()
-        self.status = self.response.status
+            data = json.dumps(body).encode()
+            own = {**JSON, "Content-Length": str(len(data))}
+            super().__init__(service, "POST", path, {**own, **(headers or {})}, data)
+        self.status = self.begin_answer().status
 
     @property
     def headers(self) -> dict[str, str]:
         return {name.lower(): value for name, value in self.response.getheaders()}
 
     def line(self) -> bytes:
-        return self.response.readline()
+        with self.waiting_for("a line"):
+            return self.response.readline()
 
     def frame(self) -> bytes:
         """Up to and with the next blank line; what there is, at the end of the stream."""
         lines = []
-        while line := self.line():
-            lines.append(line)
-            if line == b"\n":
-                break
+        with self.waiting_for("a frame"):
+            while line := self.response.readline():
+                lines.append(line)
+                if line == b"\n":
+                    break
         return b"".join(lines)
-
-    def rest(self) -> bytes:
-        """Up to the end, which the service decides."""
-        return self.response.read()
 
 
 def data_of(frame: bytes) -> dict[str, Any]:
     (line,) = [line for line in frame.split(b"\n") if line.startswith(b"data: ")]
     return json.loads(line.removeprefix(b"data: "))
+
+
+def websocket_address(service: Service, query: str = "") -> str:
+    return f"{service.api}/ws{query}".replace("http", "ws", 1)
+
+
+def masked(*frames: dict[str, Any] | bytes) -> bytes:
+    """Text frames as a client sends them (RFC 6455, 5.2), with a mask of zeros."""
+    data = b""
+    for frame in frames:
+        text = frame if isinstance(frame, bytes) else json.dumps(frame).encode()
+        size = len(text)
+        if size < 126:
+            head = bytes([0x81, 0x80 | size])
+        elif size < 2**16:
+            head = b"\x81\xfe" + size.to_bytes(2, "big")
+        else:
+            head = b"\x81\xff" + size.to_bytes(8, "big")
+        data += head + bytes(4) + text
+    return data

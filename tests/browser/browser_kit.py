@@ -14,8 +14,7 @@ from typing import Any, Self
 
 import httpx
 import pytest
-from conftest import TIMEOUT, Service
-from wire import api_client
+from conftest import TIMEOUT, Service, api_client
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [

@@ -23,8 +23,8 @@ from browser_kit import (
     page,
     restart,
 )
-from conftest import ROOT, TIMEOUT, Service, append, wait_until
-from wire import api_client, serving
+from conftest import ROOT, TIMEOUT, Service, api_client, append, wait_until
+from wire import serving
 
 __all__ = ["browser", "client", "notebook", "page"]  # fixtures
 

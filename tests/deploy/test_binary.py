@@ -10,13 +10,13 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import httpx
 import pytest
 import resume_stream
 import wire
-from conftest import ROOT, TIMEOUT, Service, append, wait_until
+from conftest import ROOT, TIMEOUT, Service, api_client, append, wait_until
 from websockets.sync.client import connect
 
 BINARY = Path(os.environ.get("RESUME_STREAM_BINARY", ROOT / "dist" / "resume-stream"))
@@ -32,9 +32,9 @@ class Binary(Service):
     command: ClassVar[list[str]] = [str(BINARY)]
     serving: int | None = None
 
-    def start(self, port: int = 0) -> Binary:
+    def start(self) -> Self:
         self.unpacked.mkdir(exist_ok=True)
-        super().start(port)
+        super().start()
         self.serving = int(Path(f"{self.db}.lock").read_text())
         return self
 
@@ -59,10 +59,9 @@ class Binary(Service):
         except (FileNotFoundError, ProcessLookupError):  # before the open, and between open and read
             return True
 
-    def memory(self) -> int:
-        """Resident bytes of both."""
-        statuses = [Path(f"/proc/{pid}/status").read_text() for pid in (self.process.pid, self.serving)]
-        return sum(int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024 for status in statuses)
+    @property
+    def pids(self) -> list[int]:
+        return [self.pid, self.serving]
 
 
 @pytest.fixture
@@ -102,7 +101,7 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 def test_what_is_acknowledged_is_read_and_resumed_after_a_sigkill(binary: Binary) -> None:
-    with wire.api_client(binary) as client:
+    with api_client(binary) as client:
         assert append(client, "t", "m", "Hello", " wor").json()["seq"] == 2
         with wire.Stream(binary, "/threads/t/messages/m/stream") as reader:
             assert reader.line() == b"retry: 1000\n"
@@ -143,7 +142,7 @@ def test_what_it_serves_are_the_files_beside_these_tests(binary: Binary) -> None
 
 def test_sigterm_ends_it_with_0_and_leaves_nothing_unpacked(binary: Binary) -> None:
     assert list(binary.unpacked.iterdir())
-    assert binary.terminate() == 0
+    assert binary.end() == 0
     assert list(binary.unpacked.iterdir()) == []
 
 
@@ -161,14 +160,14 @@ def test_version(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
 def test_healthcheck(binary: Binary, run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     port = str(binary.port)
     assert run("healthcheck", "--port", port).returncode == 0
-    binary.terminate()
+    binary.end()
     result = run("healthcheck", RESUME_STREAM_PORT=port)
     assert result.returncode == 1
     assert "does not answer" in result.stderr
 
 
 def test_check_and_backup(binary: Binary, run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
-    with wire.api_client(binary) as client:
+    with api_client(binary) as client:
         append(client, "t", "m", "Hello", complete="true")
     result = run("check", "--db", binary.db)
     assert result.returncode == 0
@@ -191,7 +190,7 @@ def test_a_token_that_it_makes_opens_what_it_serves(
 ) -> None:
     token = run("token", "--scope", "read write", "--thread", "t", RESUME_STREAM_SECRET=SECRET).stdout.strip()
     binary = start_binary(environment={"RESUME_STREAM_SECRET": SECRET})
-    with wire.api_client(binary) as client:
+    with api_client(binary) as client:
         assert append(client, "t", "m", "Hello").status_code == 401
         client.headers["Authorization"] = f"Bearer {token}"
         assert append(client, "t", "m", "Hello").status_code == 201

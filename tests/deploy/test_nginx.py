@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 import wire
-from conftest import ROOT, TIMEOUT, Service, append, wait_until
+from conftest import ROOT, TIMEOUT, Service, api_client, append, wait_until
 from websockets.sync.client import connect
 
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
@@ -90,7 +90,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def client(service: Service) -> Iterator[httpx.Client]:
-    with wire.api_client(service) as client:
+    with api_client(service) as client:
         yield client
 
 
@@ -166,7 +166,7 @@ def test_a_reader_resumes_with_last_event_id_after_the_service_was_killed(
 
 
 def test_appends_share_connections_to_the_service(client: httpx.Client, proxy: Proxy, thread: str) -> None:
-    with wire.api_client(proxy) as through:
+    with api_client(proxy) as through:
         for index in range(200):
             assert append(through, thread, "m", str(index), index=index).status_code == 201
     assert wire.contents(client, thread) == [str(index) for index in range(200)]

@@ -1,4 +1,4 @@
-"""What the faults share: the verdict, the service under test, and a client that expects its death."""
+"""What the faults share: the verdict, and a client that expects its death."""
 
 from __future__ import annotations
 
@@ -6,22 +6,18 @@ import asyncio
 import contextlib
 import json
 import re
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 from urllib.parse import quote
 
-from conftest import ROOT
+from conftest import until
 
 TIMEOUT = 30.0  # seconds after which something hangs
 BROKEN_LINK = (OSError, EOFError, asyncio.IncompleteReadError, TimeoutError, ValueError)
-TRACEBACK = re.compile(r"Traceback \(most recent call last\)")
+eventually = partial(until, seconds=TIMEOUT, despite=BROKEN_LINK)
 
 
 @dataclass
@@ -82,80 +78,6 @@ class Verdict:
 def piece(number: int, size: int) -> str:
     """The numbered pieces of which producers make their texts."""
     return f"{number}~" + ("wörd 🙂\n" * (size // 7 + 1))[:size]
-
-
-class Service:
-    """The service as a process, with its log in a file: a pipe that nobody reads would stop it."""
-
-    def __init__(self, db: Path, *flags: str, wrap: Sequence[str] = ()) -> None:
-        self.db = db
-        self.log = db.with_name(f"{db.name}.log")
-        self.port = 0
-        self._flags = flags
-        self._wrap = wrap
-        self._process: subprocess.Popen[str] | None = None
-
-    def spawn(self) -> subprocess.Popen[str]:
-        command = [*self._wrap, sys.executable, str(ROOT / "app.py"), "serve", "--db", str(self.db)]
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*command, "--port", str(self.port), *self._flags], stdout=subprocess.PIPE, stderr=log, text=True
-            )
-        return self._process
-
-    def start(self) -> Self:
-        process = self.spawn()
-        assert process.stdout
-        line = process.stdout.readline()
-        found = re.search(r"http://\S+?:(\d+)", line)
-        if not found:
-            self.end(signal.SIGKILL)
-            raise RuntimeError(f"the service did not start: {self.log.read_text()[-500:]}")
-        self.port = int(found[1])
-        return self
-
-    def end(self, sig: int = signal.SIGTERM) -> int:
-        process, self._process = self._process, None
-        assert process
-        assert process.stdout
-        process.send_signal(sig)
-        try:
-            return process.wait(TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            raise
-        finally:
-            process.stdout.close()
-
-    def kill(self) -> None:
-        self.end(signal.SIGKILL)
-
-    @property
-    def pid(self) -> int:
-        assert self._process
-        return self._process.pid
-
-    @property
-    def is_running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(self, *error: object) -> None:
-        if self._process is not None:
-            self.kill()
-
-    def tracebacks(self) -> int:
-        return len(TRACEBACK.findall(self.log.read_text()))
-
-    def memory(self) -> float:
-        """MiB that it has in memory."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        found = re.search(r"VmRSS:\s+(\d+) kB", status)
-        assert found
-        return int(found[1]) / 1024
 
 
 class Answer(NamedTuple):
@@ -260,14 +182,3 @@ def message_path(thread: str, message: str, rest: str = "chunks") -> str:
 
 async def append(port: int, thread: str, message: str, *texts: str, query: str = "") -> Answer:
     return await call(port, "POST", message_path(thread, message, f"chunks{query}"), [{"content": t} for t in texts])
-
-
-async def eventually(condition: Any, what: str, seconds: float = TIMEOUT) -> Any:
-    """The first true answer of an asynchronous condition."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        with contextlib.suppress(*BROKEN_LINK):
-            if found := await condition():
-                return found
-        await asyncio.sleep(0.05)
-    raise TimeoutError(f"{what} did not come true within {seconds:g} s")

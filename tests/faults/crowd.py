@@ -13,19 +13,10 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
-from .base import (
-    BROKEN_LINK,
-    TIMEOUT,
-    Link,
-    Service,
-    Verdict,
-    append,
-    call,
-    eventually,
-    message_path,
-    piece,
-    thread_path,
-)
+from conftest import Service
+from wire import masked
+
+from .base import BROKEN_LINK, TIMEOUT, Link, Verdict, append, call, eventually, message_path, piece, thread_path
 
 UPGRADE = {
     "Upgrade": "websocket",
@@ -33,15 +24,8 @@ UPGRADE = {
     "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==",
     "Sec-WebSocket-Version": "13",
 }
+MIB = 1024**2
 NDJSON = {"Content-Type": "application/x-ndjson", "Transfer-Encoding": "chunked"}
-
-
-def frame(text: str) -> bytes:
-    """A WebSocket message of a client, under a mask of zeros (RFC 6455, 5.3)."""
-    data = text.encode()
-    return (
-        b"\x81" + (bytes([0x80 | len(data)]) if len(data) < 126 else b"\xfe" + len(data).to_bytes(2)) + bytes(4) + data
-    )
 
 
 async def small_link(port: int) -> Link:
@@ -60,7 +44,7 @@ async def follow(link: Link, thread: str) -> None:
 async def follow_by_websocket(link: Link, thread: str) -> None:
     link.send_head("GET", "/api/ws", UPGRADE)
     await link.reader.readuntil(b"\r\n\r\n")
-    link.writer.write(frame(json.dumps({"type": "subscribe", "id": 1, "thread_id": thread})))
+    link.writer.write(masked({"type": "subscribe", "id": 1, "thread_id": thread}))
 
 
 # Each leaves at another place.
@@ -116,7 +100,7 @@ async def leave_in_handshake(link: Link, thread: str) -> None:
 
 async def leave_in_frame(link: Link, thread: str) -> None:
     await follow_by_websocket(link, thread)
-    link.writer.write(frame('{"type": "append"}')[:9])
+    link.writer.write(masked({"type": "append"})[:9])
     await asyncio.sleep(0.005)
 
 
@@ -124,7 +108,7 @@ async def leave_after_websocket_append(link: Link, thread: str) -> None:
     await follow_by_websocket(link, thread)
     chunks = [{"content": "whole"}]
     told = {"type": "append", "id": 2, "thread_id": thread, "message_id": "rude", "chunks": chunks}
-    link.writer.write(frame(json.dumps(told)))
+    link.writer.write(masked(told))
 
 
 RUDE: tuple[Callable[[Link, str], Awaitable[None]], ...] = (
@@ -206,7 +190,7 @@ async def survive_slow_readers(folder: Path, *, readers: int, mebibytes: int) ->
                 event = await asyncio.wait_for(anext(events), TIMEOUT)
                 waits.append(time.perf_counter() - sent)
                 verdict.expect(json.loads(event["data"])["seq"] == number + 1, f"{event['data'][-80:]} came")
-            grown = service.memory() - before
+            grown = (service.memory() - before) / MIB
             # What one of them may hold: its socket's buffer is the kernel's, and uvicorn's high water is 64 KiB.
             verdict.expect(grown < 20 + 3 * readers * 0.6, f"memory grew by {grown:.0f} MiB")
             verdict.expect(statistics.median(waits) < 0.1, f"delivery took {statistics.median(waits):.3f} s")
@@ -244,7 +228,7 @@ async def survive_rudeness(folder: Path, *, times: int, seed: int = 1) -> Verdic
                                 link.writer.write_eof()  # politely; otherwise with a reset
                                 await asyncio.sleep(0.002)
         with verdict.trial("nothing is left behind"):
-            await eventually(lambda: readers_are(service.port, 0), "the readers are forgotten", 10)
+            await eventually(lambda: readers_are(service.port, 0), "the readers are forgotten", seconds=10)
             left = len(os.listdir(f"/proc/{service.pid}/fd")) - files
             verdict.expect(left <= 2, f"{left} more files are open")
             content = (await call(service.port, "GET", thread_path("t", "/chunks?limit=10000"))).json
@@ -271,7 +255,7 @@ async def survive_idle_readers(folder: Path, *, readers: int) -> Verdict:
             for link, stream in zip(links, streams, strict=True):
                 await asyncio.wait_for(link.read_head(), TIMEOUT)
                 await asyncio.wait_for(anext(stream), TIMEOUT)
-            each = (service.memory() - before) * 1024 / readers
+            each = (service.memory() - before) / 1024 / readers
             verdict.expect(each < 60, f"{each:.0f} KiB for each")
             sent = time.perf_counter()
             await append(service.port, "t", "m", piece(1, 10), query="?complete=true")
@@ -311,7 +295,7 @@ async def survive_churn(folder: Path, *, seconds: float) -> Verdict:
 
         async def sample() -> None:
             while True:
-                samples.append((time.monotonic() - began, service.memory()))
+                samples.append((time.monotonic() - began, service.memory() / MIB))
                 await asyncio.sleep(0.25)
 
         async with in_background(sample()):

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from conftest import Service
 
-from .base import TIMEOUT, Answer, Service, Verdict, append, call, eventually, piece, thread_path
+from .base import TIMEOUT, Answer, Verdict, append, call, eventually, piece, thread_path
 
 SIZE = 5000  # characters of the pieces that fill a disk
 

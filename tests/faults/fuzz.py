@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote_from_bytes
 
-import httpx
+from conftest import Service
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
-from .base import BROKEN_LINK, Answer, Link, Service, Verdict, append, call, message_path, thread_path
+from .base import BROKEN_LINK, Answer, Link, Verdict, append, call, message_path, thread_path
 
 FLAGS = ("--idle-timeout", "50ms", "--max-chunk", "200", "--max-body", "4KiB", "--max-message", "20KiB")
 REFUSALS = {400, 404, 405, 409, 410, 413, 415, 422}

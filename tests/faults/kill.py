@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+from conftest import Service
 from websockets.asyncio.client import connect
 from websockets.exceptions import WebSocketException
 
-from .base import BROKEN_LINK, TIMEOUT, Answer, Link, Service, Verdict, append, call, message_path, piece, thread_path
+from .base import BROKEN_LINK, TIMEOUT, Answer, Link, Verdict, append, call, message_path, piece, thread_path
 
 WAYS_TO_PRODUCE = ("single", "ndjson", "text")
 WAYS_TO_READ = ("sse", "websocket", "poll", "known")

@@ -19,7 +19,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .base import Link, Service, Verdict, append, call, message_path, piece, thread_path
+from conftest import Service
+
+from .base import Link, Verdict, append, call, message_path, piece, thread_path
 
 SECTOR = 512
 SYSCALLS = "openat,pwrite64,write,writev,sendmsg,sendto,ftruncate,fsync,fdatasync,unlink,rename"

@@ -1,0 +1,173 @@
+"""A buffer in the test's own process: what its readers get, and the few places where a test looks inside.
+
+Only this file knows how a buffer is made inside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import until
+from resume_stream import ChunkBuffer, MessageEnd, Page, StoredChunk, Unavailable
+
+# What a reader gets
+
+
+def seen(item: Any) -> Any:
+    """``(seq, text)`` of a chunk, ``(seq, reason or status)`` of an end; a Signal is itself."""
+    if isinstance(item, StoredChunk):
+        return item.seq, item.content
+    return (item.seq, item.reason or item.status) if isinstance(item, MessageEnd) else item
+
+
+async def take(
+    items: Any, count: int | None = None, shape: Callable[[Any], Any] = seen, into: list[Any] | None = None
+) -> list[Any]:
+    """The entries and signals of a reader, a page's one by one: so many, or all up to the end."""
+    taken = [] if into is None else into
+    async with contextlib.aclosing(items):
+        async for item in items:
+            taken += map(shape, item.entries if isinstance(item, Page) else [item])
+            if count is not None and len(taken) >= count:
+                break
+    return taken
+
+
+class Reading:
+    """A reader in a task of its own, and what it has got so far; awaited, it is all that it got."""
+
+    def __init__(self, items: Any, count: int | None = None, shape: Callable[[Any], Any] = seen) -> None:
+        self.got: list[Any] = []
+        self.task = asyncio.create_task(take(items, count, shape, self.got))
+
+    def __await__(self) -> Any:
+        return self.task.__await__()
+
+    async def has(self, *expected: Any) -> Reading:
+        """Wait until it has got this; it asks for more then, in the same step of the loop."""
+        await until(lambda: self.task.done() or len(self.got) >= len(expected), f"{expected}")
+        assert self.got == [*expected]
+        return self
+
+    async def cancel(self) -> None:
+        self.task.cancel()
+        await asyncio.wait([self.task])
+
+
+async def attached(buffer: ChunkBuffer, items: Any, count: int | None = None, shape: Any = seen) -> Reading:
+    """A reading that the buffer knows of, whatever it has got by then."""
+    readers = buffer.readers
+    reading = Reading(items, count, shape)
+    await until(lambda: buffer.readers > readers or reading.task.done(), "the reader is there")
+    return reading
+
+
+async def follow(
+    buffer: ChunkBuffer,
+    thread_id: str,
+    message_id: str | None = None,
+    *,
+    after: str | None = None,
+    follow: bool = False,
+    **times: float,
+) -> AsyncIterator[Any]:
+    """Pages and signals from the place of a cursor on, as the routes read; nothing where nothing will come."""
+    position = await buffer.locate(thread_id, message_id, after=after, follow=follow)
+    if position.finished:
+        return
+    async with contextlib.aclosing(buffer.follow(position, follow=follow, **times)) as items:
+        async for item in items:
+            yield item
+
+
+async def locate_text(buffer: ChunkBuffer, thread_id: str, message_id: str, known: str) -> Any:
+    """Where a reader with this text begins: ``after`` it, with a ``reset`` or not."""
+    return await buffer.match(thread_id, message_id, known)
+
+
+# What is inside
+
+
+def store_of(buffer: ChunkBuffer) -> Any:
+    """The seam between a buffer and its file, where a test may stop, count and fail what goes through."""
+    return buffer._store
+
+
+async def on_writer(buffer: ChunkBuffer, work: Callable[[sqlite3.Connection], Any]) -> Any:
+    """What a function says of the connection that commits."""
+    return await store_of(buffer)._writer.run(work)
+
+
+def kept_for_readers(buffer: ChunkBuffer) -> list[Any]:
+    """All that a buffer holds for the sake of those who read now, or watch for an end."""
+    return [*buffer._channels, *buffer._poll_intervals]
+
+
+class Polls:
+    """How often a buffer has looked whether another process has changed the file."""
+
+    def __init__(self, buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        self._look = store_of(buffer).data_version
+        monkeypatch.setattr(store_of(buffer), "data_version", self)
+
+    async def __call__(self) -> int:
+        self.count += 1
+        return await self._look()
+
+    async def go_on(self, more: int) -> None:
+        wanted = self.count + more
+        await until(lambda: self.count >= wanted, f"{more} more polls")
+
+
+class FailsOnce:
+    """Lets the buffer fail, once, to read what another process has changed."""
+
+    def __init__(self, buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.has_failed = False
+        self._read = store_of(buffer).read
+        monkeypatch.setattr(store_of(buffer), "read", self)
+
+    async def __call__(self, *work: Any) -> Any:
+        if not self.has_failed and asyncio.current_task().get_name() == "writer":
+            self.has_failed = True
+            raise Unavailable("Not now.")
+        return await self._read(*work)
+
+
+# The file, as another process sees it
+
+
+def is_at_rest(db: Path | str) -> bool:
+    """That no other connection has a transaction open: one that reads keeps the WAL, one that writes keeps the lock."""
+    with contextlib.closing(sqlite3.connect(db, timeout=0, isolation_level=None)) as other:
+        ((is_busy, _, _),) = other.execute("pragma wal_checkpoint(truncate)")
+    return not is_busy
+
+
+def transactions_in(db: Path | str) -> list[int]:
+    """Where each transaction in the WAL ends: its last frame says how large the database is (fileformat2, 4)."""
+    wal = Path(f"{db}-wal").read_bytes()
+    frame = 24 + int.from_bytes(wal[8:12])
+    return [
+        at + frame
+        for at in range(32, len(wal) - frame + 1, frame)
+        if wal[at + 4 : at + 8] != bytes(4) and wal[at + 8 : at + 16] == wal[16:24]
+    ]
+
+
+def history(db: Path | str, sql: str, folder: Path) -> list[Any]:
+    """What a query says after each transaction in the WAL, on copies of the files in this folder."""
+    copy, answers = folder / "history.db", []
+    for end in transactions_in(db):
+        copy.write_bytes(Path(db).read_bytes())
+        Path(f"{copy}-wal").write_bytes(Path(f"{db}-wal").read_bytes()[:end])
+        with contextlib.closing(sqlite3.connect(copy)) as connection:
+            answers.append(connection.execute(sql).fetchone()[0])
+    return answers

@@ -1,0 +1,115 @@
+"""``app.py`` and ``schema.sql`` in an empty folder are the whole service."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import httpx
+import pytest
+from conftest import ROOT, Service, api_client, append, wait_until
+from wire import Stream, contents, data_of, message_path, problem
+
+
+class Alone(Service):
+    """The two files, run where they are, with nothing of this repository to be found."""
+
+    command: ClassVar[list[str]] = [sys.executable, "app.py"]
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        super().__init__(folder / "chunks.db", *flags, environment={"PYTHONPATH": ""})
+        for name in ("app.py", "schema.sql"):
+            shutil.copy(ROOT / name, folder)
+        self.cwd = folder
+
+
+@pytest.fixture
+def start_alone(tmp_path: Path) -> Iterator[Callable[..., Alone]]:
+    started: list[Alone] = []
+
+    def start(*flags: str) -> Alone:
+        started.append(Alone(tmp_path, *flags))
+        assert {path.name for path in tmp_path.iterdir()} == {"app.py", "schema.sql"}
+        return started[-1].start()
+
+    yield start
+    for service in started:
+        if service.process is not None:
+            service.kill()
+
+
+def test_it_streams_and_resumes_through_a_sigkill(start_alone: Callable[..., Alone]) -> None:
+    service = start_alone()
+    with api_client(service) as client, Stream(service, "/threads/t/stream?follow=true") as reader:
+        assert reader.line() == b"retry: 1000\n"
+        cursors = []
+        for seq, text in enumerate(["Hel", "lo"], 1):
+            answer = append(client, "t", "run", text, index=seq - 1)
+            assert (answer.status_code, answer.json()["seq"]) == (201, seq)
+            frame = reader.frame()
+            assert (data_of(frame)["content"], data_of(frame)["seq"]) == (text, seq)
+            cursors.append(frame.partition(b"\n")[0].removeprefix(b"id: ").decode())
+        service.restart()
+        assert contents(client, "t") == ["Hel", "lo"]
+        assert append(client, "t", "run", "lo", index=1).status_code == 200  # its producer had no answer
+        known = {"thread_id": "t", "message_id": "run", "known_content": "Hell"}
+        with (
+            Stream(service, message_path("t", "run", "stream"), {"Last-Event-ID": cursors[0]}) as by_cursor,
+            Stream(service, "/resume-stream", body=known) as by_text,
+        ):
+            assert [one.line() for one in (by_cursor, by_text)] == [b"retry: 1000\n"] * 2
+            assert [data_of(one.frame())["content"] for one in (by_cursor, by_text)] == ["lo", "o"]
+            append(client, "t", "run", "!", index=2, complete=True)
+            rests = [one.rest() for one in (by_cursor, by_text)]
+        chunk, end, nothing = rests[0].split(b"\n\n")
+        assert rests[1] == rests[0]
+        assert (data_of(chunk)["content"], data_of(end)["status"], nothing) == ("!", "completed", b"")
+        generation = cursors[0].partition("-")[0]
+        assert client.get("/threads/t/stream", headers={"Last-Event-ID": f"{generation}-4"}).status_code == 204
+        assert client.get("/threads/t/content").json() == {
+            "content": "Hello!",
+            "cursor": f"{generation}-4",
+            "status": "completed",
+        }
+    assert service.end() == 0
+    assert not Path(f"{service.db}-wal").exists()
+    assert service.tracebacks() == 0
+
+
+def test_it_erases_what_has_expired(start_alone: Callable[..., Alone]) -> None:
+    service = start_alone("--ttl", "500ms", "--cleanup-interval", "50ms", "--poll-interval", "50ms")
+    with api_client(service) as client:
+        append(client, "t", "run", "a text that is erased")
+        with Stream(service, "/threads/t/stream") as reader:
+            assert b"a text that is erased" in reader.frame()
+            assert reader.rest() == b"event: gone\ndata: {}\n\n"
+        assert problem(client.get("/threads/t"))[0] == 404
+        files = [service.db, Path(f"{service.db}-wal")]
+        wait_until(lambda: not any(b"is erased" in file.read_bytes() for file in files), "the text erased")
+        assert append(client, "t", "run", "new").json()["seq"] == 1
+    assert service.tracebacks() == 0
+
+
+@pytest.mark.parametrize(
+    "foreign", [{"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "null"}], ids=str
+)
+def test_it_refuses_pages_of_elsewhere(start_alone: Callable[..., Alone], foreign: dict[str, str]) -> None:
+    service = start_alone()
+    own = {"Origin": service.url}
+    with api_client(service) as client:
+        assert client.post(message_path("t", "run"), json={"content": "x"}, headers=own).status_code == 201
+        refused: list[httpx.Response] = [
+            client.get("/threads/t/stream", params={"idle_timeout": 0.01}, headers=foreign),
+            client.get("/threads/t", headers=foreign),
+            client.post(message_path("t", "run"), content=b'{"content": "x"}', headers=foreign),
+            client.put("/threads/t/messages/new", headers=foreign),
+            client.delete("/threads/t", headers=foreign),
+        ]
+        for answer in refused:
+            assert problem(answer)[0] == 403
+            assert "access-control-allow-origin" not in answer.headers
+        assert contents(client, "t") == ["x"]
+        assert len(client.get("/threads/t").json()["messages"]) == 1
