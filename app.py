@@ -1268,7 +1268,7 @@ class File:
         self._synchronous = synchronous
         self._max_size = max_size
         self._wal_limit = WAL_BYTES
-        self.vacuum_owed = True  # a process before this one may not have come to it
+        self.vacuum_owed = False
         self._exits = contextlib.AsyncExitStack()
 
     async def open(self) -> None:
@@ -1378,6 +1378,7 @@ class File:
             )
 
     def _prepare(self, connection: sqlite3.Connection, is_new: bool) -> None:
+        self.vacuum_owed = not is_new  # a process before this one may not have come to it
         if is_new:
             connection.execute("pragma auto_vacuum = incremental")  # has no effect inside a transaction
             connection.executescript(f"begin immediate; {SCHEMA.read_text()}; commit;")
@@ -1535,12 +1536,13 @@ class SQLiteStore:
         self._has_room.set()
         self._committing: asyncio.Task[None] | None = None
         self._erasing = asyncio.Lock()
-        self._scrub_owed = True
+        self._scrub_owed = False
         self._poll_intervals: Multiset[float] = Multiset()
         self._hurry = asyncio.Event()
 
     async def open(self, told: Told) -> None:
         await self._file.open()
+        self._scrub_owed = self._file.vacuum_owed
         self._told = told
         self._version = await self._file.data_version()
 
@@ -1689,7 +1691,7 @@ class SQLiteStore:
                     self._scrub_owed = True
                     await self.room()
                 give_up = asyncio.get_running_loop().time() + BUSY_TIMEOUT
-                while self._scrub_owed or at_any_cost:
+                while self._scrub_owed or (at_any_cost and self._file.vacuum_owed):
                     self._scrub_owed = not await self._file.scrub(at_any_cost)
                     at_any_cost = False
                     if self._scrub_owed:

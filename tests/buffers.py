@@ -81,14 +81,14 @@ async def follow(
     position = await buffer.locate(thread_id, message_id, after=after, follow=follow)
     if position.finished:
         return
-    async with contextlib.aclosing(buffer.follow(position, follow=follow, **times)) as items:
+    async with contextlib.aclosing(buffer.follow(position, **times)) as items:
         async for item in items:
             yield item
 
 
 async def locate_text(buffer: ChunkBuffer, thread_id: str, message_id: str, known: str) -> Any:
     """Where a reader with this text begins: ``after`` it, with a ``reset`` or not."""
-    return await buffer.match(thread_id, message_id, known)
+    return await buffer.locate(thread_id, message_id, known_content=known)
 
 
 # What is inside
@@ -101,12 +101,12 @@ def store_of(buffer: ChunkBuffer) -> Any:
 
 async def on_writer(buffer: ChunkBuffer, work: Callable[[sqlite3.Connection], Any]) -> Any:
     """What a function says of the connection that commits."""
-    return await store_of(buffer)._writer.run(work)
+    return await store_of(buffer)._file._writer.run(work)
 
 
 def kept_for_readers(buffer: ChunkBuffer) -> list[Any]:
     """All that a buffer holds for the sake of those who read now, or watch for an end."""
-    return [*buffer._channels, *buffer._poll_intervals]
+    return [*buffer._tails, *store_of(buffer)._poll_intervals]
 
 
 class Polls:
@@ -114,8 +114,8 @@ class Polls:
 
     def __init__(self, buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        self._look = store_of(buffer).data_version
-        monkeypatch.setattr(store_of(buffer), "data_version", self)
+        self._look = store_of(buffer)._file.data_version
+        monkeypatch.setattr(store_of(buffer)._file, "data_version", self)
 
     async def __call__(self) -> int:
         self.count += 1
@@ -131,14 +131,14 @@ class FailsOnce:
 
     def __init__(self, buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
         self.has_failed = False
-        self._read = store_of(buffer).read
-        monkeypatch.setattr(store_of(buffer), "read", self)
+        self._read = store_of(buffer).states
+        monkeypatch.setattr(store_of(buffer), "states", self)
 
-    async def __call__(self, *work: Any) -> Any:
-        if not self.has_failed and asyncio.current_task().get_name() == "writer":
+    async def __call__(self, keys: Any) -> Any:
+        if not self.has_failed:
             self.has_failed = True
             raise Unavailable("Not now.")
-        return await self._read(*work)
+        return await self._read(keys)
 
 
 # The file, as another process sees it

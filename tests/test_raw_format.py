@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from http.client import IncompleteRead
 
 import httpx
 import pytest
 from conftest import Service, append
-from wire import JSON, Stream, api_client, generation, message_path, problem, serving
+from wire import JSON, Stream, generation, message_path, problem, shared_service
 
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with serving(tmp_path_factory.mktemp("raw")) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def client(service: Service) -> Iterator[httpx.Client]:
-    with api_client(service) as client:
-        yield client
+service = shared_service()
 
 
 def raw_path(thread: str, message: str = "m", query: str = "") -> str:

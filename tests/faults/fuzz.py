@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote_from_bytes
 
+import httpx
 from conftest import Service
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
