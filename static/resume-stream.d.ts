@@ -170,9 +170,10 @@ export interface StoreOptions {
  *   (409); neither harms what is there. Where it holds the same chunks, as after a restart of the producer,
  *   storing goes on after them.
  * - The service refuses it for good (401, unless `token` is a function with a better one; 403, 404, 413, 415,
- *   422): the message is aborted, if the token may.
+ *   422): the message is aborted, if it can be.
  *
- * Its token needs the scopes `write` and, to abort, `abort`; with `read` a quiet source costs no writes.
+ * Its token needs the scope `write`. With `read` too, it follows the message while the source is quiet; without,
+ * it asks with empty appends, twice a second.
  */
 export function store(
   options: ServiceOptions & StoreOptions & { onConnection?: (event: ConnectionEvent) => void },
