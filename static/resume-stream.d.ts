@@ -130,15 +130,18 @@ export function appendChunks(
 /** What `store` takes from its source: a text, or a chunk with the name of its event. */
 export type Piece = string | ChunkInput;
 
+export type Source = AsyncIterable<Piece> | Iterable<Piece> | ReadableStream<Piece>;
+
 export interface StoreOptions {
   threadId: string;
   messageId: string;
   /**
-   * The answer as it comes: anything that `for await` takes and that gives texts (an array, a generator, a
-   * stream), or a function that returns one. The function is called once the message is open. Its signal is
-   * aborted when storing ends before the source does, so that what it waits for (a `fetch`, a model) is let go.
+   * The answer as it comes: anything that `for await` takes and that gives texts (an array, a generator), a
+   * stream of texts, or a function that returns one of these. The function is called once the message is open.
+   * Its signal is aborted when storing ends before the source does, so that what the source waits for (a
+   * `fetch`, a model) is let go: an async generator cannot return by itself in the middle of an `await`.
    */
-  source: AsyncIterable<Piece> | Iterable<Piece> | ((signal: AbortSignal) => AsyncIterable<Piece> | Iterable<Piece>);
+  source: Source | ((signal: AbortSignal) => Source);
   /** The source is not pulled while so many chunks are not acknowledged. From 1; default 1000. */
   maxPending?: number;
   /** Nor while so many bytes of text (UTF-8) are not. From 1; default 262,144. One chunk may exceed it. */

@@ -682,9 +682,24 @@ export async function store(options) {
  * @returns {AsyncIterator<string | ChunkInput>}
  */
 function iteratorOf(source) {
+  if (typeof source?.getReader === "function") return iteratorOfStream(source);
   const begin = typeof source === "object" ? (source?.[Symbol.asyncIterator] ?? source?.[Symbol.iterator]) : undefined;
   check(typeof begin === "function", "source has to be an iterable of texts, like [text], or a function that returns one.");
   return begin.call(source);
+}
+
+/**
+ * A stream's own iterator would not return while a piece is waited for, and Safari had none for long.
+ *
+ * @param {ReadableStream<string | ChunkInput>} stream
+ * @returns {AsyncIterator<string | ChunkInput>}
+ */
+function iteratorOfStream(stream) {
+  const reader = stream.getReader();
+  return {
+    next: async () => /** @type {IteratorResult<string | ChunkInput>} */ (await reader.read()),
+    return: async () => reader.cancel().then(() => ({ done: true, value: undefined })),
+  };
 }
 
 /** Whether a message has ended, or was taken by another producer, or is gone. @param {unknown} error */
