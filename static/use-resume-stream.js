@@ -90,7 +90,7 @@ function withItem(state, item) {
     case "reset":
       return WAITING;
     case "complete":
-      return { ...state, status: item.status, reason: item.reason };
+      return { ...state, status: item.status, reason: item.reason, error: null };
     case "gone":
       return { ...state, status: "gone" };
     default:
