@@ -376,6 +376,15 @@ class Place {
     return this.wait && !this.hasPast;
   }
 
+  /**
+   * Whether it is asked for again. The 404 of a wrong address does not say `exists`.
+   *
+   * @param {ResumeStreamError} error
+   */
+  waitsFor({ status, problem }) {
+    return this.waits && status === 404 && problem.exists === false;
+  }
+
   /** What to ask the service for, by the names it uses. */
   query() {
     return {
@@ -445,8 +454,8 @@ class Place {
   missing(error) {
     const detail = `There is no message '${this.messageId}' in a thread '${this.threadId}'.`;
     if (!this.hasPast) {
-      const { problem } = error ?? { problem: { status: 404, title: "Not found", detail } };
-      throw new ResumeStreamError(problem, { retryable: this.waits });
+      const missing = error ?? new ResumeStreamError({ status: 404, title: "Not found", detail, exists: false });
+      throw new ResumeStreamError(missing.problem, { retryable: this.waitsFor(missing) });
     }
     this.ended = true;
     return [{ type: "gone" }];
@@ -532,9 +541,10 @@ async function* readOverFetch(service, options, signal) {
       signal.throwIfAborted();
       if (!(caught instanceof ResumeStreamError)) throw caught;
       error = caught;
-      if (error.status === 404 && !place.waits) yield* place.missing(error);
+      const isAwaited = place.waitsFor(error);
+      if (error.status === 404 && !isAwaited) yield* place.missing(error);
       else if (error.status === 401 && service.renewable && !refused) refused = true;
-      else if (!error.retryable && error.status !== 404) throw error;
+      else if (!error.retryable && !isAwaited) throw error;
     }
     if (place.ended) return;
     // After the end of a message a thread's stream is over, mostly: ask at once, and be told by a 204.

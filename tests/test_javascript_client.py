@@ -555,6 +555,10 @@ def test_reader_waits_for_a_message_not_made_yet(service: Service, client: httpx
     assert text == "thiscompleted"
 
 
-def test_reader_that_does_not_wait_is_told_at_once(service: Service, client: httpx.Client) -> None:
+@pytest.mark.parametrize("address", ["", "/nowhere"], ids=["no waiting", "wrong address"])
+def test_reader_that_has_nothing_to_wait_for_is_told_at_once(
+    service: Service, client: httpx.Client, address: str
+) -> None:
+    options = {"baseUrl": service.url + address, "wait": address != ""}
     code = "try { for await (const item of resumeStream(message)) say(item); } catch (error) { say(told(error)); }"
-    assert run(code, service.url)["status"] == 404
+    assert run(code, service.url, options=options)["status"] == 404
