@@ -1,4 +1,7 @@
-/** The client of resume-stream, for browsers and Node 18 or newer (`connect`: 22). Times are milliseconds; timestamps are milliseconds since 1970. */
+/**
+ * The client of resume-stream, for browsers and Node 18 or newer (`connect`: 22). Times are milliseconds;
+ * timestamps are milliseconds since 1970.
+ */
 
 export type Status = "active" | "completed" | "aborted";
 
