@@ -521,13 +521,14 @@ def test_batches_what_waits_and_pulls_no_more_than_fits(service: Service) -> Non
     assert "".join(by_bytes["bodies"]) == "é" * 30
 
 
-def test_quiet_source_gives_signs_of_life(start_service: Callable[..., Service]) -> None:
-    service = start_service("--producer-timeout", "1s", "--cleanup-interval", "100ms")
-    code = """
-    async function* source() { yield "one "; await after(2500); yield "two"; }
-    say(await store({ ...message, source: source(), keepAlive: 200 }));
-    """
-    assert run(code, service.url)["status"] == "completed"
+def test_quiet_source_gives_signs_of_life(service: Service, client: httpx.Client) -> None:
+    code = "await store({ ...message, source: new Source(['one']), keepAlive: 100 });"
+    with Script(code, service.url):
+        wait_until(lambda: client.get("/threads/t").json().get("chunkCount"), "the chunk")
+        for _ in range(2):
+            seen = message_of(client)["updatedAt"]
+            wait_until(lambda: message_of(client)["updatedAt"] > seen, "a sign of life")  # noqa: B023
+        assert chunks_of(client) == [("one", None)]
 
 
 # Waiting
