@@ -1,4 +1,7 @@
-/** The browser client of resume-stream. Times are milliseconds; timestamps are milliseconds since 1970. */
+/**
+ * The client of resume-stream, for browsers and Node 18 or newer (`connect`: 22). Times are milliseconds;
+ * timestamps are milliseconds since 1970.
+ */
 
 export type Status = "active" | "completed" | "aborted";
 
@@ -66,6 +69,11 @@ export interface ReadOptions {
   knownContent?: string;
   /** The cursor of the last item that you have. */
   after?: string | number;
+  /**
+   * Of a message: wait for it if it is not made yet, in place of a 404. Without the service's help it is
+   * asked for every 2 s at the least. Once there is anything of it, it ends as it does without `wait`.
+   */
+  wait?: boolean;
   /** Of a thread: wait for it if it is not made yet, and stay for the next message. Never ends by itself. */
   follow?: boolean;
   /** End with a `timeout` item after so many ms with nothing new. Default: wait for the end of the message. */
@@ -120,6 +128,61 @@ export interface AppendOptions {
 /** With `index` it is retried until it is stored or refused. Resolves once the chunks are committed. */
 export function appendChunks(
   options: ServiceOptions & AppendOptions & { signal?: AbortSignal; onConnection?: (event: ConnectionEvent) => void },
+): Promise<Appended>;
+
+/** What `store` takes from its source: a text, or a chunk with the name of its event. */
+export type Piece = string | ChunkInput;
+
+export type Source = AsyncIterable<Piece> | Iterable<Piece> | ReadableStream<Piece>;
+
+export interface StoreOptions {
+  threadId: string;
+  messageId: string;
+  /**
+   * The answer as it comes: anything that `for await` takes and that gives texts (an array, a generator), a
+   * stream of texts, or a function that returns one of these. The function is called once the message is open.
+   * Its signal is aborted when storing ends before the source does, so that what the source waits for (a
+   * `fetch`, a model) is let go: an async generator cannot return by itself in the middle of an `await`.
+   */
+  source: Source | ((signal: AbortSignal) => Source);
+  /** The source is not pulled while so many chunks are not acknowledged. From 1; default 1000. */
+  maxPending?: number;
+  /** Nor while so many bytes of text (UTF-8) are not. From 1; default 262,144. One chunk may exceed it. */
+  maxPendingBytes?: number;
+  /**
+   * A quiet source is vouched for after so many ms, so that the service's `producer_timeout` (5 min) does not
+   * abort its message. From 0 (never) to 86,400,000 (a day); default 60,000.
+   */
+  keepAlive?: number;
+  /** Ends it at once: the source returns, the message is aborted, and `store` rejects with `signal.reason`. */
+  signal?: AbortSignal;
+}
+
+/**
+ * Store a message from its source, each piece as a chunk, and complete it when the source is done. Resolves
+ * with the answer to the last append, once all of it is committed.
+ *
+ * No chunk is lost or stored twice, across lost connections and restarts of the service: what is not
+ * acknowledged is kept and sent again, numbered, with backoff, for as long as it takes (network errors, 5xx,
+ * 408, 425, 429). While one append is under way, the pieces that come go into the next.
+ *
+ * What stops it stops the source (its iterator's `return()` is called, and the function's signal aborted):
+ *
+ * - The source throws: what it gave before is stored, the message is aborted with the error's `name` as
+ *   reason, and the error is thrown again (in an AggregateError, before the reason, if that was refused).
+ * - The message is aborted or completed by someone else (409, with `problem.messageStatus` and
+ *   `problem.reason`), noticed within a second even while the source is quiet.
+ * - It had ended before (409), or holds other chunks than the source gives, as another producer writes to it
+ *   (409); neither harms what is there. Where it holds the same chunks, as after a restart of the producer,
+ *   storing goes on after them.
+ * - The service refuses it for good (401, unless `token` is a function with a better one; 403, 404, 413, 415,
+ *   422): the message is aborted, if it can be.
+ *
+ * Its token needs the scope `write`. With `read` too, it follows the message while the source is quiet; without,
+ * it asks with empty appends, twice a second.
+ */
+export function store(
+  options: ServiceOptions & StoreOptions & { onConnection?: (event: ConnectionEvent) => void },
 ): Promise<Appended>;
 
 export interface ThreadSummary {

@@ -1,9 +1,11 @@
 // @ts-check
 /// <reference path="./resume-stream.d.ts" />
 /**
- * The browser client of resume-stream: one ES module, no dependency, no build.
+ * The client of resume-stream, for browsers and Node: one ES module, no dependency, no build.
  *
- *     import { resumeStream } from "/static/resume-stream.js";
+ *     import { resumeStream, store } from "/static/resume-stream.js";
+ *
+ *     await store({ threadId: "t1", messageId: "run-1", source: tokens }); // of an agent, as they come
  *
  *     let text = sessionStorage.getItem("text") ?? "";
  *     for await (const item of resumeStream({ threadId: "t1", messageId: "run-1", knownContent: text })) {
@@ -17,6 +19,8 @@
 
 /** @typedef {import("./resume-stream.js").StreamItem} StreamItem */
 /** @typedef {import("./resume-stream.js").Appended} Appended */
+/** @typedef {import("./resume-stream.js").ChunkInput} ChunkInput */
+/** @typedef {import("./resume-stream.js").StoreOptions} StoreOptions */
 /** @typedef {import("./resume-stream.js").ServiceOptions} ServiceOptions */
 /** @typedef {import("./resume-stream.js").ReadOptions} ReadOptions */
 /** @typedef {import("./resume-stream.js").ConnectionEvent} ConnectionEvent */
@@ -26,6 +30,12 @@ const MAX_DELAY = 30_000; // ms, the longest wait before a reconnect
 const STALL_TIMEOUT = 45_000; // ms without a byte, three heartbeats, after which a connection counts as dead
 const QUIET = 20_000; // ms without a byte after which a tab that wakes up does not trust its connection
 const MAX_QUEUE = 1000; // items that wait for a slow consumer of a WebSocket before its subscription pauses
+const MAX_POLL = 2000; // ms, the longest wait before it is asked again whether a message is made
+const MAX_BATCH = 1024 ** 2; // bytes of text in one append: as JSON, at its worst, under the service's max_body
+const IDLE = 300; // ms for which a source has to be quiet before its message is watched
+const DAY = 86_400_000; // ms, the longest idle timeout that the service takes
+const LAST_WORD = 5000; // ms for which a producer that gives up tries to say so
+const UTF8 = new TextEncoder();
 const SIGNALS = new Set(["complete", "timeout", "reset", "gone", "error"]);
 
 // -------------------------------------------------------------------------------------------------
@@ -142,11 +152,22 @@ class Service {
    * @returns {Promise<any>} the JSON of the answer; undefined for 204
    */
   async call(method, url, options) {
+    return (await this.ask(method, url, options)).body;
+  }
+
+  /**
+   * @param {string} method
+   * @param {URL} url
+   * @param {{body?: any, signal?: AbortSignal}} [options]
+   * @returns {Promise<{status: number, body: any}>}
+   */
+  async ask(method, url, options) {
     const response = await this.fetch(method, url, options);
+    const { status } = response;
     if (!response.ok) throw await problemOf(response);
-    if (response.status === 204) return undefined;
+    if (status === 204) return { status, body: undefined };
     try {
-      return await response.json();
+      return { status, body: await response.json() };
     } catch (error) {
       options?.signal?.throwIfAborted();
       throw connectionLost(error, "The connection was lost in the middle of the answer.");
@@ -249,6 +270,12 @@ class Backoff {
     this.attempt = 0;
   }
 
+  /** For what is not there yet: no connection is lost. @param {AbortSignal | undefined} signal */
+  async poll(signal) {
+    const longest = Math.min(MAX_POLL, (this.base / 4) * 2 ** this.attempt++);
+    await sleep((longest * (1 + Math.random())) / 2, signal, true);
+  }
+
   /** @param {AbortSignal | undefined} signal  @param {ResumeStreamError} [error] */
   async wait(signal, error) {
     const least = error?.retryAfter ?? 0;
@@ -304,7 +331,7 @@ function onWake(callback) {
 // -------------------------------------------------------------------------------------------------
 
 /** @param {ReadOptions} options */
-function checkReading({ threadId, messageId, knownContent, after, follow, idleTimeout, signal }) {
+function checkReading({ threadId, messageId, knownContent, after, follow, wait, idleTimeout, signal }) {
   checkId(threadId, "threadId");
   if (messageId !== undefined) checkId(messageId, "messageId");
   check(knownContent === undefined || typeof knownContent === "string", "knownContent has to be a string.");
@@ -312,6 +339,7 @@ function checkReading({ threadId, messageId, knownContent, after, follow, idleTi
   check(knownContent === undefined || after === undefined, "Give knownContent or after, not both.");
   check(after === undefined || /^(\d+-)?\d+$/.test(String(after)), `after=${after} is not a cursor that an item gave.`);
   check(!follow || messageId === undefined, "follow waits for the next message of a thread: leave messageId out.");
+  check(!wait || messageId !== undefined, "wait is for a message not made yet: give messageId, or follow in its place.");
   check(idleTimeout === undefined || idleTimeout >= 0, "idleTimeout is a number of milliseconds, from 0.");
   check(signal === undefined || signal instanceof AbortSignal, "signal has to be an AbortSignal.");
 }
@@ -323,12 +351,13 @@ class Place {
   seq = 0;
 
   /** @param {ReadOptions} options */
-  constructor({ threadId, messageId, knownContent, after, follow = false, idleTimeout }) {
+  constructor({ threadId, messageId, knownContent, after, follow = false, wait = false, idleTimeout }) {
     this.threadId = threadId;
     this.messageId = messageId;
     this.follow = follow;
     this.idleTimeout = idleTimeout;
-    this.known = knownContent;
+    this.wait = wait;
+    this.known = wait ? knownContent || undefined : knownContent; // with no text there is nothing to match
     this.move(after === undefined ? null : String(after));
     this.hasPast = after !== undefined || Boolean(knownContent);
     this.ended = false;
@@ -342,12 +371,26 @@ class Place {
     this.generation = parts.length > 1 ? parts[0] : undefined;
   }
 
+  /** Whether it is for a message not made yet. */
+  get waits() {
+    return this.wait && !this.hasPast;
+  }
+
+  /**
+   * Whether it is asked for again. The 404 of a wrong address does not say `exists`.
+   *
+   * @param {ResumeStreamError} error
+   */
+  waitsFor({ status, problem }) {
+    return this.waits && status === 404 && problem.exists === false;
+  }
+
   /** What to ask the service for, by the names it uses. */
   query() {
     return {
       after: this.cursor ?? undefined,
       known_content: this.cursor === null ? this.known : undefined,
-      follow: this.follow || undefined,
+      follow: this.follow || this.waits || undefined,
       idle_timeout: this.idleTimeout === undefined ? undefined : `${Math.round(this.idleTimeout)}ms`,
     };
   }
@@ -410,7 +453,10 @@ class Place {
   /** @param {ResumeStreamError} [error]  @returns {StreamItem[]} */
   missing(error) {
     const detail = `There is no message '${this.messageId}' in a thread '${this.threadId}'.`;
-    if (!this.hasPast) throw error ?? new ResumeStreamError({ status: 404, title: "Not found", detail });
+    if (!this.hasPast) {
+      const missing = error ?? new ResumeStreamError({ status: 404, title: "Not found", detail, exists: false });
+      throw new ResumeStreamError(missing.problem, { retryable: this.waitsFor(missing) });
+    }
     this.ended = true;
     return [{ type: "gone" }];
   }
@@ -495,14 +541,16 @@ async function* readOverFetch(service, options, signal) {
       signal.throwIfAborted();
       if (!(caught instanceof ResumeStreamError)) throw caught;
       error = caught;
-      if (error.status === 404) yield* place.missing(error);
+      const isAwaited = place.waitsFor(error);
+      if (error.status === 404 && !isAwaited) yield* place.missing(error);
       else if (error.status === 401 && service.renewable && !refused) refused = true;
-      else if (!error.retryable) throw error;
+      else if (!error.retryable && !isAwaited) throw error;
     }
     if (place.ended) return;
     // After the end of a message a thread's stream is over, mostly: ask at once, and be told by a 204.
     if (last === "complete" && !error) continue;
-    await backoff.wait(signal, error);
+    if (error?.status === 404) await backoff.poll(signal);
+    else await backoff.wait(signal, error);
   }
 }
 
@@ -619,6 +667,347 @@ export class EventParser {
     else if (name === "event") this.#event = value;
     else if (name === "id" && !value.includes("\0")) this.#id = value;
     else if (name === "retry" && /^[0-9]+$/.test(value)) this.retry = Number(value);
+  }
+}
+
+// -------------------------------------------------------------------------------------------------
+// Storing
+// -------------------------------------------------------------------------------------------------
+
+/** @type {typeof import("./resume-stream.js").store} */
+export async function store(options) {
+  const { threadId, messageId, signal, maxPending, maxPendingBytes, keepAlive = 0 } = options;
+  checkId(threadId, "threadId");
+  checkId(messageId, "messageId");
+  check(signal === undefined || signal instanceof AbortSignal, "signal has to be an AbortSignal.");
+  for (const [name, value] of Object.entries({ maxPending, maxPendingBytes })) {
+    check(value === undefined || value >= 1, `${name} has to be 1 or more.`);
+  }
+  check(keepAlive >= 0 && keepAlive <= DAY, "keepAlive is a number of milliseconds, from 0 to a day.");
+  return new Producer(options).run();
+}
+
+/**
+ * @param {any} source
+ * @returns {AsyncIterator<string | ChunkInput>}
+ */
+function iteratorOf(source) {
+  if (typeof source?.getReader === "function") return iteratorOfStream(source);
+  const begin = typeof source === "object" ? (source?.[Symbol.asyncIterator] ?? source?.[Symbol.iterator]) : undefined;
+  check(typeof begin === "function", "source has to be an iterable of texts, like [text], or a function that returns one.");
+  return begin.call(source);
+}
+
+/**
+ * A stream's own iterator would not return while a piece is waited for, and Safari had none for long.
+ *
+ * @param {ReadableStream<string | ChunkInput>} stream
+ * @returns {AsyncIterator<string | ChunkInput>}
+ */
+function iteratorOfStream(stream) {
+  const reader = stream.getReader();
+  return {
+    next: async () => /** @type {IteratorResult<string | ChunkInput>} */ (await reader.read()),
+    return: async () => reader.cancel().then(() => ({ done: true, value: undefined })),
+  };
+}
+
+/** Whether a message has ended, or was taken by another producer, or is gone. @param {unknown} error */
+function isOver(error) {
+  return error instanceof ResumeStreamError && [404, 409].includes(error.status);
+}
+
+/** Why a message is aborted: its readers learn the kind of error, and nothing else of it. @param {any} error */
+function reasonOf(error) {
+  return String(error?.title || error?.name || "Error").slice(0, 200);
+}
+
+/**
+ * One message on its way from its source into the service.
+ *
+ * Two loops: one pulls from the source while there is room, the other appends what waits. What was not
+ * acknowledged stays in `waiting`, so every retry, after whatever was lost, begins at `acknowledged`.
+ */
+class Producer {
+  /** @type {{chunk: ChunkInput, size: number}[]} */ waiting = [];
+  bytes = 0; // of text in `waiting`
+  acknowledged = 0; // chunks; the index of the first that waits
+  seq = 0; // of the last answer
+  /** @type {"open" | "drained" | "failed"} */ state = "open"; // of the source
+  /** @type {unknown} */ failure = undefined; // what the source threw
+  isOurs = false; // whether this producer, and nobody else, has written to the message
+  mayWatch = true;
+  refused = false; // the last answer was a 401
+  stopping = new AbortController();
+  /** @type {(() => void)[]} */ wakers = [];
+
+  /** @param {StoreOptions & ServiceOptions & {onConnection?: (event: ConnectionEvent) => void}} options */
+  constructor(options) {
+    const { threadId, messageId, source, signal, maxPending = 1000, maxPendingBytes = 256 * 1024 } = options;
+    this.service = new Service(options);
+    this.message = { threadId, messageId };
+    this.source = source;
+    this.iterator = typeof source === "function" ? undefined : iteratorOf(source);
+    this.signal = signal;
+    this.maxPending = maxPending;
+    this.maxPendingBytes = maxPendingBytes;
+    this.keepAlive = options.keepAlive ?? 60_000;
+    this.backoff = new Backoff(options.onConnection);
+    this.backoff.lost = true; // until the first answer
+  }
+
+  /** @returns {Promise<Appended>} */
+  async run() {
+    const wake = () => this.wake();
+    this.signal?.addEventListener("abort", wake);
+    try {
+      this.signal?.throwIfAborted();
+      await this.open();
+      this.pull();
+      return await this.send();
+    } catch (error) {
+      const isCalledOff = this.signal?.aborted ?? false;
+      const reason = isCalledOff ? this.signal?.reason : error; // whatever the source made of the same signal
+      const failed = this.state === "failed" && !isCalledOff;
+      this.stop(reason);
+      throw await this.giveUp(reason, failed);
+    } finally {
+      this.signal?.removeEventListener("abort", wake);
+    }
+  }
+
+  // The source
+
+  /** Never rejects: what the source throws is for the one who sends. */
+  async pull() {
+    try {
+      if (typeof this.source === "function") this.iterator = iteratorOf(this.source(this.stopping.signal));
+      while (await this.pullOne());
+      this.state = "drained";
+    } catch (error) {
+      this.failure = error;
+      this.state = "failed";
+    }
+    this.wake();
+  }
+
+  /** @returns {Promise<boolean>} whether there may be more */
+  async pullOne() {
+    while (this.isFull && !this.isStopped) await this.change();
+    if (this.iterator === undefined || this.isStopped) return false;
+    let result;
+    try {
+      result = await this.iterator.next();
+    } catch (error) {
+      this.iterator = undefined; // it is over, as it is for `for await`
+      throw error;
+    }
+    if (result.done) this.iterator = undefined;
+    else if (!this.isStopped) this.take(await result.value);
+    return !result.done;
+  }
+
+  /** @param {any} piece */
+  take(piece) {
+    const chunk = typeof piece === "string" ? { content: piece } : piece;
+    check(typeof chunk?.content === "string", 'A source has to give texts, or {content: "text", event?}.');
+    const size = UTF8.encode(chunk.content).length;
+    this.waiting.push({ chunk, size });
+    this.bytes += size;
+    this.wake();
+  }
+
+  get isFull() {
+    return this.waiting.length >= this.maxPending || this.bytes >= this.maxPendingBytes;
+  }
+
+  get isStopped() {
+    return this.stopping.signal.aborted;
+  }
+
+  /**
+   * Have the source return at once, even if a piece of it is being waited for.
+   *
+   * @param {unknown} reason
+   */
+  stop(reason) {
+    this.stopping.abort(reason);
+    this.wake();
+    // An error on its way out gives way to the one that is the reason, as it does in `for await`.
+    const leave = async () => this.iterator?.return?.();
+    leave().catch(() => {});
+  }
+
+  /** Until either loop did something that the other may wait for. @returns {Promise<void>} */
+  change() {
+    return new Promise((resolve) => this.wakers.push(resolve));
+  }
+
+  wake() {
+    for (const waker of this.wakers.splice(0)) waker();
+  }
+
+  // The service
+
+  async open() {
+    const { status, body } = await this.ask("PUT", this.url());
+    if (body.status !== "active") {
+      const detail = `The message '${this.message.messageId}' was ${body.status} before; store into a new one.`;
+      const { status: messageStatus, chunkCount } = body;
+      throw new ResumeStreamError({ status: 409, title: "Conflict", detail, messageStatus, chunkCount });
+    }
+    this.isOurs = status === 201 || body.chunkCount === 0;
+    this.seq = body.seq;
+  }
+
+  /** @returns {Promise<Appended>} */
+  async send() {
+    for (;;) {
+      this.signal?.throwIfAborted();
+      if (this.waiting.length === 0 && this.state === "open") await this.quiet();
+      if (this.waiting.length === 0 && this.state === "failed") throw this.failure;
+      const batch = this.batch();
+      const complete = this.state === "drained" && batch.length === this.waiting.length;
+      const appended = await this.append(batch, complete);
+      if (complete) return appended;
+    }
+  }
+
+  /** What goes into one append: all that waits, within bounds, or nothing, as a sign of life. */
+  batch() {
+    let bytes = 0;
+    const end = this.waiting.findIndex(({ size }, place) => (bytes += size) > MAX_BATCH && place > 0);
+    return this.waiting.slice(0, end < 0 ? undefined : end);
+  }
+
+  /** @param {{chunk: ChunkInput, size: number}[]} batch  @param {boolean} complete  @returns {Promise<Appended>} */
+  async append(batch, complete) {
+    const chunks = batch.map(({ chunk: { content, event } }) => ({ content, event: event ?? undefined }));
+    const url = this.url("chunks", { index: this.acknowledged, complete: complete || undefined });
+    const { status, body } = await this.ask("POST", url, chunks);
+    this.isOurs ||= status === 201 && batch.length > 0;
+    this.seq = body.seq;
+    this.acknowledged += batch.length;
+    this.waiting.splice(0, batch.length);
+    for (const { size } of batch) this.bytes -= size;
+    this.wake();
+    return body;
+  }
+
+  /** Until there is something to send, or reason to ask whether the message is still active. */
+  async quiet() {
+    const pause = new AbortController();
+    const { signal } = pause;
+    this.change().then(() => pause.abort());
+    try {
+      await sleep(this.mayWatch ? IDLE : 2 * IDLE, signal, false);
+      if (this.mayWatch) await this.watch(signal);
+    } catch (error) {
+      if (!signal.aborted) throw error;
+    }
+  }
+
+  /**
+   * Until the message may have ended, the connection has, or `keepAlive` is over. The append that follows
+   * is told what it was, and is the sign of life.
+   *
+   * @param {AbortSignal} signal
+   */
+  async watch(signal) {
+    const place = new Place({ ...this.message, after: this.seq, idleTimeout: this.keepAlive });
+    try {
+      for await (const { type } of sseFrames(this.service, place, new Backoff(undefined), signal)) {
+        if (type !== "chunk") return;
+      }
+    } catch (error) {
+      if (!(error instanceof ResumeStreamError)) throw error;
+      this.mayWatch = error.status !== 403; // a token that may only write learns of an end from its signs of life
+    }
+  }
+
+  /**
+   * Ask until there is an answer.
+   *
+   * @param {string} method
+   * @param {URL} url
+   * @param {unknown} [body]
+   * @returns {Promise<{status: number, body: any}>}
+   */
+  async ask(method, url, body) {
+    for (;;) {
+      try {
+        const answer = await this.askOnce(method, url, body, STALL_TIMEOUT, this.signal);
+        this.refused = false;
+        this.backoff.reset();
+        if (this.backoff.lost) this.backoff.connected();
+        return answer;
+      } catch (error) {
+        this.signal?.throwIfAborted();
+        if (!(error instanceof ResumeStreamError)) throw error;
+        if (error.status === 401 && this.service.renewable && !this.refused) this.refused = true;
+        else if (!error.retryable) throw this.explained(error);
+        else await this.backoff.wait(this.signal, error);
+      }
+    }
+  }
+
+  /**
+   * @param {string} method
+   * @param {URL} url
+   * @param {unknown} body
+   * @param {number} timeout  ms
+   * @param {AbortSignal} [outer]
+   */
+  async askOnce(method, url, body, timeout, outer) {
+    const request = new AbortController();
+    const abort = () => request.abort(outer?.reason);
+    const timer = setTimeout(() => request.abort(connectionLost(undefined, "The service did not answer.")), timeout);
+    outer?.addEventListener("abort", abort);
+    if (outer?.aborted) abort();
+    try {
+      return await this.service.ask(method, url, { body, signal: request.signal });
+    } finally {
+      clearTimeout(timer);
+      outer?.removeEventListener("abort", abort);
+    }
+  }
+
+  /** @param {ResumeStreamError} error */
+  explained(error) {
+    const { expectedIndex } = error.problem;
+    if (error.status !== 409 || !(expectedIndex < this.acknowledged)) return error;
+    const detail = "The message was cleared, or has expired, while it was being stored; begin a new one.";
+    return new ResumeStreamError({ ...error.problem, detail });
+  }
+
+  /**
+   * Abort the message, if it is this producer's and still active.
+   *
+   * @param {unknown} error  why no more is stored
+   * @param {boolean} failed  whether the source has
+   * @returns {Promise<unknown>}  what to throw
+   */
+  async giveUp(error, failed) {
+    const ownFailure = failed && error === this.failure;
+    const errors = failed && !ownFailure ? [this.failure, error] : [error];
+    if (this.isOurs && (ownFailure || !isOver(error))) {
+      const body = { reason: reasonOf(errors[0]) };
+      try {
+        if (ownFailure) await this.ask("POST", this.url("abort"), body);
+        else await this.askOnce("POST", this.url("abort"), body, LAST_WORD);
+      } catch (refusal) {
+        // Otherwise the caller has a reason already, and the service's producer_timeout the last word.
+        if (ownFailure && !isOver(refusal)) errors.push(refusal);
+      }
+    }
+    if (errors.length === 1) return error;
+    return new AggregateError(errors, errors.map(String).join("; and then: "));
+  }
+
+  /** @param {"chunks" | "abort"} [call]  @param {Record<string, any>} [query] */
+  url(call, query) {
+    const { threadId, messageId } = this.message;
+    return this.service.url(["threads", threadId, "messages", messageId, ...(call ? [call] : [])], query);
   }
 }
 
@@ -752,7 +1141,8 @@ class Socket {
           const { problem } = subscription;
           subscription.next = "none";
           subscription.problem = undefined;
-          if (problem) await backoff.wait(signal, problem);
+          if (problem?.status === 404) await backoff.poll(signal);
+          else if (problem) await backoff.wait(signal, problem);
           this.#subscribe(subscription);
         }
         await new Promise((resolve) => {

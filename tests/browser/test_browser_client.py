@@ -276,6 +276,16 @@ def test_follow_waits_for_a_thread_and_goes_on_when_it_is_cleared(
     assert reader.types == ["chunk", "complete", "reset", "chunk"]
 
 
+@over_both
+def test_waits_for_a_message_not_made_yet(reader: Reader, client: httpx.Client, over: str) -> None:
+    reader.begin(over, threadId="t", messageId="m", knownContent="", wait=True)
+    append(client, "t", "other", "not this")
+    append(client, "t", "m", "Hello", complete=True)
+    reader.wait_for_end()
+    assert (reader.types, reader.text) == (["chunk", "complete"], "Hello")
+    assert reader.note["down"] == [], "nothing was lost"
+
+
 def test_waits_past_the_idle_timeout_of_the_service_unless_asked_not_to(
     page: Page, start_service: Callable[..., Service]
 ) -> None:
@@ -476,6 +486,7 @@ def test_bad_use_is_a_type_error_at_once(reader: Reader) -> None:
                 {threadId: "t", messageId: "m", knownContent: "x", after: "1"},
                 {threadId: "t", after: "yesterday"},
                 {threadId: "t", messageId: "m", follow: true},
+                {threadId: "t", wait: true},
                 {threadId: "t", idleTimeout: -1},
                 {threadId: "t", signal: "stop"},
             ]) for (const read of [resumeStream, (options) => socket.resumeStream(options)]) {
@@ -489,7 +500,7 @@ def test_bad_use_is_a_type_error_at_once(reader: Reader) -> None:
             return messages;
         }"""
     )
-    assert messages == ["TypeError"] * 21
+    assert messages == ["TypeError"] * 23
 
 
 @over_both
@@ -572,6 +583,30 @@ def test_append_with_an_index_is_retried_over_a_lost_network(page: Page, client:
     proxy.up()
     assert page.evaluate("appended")["status"] == "completed"
     assert client.get("/threads/t/content").json()["content"] == "Hello"
+
+
+def test_page_stores_over_a_lost_network_and_stops_for_the_stop_button(
+    page: Page, client: httpx.Client, proxy: Proxy
+) -> None:
+    open_notebook(page, proxy.url)
+    page.evaluate("""async () => {
+        const {store} = await import("/static/resume-stream.js");
+        window.failures = 0;
+        const onConnection = (event) => event.connected || failures++;
+        const cancel = () => window.cancelled = true;
+        const source = new ReadableStream({start: (controller) => void (window.controller = controller), cancel});
+        controller.enqueue("one ");
+        window.stored = store({threadId: "t", messageId: "m", source, onConnection}).catch(error => error.problem.reason);
+    }""")
+    wait_until(lambda: client.get("/threads/t").json().get("chunkCount"), "the first chunk")
+    proxy.down()
+    page.evaluate("() => controller.enqueue('two')")
+    page.wait_for_function("() => failures > 0", polling=10)
+    proxy.up()
+    wait_until(lambda: client.get("/threads/t/content").json()["content"] == "one two", "the second chunk")
+    client.post("/threads/t/messages/m/abort", json={"reason": "enough"})
+    assert page.evaluate("stored") == "enough"
+    assert page.evaluate("cancelled")
 
 
 # The socket
