@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 if TYPE_CHECKING:
     from . import Item
 
-PIECE = 65536  # bytes that are read at once, at most
+PIECE = 8192  # bytes that are read at once, at most: far below what a service takes as a chunk
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 

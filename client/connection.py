@@ -350,14 +350,15 @@ class Reader:
             if kind.partition(";")[0] != "text/event-stream":
                 raise ClientError(f"{self._service.url} answers a stream with {kind}; is it the service's URL?")
             may_be_over = False
-            async for event in self._events(response, backoff):
-                if event.name == "timeout":
-                    return
-                item = self._take(event)
-                may_be_over = isinstance(item, MessageEnd)
-                yield item
-                if self._has_ended:
-                    return
+            async with aclosing(self._events(response, backoff)) as events:
+                async for event in events:
+                    if event.name == "timeout":
+                        return
+                    item = self._take(event)
+                    may_be_over = isinstance(item, MessageEnd)
+                    yield item
+                    if self._has_ended:
+                        return
             if not may_be_over:
                 raise Unreachable(f"The stream of {self._service.url} ended before the message did.")
 
