@@ -321,8 +321,8 @@ class Reader:
         self._wait = wait
         self._has_begun = self._has_ended = False
 
-    async def items(self) -> AsyncGenerator[Item, None]:
-        backoff, waiting = Backoff(self._service.patience), Backoff(math.inf, cap=2.0)
+    async def items(self, patience: float) -> AsyncGenerator[Item, None]:
+        backoff, waiting = Backoff(patience), Backoff(math.inf, cap=2.0)
         while not self._has_ended:
             try:
                 async with aclosing(self._connection(backoff)) as items:
@@ -349,17 +349,17 @@ class Reader:
             kind = response.headers.get("content-type", "nothing")
             if kind.partition(";")[0] != "text/event-stream":
                 raise ClientError(f"{self._service.url} answers a stream with {kind}; is it the service's URL?")
-            may_be_over = False
+            may_end_here = False
             async with aclosing(self._events(response, backoff)) as events:
                 async for event in events:
                     if event.name == "timeout":
                         return
                     item = self._take(event)
-                    may_be_over = isinstance(item, MessageEnd)
+                    may_end_here = not isinstance(item, StoredChunk)
                     yield item
                     if self._has_ended:
                         return
-            if not may_be_over:
+            if not may_end_here:
                 raise Unreachable(f"The stream of {self._service.url} ended before the message did.")
 
     def _asked(self) -> AbstractAsyncContextManager[httpx.Response]:
@@ -468,7 +468,6 @@ class Producer:
         self._index = 0
         self._seq = 0
         self._is_ours = False
-        self._may_read = True
 
     async def store(self, source: Source) -> Appended:
         try:
@@ -562,37 +561,38 @@ class Producer:
         """Wait for the source. While it is silent, see whether somebody else ends the message."""
         if self._window.speaks.is_set():
             return
-        speaks, watch = asyncio.create_task(self._window.speaks.wait()), None
+        speaks = asyncio.create_task(self._window.speaks.wait())
+        waiting: set[asyncio.Task[Any]] = {speaks}
         try:
-            await asyncio.wait([speaks], timeout=WATCH_AFTER)
+            await asyncio.wait(waiting, timeout=WATCH_AFTER)
+            if speaks.done():
+                return
+            waiting.add(asyncio.create_task(self._watch()))
             while not speaks.done():
-                if watch is None and self._may_read:
-                    watch = asyncio.create_task(self._watch())
-                patience = SIGN_OF_LIFE if watch else POLL
-                done, _ = await asyncio.wait(
-                    [speaks, watch] if watch else [speaks], timeout=patience, return_when=asyncio.FIRST_COMPLETED
+                done, waiting = await asyncio.wait(
+                    waiting, timeout=SIGN_OF_LIFE if len(waiting) > 1 else POLL, return_when=asyncio.FIRST_COMPLETED
                 )
-                if watch in done:
-                    watch.result()
-                    watch = None
-                if speaks not in done:
+                for task in done:
+                    task.result()
+                if not speaks.done():
                     await self._append([])
         finally:
-            await stopped(speaks)
-            if watch:
-                await stopped(watch)
+            for task in waiting:
+                await stopped(task)
 
     async def _watch(self) -> None:
-        """Follow the message from where it is. Raises what has become of it."""
+        """Follow the message from where it is. Raises what has become of it; returns where it cannot be followed."""
         reader = Reader(self._service, self._thread, self._message, self._seq, None, wait=False)
         try:
-            async with aclosing(reader.items()) as items:
+            async with aclosing(reader.items(patience=0)) as items:
                 async for item in items:
                     raise self._end_of(item)
         except NotFound as error:
             raise self._gone() from error
-        except Forbidden:
-            self._may_read = False
+        except ClientError as error:
+            # A token may not read, too many do, the connection is lost: appends, if they are answered, say as much.
+            if not (error.retryable or isinstance(error, Forbidden)):
+                raise
 
     def _end_of(self, item: Item) -> ClientError:
         match item:
@@ -762,7 +762,7 @@ class Client:
 
         Raises NotFound; Gone where the thread is cleared or expires while it is read.
         """
-        return Reader(self._service, thread, message, after, known_content, wait).items()
+        return Reader(self._service, thread, message, after, known_content, wait).items(self._service.patience)
 
     async def open(self, thread: str, message: str) -> Appended:
         """Open a message before its first chunk, so that readers can follow it."""

@@ -427,6 +427,29 @@ async def test_an_abort_stops_a_watched_source_at_once(service: Service, thread:
         assert source.closed.is_set()
 
 
+@pytest.mark.parametrize("hindrance", ["restart", "no room"])
+async def test_an_abort_stops_a_silent_source_that_cannot_be_watched(
+    start_service: Callable[..., Service], thread: str, hindrance: str
+) -> None:
+    service = start_service("--max-readers", "1")
+    async with on_wire(service) as (client, wire), Client(service.url) as another:
+        await client.append(thread, "other", ["text"])
+        reader = another.read(thread, "other")
+        if hindrance == "no room":
+            await anext(reader)
+        source = Source("text")
+        storing = asyncio.create_task(client.store(thread, "run", source))
+        await come_true(lambda: any(request.url.path.endswith("/stream") for request in wire.requests))
+        if hindrance == "restart":
+            await asyncio.to_thread(service.restart)
+        await come_true(lambda: wire.appends()[-1] == [])
+        await client.abort(thread, "run", "enough")
+        async with asyncio.timeout(1):
+            with pytest.raises(MessageEnded, match="enough"):
+                await storing
+        await reader.aclose()
+
+
 async def test_an_abort_stops_a_source_that_never_pauses(client: Client, thread: str) -> None:
     closed = asyncio.Event()
 
@@ -720,6 +743,19 @@ async def test_a_reader_of_a_quiet_message_reconnects(service: Service, thread: 
         assert [request.headers.get("last-event-id") for request in streams()] == [None, first.cursor, first.cursor]
         await client.append(thread, "run", ["b"], complete=True)
         assert await rest == ["b"]
+
+
+async def test_a_connection_on_which_nothing_comes_is_given_up(
+    start_service: Callable[..., Service], thread: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "TIMEOUTS", httpx.Timeout(10, read=0.3))
+    monkeypatch.setattr(random, "uniform", lambda low, high: 0)
+    async with on_wire(start_service("--heartbeat", "0", "--idle-timeout", "0")) as (client, wire):
+        await client.append(thread, "run", ["a"])
+        reading = asyncio.create_task(texts(client.read(thread, "run")))
+        await come_true(lambda: len(wire.requests) == 4)
+        await client.append(thread, "run", ["b"], complete=True)
+        assert await reading == ["a", "b"]
 
 
 class CutOff(httpx.AsyncByteStream):
