@@ -442,7 +442,9 @@ async def test_an_abort_stops_a_silent_source_that_cannot_be_watched(
         await come_true(lambda: any(request.url.path.endswith("/stream") for request in wire.requests))
         if hindrance == "restart":
             await asyncio.to_thread(service.restart)
-        await come_true(lambda: wire.appends()[-1] == [])
+        signs_of_life: list[bytes] = []
+        wire.after = lambda request, response: signs_of_life.append(request.content)
+        await come_true(lambda: b"[]" in signs_of_life)
         await client.abort(thread, "run", "enough")
         async with asyncio.timeout(1):
             with pytest.raises(MessageEnded, match="enough"):
@@ -508,15 +510,29 @@ async def test_of_two_producers_that_begin_together_one_is_told(client: Client, 
     assert await ending(client, thread) == ("completed", None)
 
 
-async def test_another_that_appends_meanwhile_is_a_conflict(client: Client, thread: str) -> None:
-    source = Source("mine")
+@pytest.mark.parametrize("scope", ["read write", "write"])
+async def test_another_that_appends_meanwhile_is_a_conflict(secured: Service, thread: str, scope: str) -> None:
+    async with Client(secured.url, token(scope)) as client, Client(secured.url, token("admin")) as admin:
+        source = Source("mine")
+        storing = asyncio.create_task(client.store(thread, "run", source))
+        await come_true(lambda: stored(admin, thread, "mine"))
+        await admin.append(thread, "run", ["other"])
+        async with asyncio.timeout(2):
+            with pytest.raises(Conflict, match="another producer"):
+                await storing
+        assert source.closed.is_set()
+        assert await ending(admin, thread) == ("active", None)
+
+
+async def test_a_source_that_fails_does_not_abort_the_message_of_another(client: Client, thread: str) -> None:
+    source = Source()
     storing = asyncio.create_task(client.store(thread, "run", source))
-    await come_true(lambda: stored(client, thread, "mine"))
+    await source.asked.wait()
     await client.append(thread, "run", ["other"])
-    async with asyncio.timeout(2):
-        with pytest.raises(Conflict, match="another producer"):
-            await storing
-    assert source.closed.is_set()
+    source.give("mine", ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError) as caught:
+        await storing
+    assert "another producer" in caught.value.__notes__[0]
     assert await ending(client, thread) == ("active", None)
 
 
