@@ -251,6 +251,17 @@ def problem_of(response: httpx.Response) -> Problem:
     return Problem.of({"title": title, **members, "status": response.status_code}, retry_after(response))
 
 
+def answer_of(response: httpx.Response) -> dict[str, Any]:
+    """The JSON of an answer. Raises ClientError where it is of something else than the service."""
+    try:
+        answer = response.json()
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise ClientError(f"{response.url.host} answers with something else than JSON; is it the service's URL?")
+    return answer
+
+
 def retry_after(response: httpx.Response) -> float:
     """Seconds, from either form of the header (RFC 9110, 10.2.3)."""
     value = response.headers.get("retry-after", "")
@@ -493,7 +504,7 @@ class Producer:
 
     async def _open(self) -> None:
         response, _ = await self._insist("PUT")
-        appended = record(Appended, response.json())
+        appended = record(Appended, answer_of(response))
         if appended.status != "active":
             await self._append([])  # the answer to this says how it ended
         if appended.chunk_count:
@@ -540,7 +551,7 @@ class Producer:
         query = {"index": self._index, "complete": "true" if complete else None}
         try:
             response, was_sent = await self._insist("POST", "/chunks", query, on_wire(chunks))
-            appended = record(Appended, response.json())
+            appended = record(Appended, answer_of(response))
             # What is stored before it was ever sent, another producer has sent.
             if appended.chunk_count > self._index + self._window.in_flight or (
                 response.status_code == 200 and not was_sent and (chunks or complete)
@@ -613,13 +624,12 @@ class Producer:
         """Tell readers that no more will come, and why. What hinders it is noted in the error."""
         if not self._is_ours:
             return
-        if isinstance(error, asyncio.CancelledError):
-            self._backoff.hurry(CANCELLED_WORDS)
         try:
-            await self._append([])
-            await self._insist("POST", "/abort", body={"reason": type(error).__name__})
-        except ClientError as hindrance:
-            error.add_note(f"The message could not be aborted: {hindrance}")
+            async with asyncio.timeout(CANCELLED_WORDS if isinstance(error, asyncio.CancelledError) else LAST_WORDS):
+                await self._append([])
+                await self._insist("POST", "/abort", body={"reason": type(error).__name__})
+        except (ClientError, TimeoutError) as hindrance:
+            error.add_note(f"The message could not be aborted: {str(hindrance) or 'the service does not answer.'}")
 
     async def _insist(
         self, method: str, call: str = "", query: Query | None = None, body: Any = None
@@ -788,7 +798,7 @@ class Client:
         backoff = Backoff(0 if index is None else self._service.patience)
         query = {"index": index, "complete": "true" if complete else None}
         response, _ = await self._service.insist(backoff, "POST", message_path(thread, message, "/chunks"), query, body)
-        return record(Appended, response.json())
+        return record(Appended, answer_of(response))
 
     async def complete(self, thread: str, message: str) -> Appended:
         """Complete a message; again: the same answer. Raises MessageEnded if it was aborted."""
@@ -803,14 +813,14 @@ class Client:
 
     async def status(self, thread: str) -> ThreadStatus:
         """A thread and its messages (``get_thread_status``)."""
-        data = (await self._service.request("GET", thread_path(thread))).json()
+        data = answer_of(await self._service.request("GET", thread_path(thread)))
         return record(ThreadStatus, data, messages=tuple(record(MessageStatus, found) for found in data["messages"]))
 
     async def threads(self, status: Status | None = None) -> AsyncGenerator[ThreadSummary, None]:
         """All threads, or those of one status, the newest first."""
         cursor: str | None = None
         while True:
-            page = (await self._service.request("GET", "/threads", {"status": status, "cursor": cursor})).json()
+            page = answer_of(await self._service.request("GET", "/threads", {"status": status, "cursor": cursor}))
             for found in page["threads"]:
                 yield record(ThreadSummary, found)
             if (cursor := page["cursor"]) is None:
@@ -823,11 +833,11 @@ class Client:
     async def content(self, thread: str, message: str | None = None) -> AccumulatedContent:
         """The text so far, of a message or of all of a thread's (``get_accumulated_content``)."""
         response = await self._service.request("GET", f"{thread_path(thread)}/content", {"message_id": message})
-        return record(AccumulatedContent, response.json())
+        return record(AccumulatedContent, answer_of(response))
 
     async def clear(self, thread: str) -> None:
         """Forget a thread, and erase its text (``clear_thread_buffer``)."""
         await self._service.request("DELETE", thread_path(thread))
 
     async def _appended(self, method: str, path: str, body: Any = None) -> Appended:
-        return record(Appended, (await self._service.request(method, path, body=body)).json())
+        return record(Appended, answer_of(await self._service.request(method, path, body=body)))

@@ -646,6 +646,21 @@ async def test_storing_that_is_cancelled_aborts_the_message(client: Client, thre
     assert await ending(client, thread) == ("aborted", "CancelledError")
 
 
+async def test_storing_that_is_cancelled_does_not_wait_for_a_service_that_hangs(
+    service: Service, thread: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "CANCELLED_WORDS", 0.2)
+    async with on_wire(service) as (client, wire):
+        storing = asyncio.create_task(client.store(thread, "run", Source("text")))
+        await come_true(lambda: stored(client, thread, "text"))
+        wire.before = lambda request: asyncio.Event().wait()
+        storing.cancel()
+        async with asyncio.timeout(2):
+            with pytest.raises(asyncio.CancelledError) as caught:
+                await storing
+        assert "does not answer" in caught.value.__notes__[0]
+
+
 # What is refused
 
 
@@ -842,11 +857,14 @@ async def test_a_thread_that_is_cleared_while_it_is_read_is_gone(
             await rest
 
 
-async def test_what_is_no_stream_is_said_to_be_none(service: Service, thread: str) -> None:
+async def test_what_is_not_the_service_is_said_not_to_be(service: Service, thread: str) -> None:
     async with on_wire(service) as (client, wire):
         wire.before = lambda request: httpx.Response(200, html="<p>Log in")
         with pytest.raises(ClientError, match="text/html"):
             await anext(client.read(thread))
+        for call in (client.status(thread), client.open(thread, "run"), client.store(thread, "run", ["text"])):
+            with pytest.raises(ClientError, match="is it the service's URL"):
+                await call
 
 
 # The other calls
