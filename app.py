@@ -3140,7 +3140,7 @@ async def ready(buffer: Buffer) -> dict[str, str]:
 # The app
 # ---------------------------------------------------------------------------------------------
 
-EXTRAS = ("logs", "tokens", "metrics", "page", "websocket", "uploads", "operate")
+EXTRAS = ("logs", "tokens", "metrics", "page", "websocket", "uploads", "operate", "clients")
 
 
 def found_extras() -> Iterator[ModuleType]:
@@ -3434,15 +3434,15 @@ def settings_from(environment: Mapping[str, str], flags: Mapping[str, Any]) -> S
 
 
 Commands = Any  # argparse keeps the type of what add_subparsers returns to itself
-Command = Callable[[Settings, dict[str, Any]], None]
+Command = Callable[[Settings, dict[str, Any]], int | None]
 
 
 def add_command(commands: Commands, name: str, summary: str, run: Command, *settings: str) -> argparse.ArgumentParser:
-    """A command with a flag for each of these settings; what it runs may raise StartupError."""
+    """A command with a flag for each of these settings; what it runs gives its exit status, or raises StartupError."""
     added: argparse.ArgumentParser = commands.add_parser(
         name, help=summary, description=summary, argument_default=argparse.SUPPRESS
     )
-    added.set_defaults(run=run)
+    added.set_defaults(run=lambda flags: run(settings_from(os.environ, flags), flags))
     for setting in settings:
         hint, default = SETTING_HINTS[setting], SETTING_DEFAULTS[setting]
         flag, text = f"--{setting.replace('_', '-')}", f"{get_args(hint)[1].description} (default: {default!r})"
@@ -3472,11 +3472,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             extra.add_commands(commands)
     flags = vars(parser.parse_args(arguments))
     try:
-        flags["run"](settings_from(os.environ, flags), flags)
+        return flags["run"](flags) or 0
     except StartupError as error:
         print(f"resume-stream: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

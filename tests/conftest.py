@@ -26,8 +26,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def load_app() -> Any:
-    """``app.py`` under its import name, so that the tests run what is checked out beside them."""
-    spec = importlib.util.spec_from_file_location("resume_stream", ROOT / "app.py")
+    """``app.py`` under its import name, so that the tests run what is checked out beside them, ``client`` too."""
+    spec = importlib.util.spec_from_file_location(
+        "resume_stream", ROOT / "app.py", submodule_search_locations=[str(ROOT)]
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules["resume_stream"] = module
     spec.loader.exec_module(module)

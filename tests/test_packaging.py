@@ -34,9 +34,8 @@ def served(installed: metadata.Distribution, tmp_path: Path) -> Iterator[str]:
 
 
 def test_the_package_has_every_file_as_it_is_checked_out(installed: metadata.Distribution) -> None:
-    folders = ("extras", "static")
-    sources = [ROOT / "app.py", ROOT / "schema.sql"]
-    sources += [file for folder in folders for file in (ROOT / folder).iterdir() if file.is_file()]
+    folders = [ROOT / "extras", ROOT / "static", ROOT / "client"]
+    sources = [ROOT / "app.py", ROOT / "schema.sql", *(file for folder in folders for file in folder.glob("*.*"))]
     for source in sources:
         name = "__init__.py" if source.name == "app.py" else source.relative_to(ROOT)
         copy = Path(str(installed.locate_file(f"resume_stream/{name}")))

@@ -1,0 +1,10 @@
+"""The commands ``publish`` and ``tail``: a producer and a reader for the shell, on the Python client."""
+
+from __future__ import annotations
+
+from resume_stream import Commands
+from resume_stream.client import command_line
+
+
+def add_commands(commands: Commands) -> None:
+    command_line.add_commands(commands)
