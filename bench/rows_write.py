@@ -17,6 +17,7 @@ REDIS = "Redis Streams behind a handler"
 DURABLE = "Durable Streams, files"
 WRK_CEILING = f"{LOAD} ceiling (wrk, nginx)"
 MODES = ("FULL", "NORMAL")
+RARELY_POLLED = "FULL, and poll_interval=600s"
 CONNECTIONS = (1, 32)
 
 
@@ -45,6 +46,7 @@ def appends(plan: Plan) -> Row:
     with Stage(plan, "appends") as stage:
         for mode in MODES:
             stage.start(mode, partial(service, flags=("--synchronous", mode)))
+        stage.start(RARELY_POLLED, partial(service, flags=("--poll-interval", "600s")))
         stage.start(HANDLER, handler)
         stage.start(REDIS, handler_with_redis)
         stage.start(DURABLE, durable_streams)
@@ -68,6 +70,8 @@ def appends(plan: Plan) -> Row:
         beside = {name: figures[name, count] for name in (HANDLER, REDIS, DURABLE, WRK_CEILING)}
         if count == 1:
             beside["bare sqlite3, one row a commit"] = figures["bare", mode]
+        if mode == "FULL":
+            beside[RARELY_POLLED] = figures[RARELY_POLLED, count]
         title = f"{count} connection{'s' if count > 1 else ''}, synchronous={mode}"
         return Line(title, "appends/s", ours, beside, at_least(0.6, ours, beside[HANDLER], HANDLER), mode == "FULL")
 
@@ -80,7 +84,9 @@ def appends(plan: Plan) -> Row:
         " and answers 201 with as many bytes. Redis is the same handler with an XADD, one pool of connections, and"
         " `appendfsync always`; Durable Streams is its Node server with the file store, a stream for each thread; both"
         " sync each append in the lines of NORMAL too. Bare sqlite3 commits one row at a time with the writes of an"
-        " append, in one process, with no HTTP. The load's ceiling is the same wrk against nginx that answers 201 at"
+        " append, in one process, with no HTTP. With a long"
+        " poll_interval nothing but the producers themselves decides what a commit takes. The load's ceiling"
+        " is the same wrk against nginx that answers 201 at"
         " once.",
         [line(mode, count) for mode in MODES for count in CONNECTIONS],
         f"**Appends:** {most} single appends/s are committed and acknowledged over 32 connections with"
