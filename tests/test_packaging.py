@@ -34,7 +34,7 @@ def served(installed: metadata.Distribution, tmp_path: Path) -> Iterator[str]:
 
 
 def test_the_package_has_every_file_as_it_is_checked_out(installed: metadata.Distribution) -> None:
-    sources = [ROOT / "app.py", ROOT / "schema.sql", *(file for file in (ROOT / "static").iterdir() if file.is_file())]
+    sources = [ROOT / "app.py", ROOT / "schema.sql", *(file for file in (ROOT / "static").rglob("*") if file.is_file())]
     for source in sources:
         name = "__init__.py" if source.name == "app.py" else source.relative_to(ROOT)
         copy = Path(str(installed.locate_file(f"resume_stream/{name}")))
