@@ -37,6 +37,7 @@ from resume_stream.client import (
     connection,
 )
 from resume_stream.client.connection import Backoff, Event, EventParser
+from resume_stream.extras import tokens
 from wire import serving
 
 pytestmark = pytest.mark.anyio
@@ -63,7 +64,7 @@ async def client(service: Service) -> AsyncIterator[Client]:
 
 
 def token(scope: str, expires: float = 4e9) -> str:
-    return resume_stream.token_for(SECRET, resume_stream.Grant(frozenset(scope.split()), None, expires))
+    return tokens.token_for(SECRET, resume_stream.Grant(frozenset(scope.split()), None, expires))
 
 
 class Wire(httpx.AsyncHTTPTransport):
@@ -244,13 +245,12 @@ async def test_no_character_is_lost_or_doubled_while_the_service_dies(
     service = start_service("--idle-timeout", "1s")
     draw = random.Random(15)
     pieces = ["".join(draw.choices(ALPHABET, k=draw.randrange(3))) + str(n % 10) * (n % 3) for n in range(5000)]
-    deaths = [service.kill] * 10 + [service.terminate] * 5
+    deaths = [service.kill] * 10 + [service.end] * 5
     draw.shuffle(deaths)
-    port = service.port
 
     def die(death: Callable[[], Any]) -> None:
         death()
-        service.start(port)
+        service.start()
 
     async def source() -> AsyncIterator[str]:
         dying = asyncio.create_task(asyncio.sleep(0))

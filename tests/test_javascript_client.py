@@ -184,16 +184,15 @@ def test_nothing_is_lost_or_doubled_through_ten_kills_and_five_stops(tmp_path: P
     pieces = recorded_answer(5000)
     file = tmp_path / "answer.json"
     file.write_text(json.dumps(pieces))
-    ends = ["kill", "kill", "terminate"] * 5
+    ends = ["kill", "kill", "end"] * 5
     with serving(tmp_path) as service, Script(READ, service.url) as reader:
         with Script(STORE, service.url, file=str(file)) as producer:
             for number, end in enumerate(ends, 1):
                 due = number * 5000 // (len(ends) + 1)
                 with api_client(service) as client:
                     wait_until(lambda: client.get("/threads/t").json().get("chunkCount", 0) >= due, f"chunk {due}")  # noqa: B023
-                port = service.port
                 getattr(service, end)()
-                service.start(port)
+                service.start()
             (stored,) = producer.end()
         (read,) = reader.end()
         with api_client(service) as client:

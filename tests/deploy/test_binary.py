@@ -133,8 +133,9 @@ def test_websocket(binary: Binary) -> None:
 def test_what_it_serves_are_the_files_beside_these_tests(binary: Binary) -> None:
     with httpx.Client(base_url=binary.url, timeout=TIMEOUT) as client:
         assert client.get("/").content == (ROOT / "static" / "index.html").read_bytes()
-        for path in (ROOT / "static").iterdir():
-            assert client.get(f"/static/{path.name}").content == path.read_bytes(), f"{path.name}: build it again"
+        for path in filter(Path.is_file, (ROOT / "static").rglob("*")):
+            url = f"/{path.relative_to(ROOT).as_posix()}"
+            assert client.get(url).content == path.read_bytes(), f"{path.name}: build it again"
         assets = set(re.findall(r"/schema/assets/[a-z.-]+", client.get("/schema/swagger").text))
         assert [client.get(asset).status_code for asset in assets] == [200, 200, 200]
         assert client.get("/schema/openapi.json").json()["info"]["version"] == resume_stream.__version__

@@ -1,0 +1,200 @@
+/** A thread as its events: every entry of its sequence, a page at a time, and live at the end. */
+
+import { ResumeStreamError } from "../resume-stream.js";
+import { clock, copyButton, counted, find, make, show } from "./dom.js";
+import { ask, curlOf, report, socket, urlOf } from "./service.js";
+
+/**
+ * A chunk, or the end of a message.
+ *
+ * @typedef {{seq: number, cursor: string, messageId: string}} Placed
+ * @typedef {{timestamp?: number, content?: string, event?: string | null}} OfChunk
+ * @typedef {{status?: string, reason?: string | null}} OfEnd
+ * @typedef {Placed & OfChunk & OfEnd} Entry
+ */
+
+const PAGE = 200; // entries
+const MOST = 2000; // entries on the screen while the end is followed
+
+const list = find("events", HTMLOListElement);
+const earlier = find("events-earlier", HTMLButtonElement);
+const later = find("events-later", HTMLButtonElement);
+
+/** Entries `first` to `last` of the thread's sequence are on the screen. */
+export class EventsView {
+  first = 1;
+  last = 0;
+  #end = 0; // the place of the last entry there is, as far as is known
+  #generation = "";
+  #controller = new AbortController();
+  #isLoading = false;
+  #isLive = false;
+  #lastMessage = ""; // whose entry was the last to be put on the screen
+  /** @type {Entry[]} */ #waiting = [];
+
+  /**
+   * @param {import("./thread.js").ThreadView} thread
+   * @param {string} cursor  of the thread's end
+   * @param {boolean} fromEnd  begin with the last page, and not with the first
+   */
+  constructor(thread, cursor, fromEnd) {
+    this.thread = thread;
+    this.threadId = thread.threadId;
+    [this.#generation] = cursor.split("-");
+    this.#end = Number(cursor.split("-")[1]);
+    this.last = fromEnd ? Math.max(this.#end - PAGE, 0) : 0;
+    this.first = this.last + 1;
+    list.replaceChildren();
+    earlier.onclick = () => this.#loadEarlier();
+    later.onclick = () => this.#loadLater();
+    this.#loadLater();
+  }
+
+  close() {
+    this.#controller.abort();
+    list.replaceChildren();
+    earlier.hidden = later.hidden = true;
+  }
+
+  /** The thread has grown. @param {string} cursor  of its end */
+  grow(cursor) {
+    this.#end = Math.max(this.#end, Number(cursor.split("-")[1]));
+    this.#showButtons();
+  }
+
+  /** @param {number} after  @param {number} limit  @returns {Promise<Entry[]>} */
+  async #fetch(after, limit) {
+    const place = after === 0 ? undefined : `${this.#generation}-${after}`;
+    const url = urlOf(["threads", this.threadId, "chunks"], { after: place, limit });
+    const { chunks, ends } = await ask(url, this.#controller.signal);
+    /** @type {Entry[]} */
+    const entries = [...chunks, ...ends].sort((one, other) => one.seq - other.seq);
+    return entries.map((entry) => ({ ...entry, cursor: `${this.#generation}-${entry.seq}` }));
+  }
+
+  /** @param {() => Promise<void>} load */
+  async #loading(load) {
+    if (this.#isLoading) return;
+    this.#isLoading = true;
+    try {
+      await load();
+    } catch (error) {
+      // Cleared meanwhile: the thread's own look says so.
+      const isGone = error instanceof ResumeStreamError && [404, 410].includes(error.status);
+      if (!isGone && !this.#controller.signal.aborted) report(error);
+    }
+    this.#isLoading = false;
+    this.#showButtons();
+  }
+
+  #loadLater() {
+    return this.#loading(async () => {
+      const entries = await this.#fetch(this.last, PAGE);
+      this.thread.stick(() => list.append(...entries.map((entry) => this.#row(entry))));
+      this.last = entries.at(-1)?.seq ?? this.last;
+      this.#end = Math.max(this.#end, this.last);
+      if (this.last === this.#end && !this.#isLive) this.#follow();
+    });
+  }
+
+  #loadEarlier() {
+    return this.#loading(async () => {
+      const after = Math.max(this.first - 1 - PAGE, 0);
+      const entries = await this.#fetch(after, this.first - 1 - after);
+      const anchor = list.firstElementChild;
+      const before = anchor?.getBoundingClientRect().top ?? 0;
+      const lastMessage = this.#lastMessage;
+      this.#lastMessage = "";
+      list.prepend(...entries.map((entry) => this.#row(entry)));
+      this.#lastMessage = lastMessage;
+      this.first = after + 1;
+      this.#showButtons();
+      const moved = (anchor?.getBoundingClientRect().top ?? 0) - before;
+      const pane = find("thread");
+      (getComputedStyle(pane).overflowY === "auto" ? pane : document.documentElement).scrollTop += moved;
+    });
+  }
+
+  async #follow() {
+    this.#isLive = true;
+    const { signal } = this.#controller;
+    const after = `${this.#generation}-${this.last}`;
+    try {
+      const items = socket.resumeStream({ threadId: this.threadId, after, follow: true, signal });
+      for await (const item of items) {
+        if (item.type === "chunk" || item.type === "complete") this.#add(item);
+        else if (item.type === "reset") return; // the thread's own look begins anew
+      }
+    } catch (error) {
+      if (!signal.aborted) report(error);
+    }
+  }
+
+  /** @param {Entry} entry */
+  #add(entry) {
+    if (this.#waiting.length === 0) setTimeout(() => this.#flush(), 30); // a frame would never come in a hidden tab
+    this.#waiting.push(entry);
+  }
+
+  #flush() {
+    if (this.#controller.signal.aborted) return;
+    const entries = this.#waiting.splice(0);
+    this.thread.stick(() => list.append(...entries.map((entry) => this.#row(entry))));
+    this.last = this.#end = entries[entries.length - 1].seq;
+    if (this.thread.isFollowing && !this.#isLoading) while (list.childElementCount > MOST) list.firstElementChild?.remove();
+    this.first = this.last - list.childElementCount + 1;
+    this.#showButtons();
+  }
+
+  #showButtons() {
+    earlier.hidden = this.first <= 1;
+    show(earlier, `Show ${counted(Math.min(this.first - 1, PAGE), "earlier event")}`);
+    const more = this.#isLive ? 0 : this.#end - this.last;
+    later.hidden = more <= 0 || this.last === 0;
+    show(later, `Show ${counted(Math.min(more, PAGE), "later event")} of ${more.toLocaleString("en")}`);
+  }
+
+  /** @param {Entry} entry */
+  #row({ seq, cursor, messageId, timestamp, content, event, status, reason }) {
+    const row = make("li");
+    const time = make("time", "", timestamp === undefined ? "" : clock(timestamp));
+    if (timestamp !== undefined) time.dateTime = new Date(timestamp).toISOString();
+    const what = make("span", "what");
+    what.append(make("span", "of", messageId));
+    if (status || event) what.append(make("span", `kind ${status ?? ""}`, status ?? event ?? ""));
+    const place = urlOf(["threads", this.threadId, "stream"], { after: cursor });
+    const actions = make("span", "copies");
+    actions.append(
+      copyButton(cursor, `cursor ${cursor}`, () => cursor, report),
+      copyButton("curl", `curl that resumes after ${seq}`, () => curlOf(place, "-sN"), report),
+    );
+    row.classList.toggle("same", messageId === this.#lastMessage);
+    this.#lastMessage = messageId;
+    const text = contentOf(content ?? reason ?? "", event ?? null);
+    row.append(make("span", "seq", String(seq)), time, what, text, actions);
+    return row;
+  }
+}
+
+/** Text as it is; of an event with a name, which is mostly a tool call in JSON, a block that can be read.
+ * @param {string} content  @param {string | null} event
+ */
+function contentOf(content, event) {
+  if (event === null) {
+    const isBlank = content !== "" && content.trim() === "";
+    const text = make("span", isBlank ? "content blank" : "content", isBlank ? JSON.stringify(content) : content);
+    text.dir = "auto";
+    return text;
+  }
+  return make("pre", "content block", indented(content));
+}
+
+/** @param {string} content */
+function indented(content) {
+  try {
+    const value = JSON.parse(content);
+    return typeof value === "object" ? JSON.stringify(value, null, 2) : content;
+  } catch {
+    return content; // it is not JSON, or a piece of it
+  }
+}
