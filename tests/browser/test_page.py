@@ -561,7 +561,6 @@ def test_nothing_looks_alive_while_the_service_is_away(phone: Page, service: Ser
     expect(phone.locator(".text")).to_contain_text("word-599")
     wait_until(lambda: gap(phone) < 2, "the end")  # the top is far above
     assert phone.evaluate("document.getAnimations().length") > 0
-    port = service.port
     service.kill()
     expect(phone.locator("#service-state")).to_have_text("Not reachable, trying again")
     expect(phone.locator("#service-age")).to_have_text(re.compile(r"as of \d+ s ago"))
@@ -569,7 +568,7 @@ def test_nothing_looks_alive_while_the_service_is_away(phone: Page, service: Ser
     assert phone.evaluate("document.getAnimations().length") == 0
     expect(phone.locator("#thread-status")).to_have_text("was active")
     expect(phone.locator("#messages .status")).to_have_text("was active")
-    service.start(port)
+    service.start()
     expect(phone.locator("#service-state")).to_have_text("Connected")
     expect(phone.locator("#messages .status")).to_have_text("active")
     append(client, "t", "m", "and on")
@@ -581,12 +580,11 @@ def test_a_thread_opened_offline_says_why_it_is_empty(phone: Page, service: Serv
     phone.goto(service.url)
     link = phone.locator("#threads a")
     expect(link).to_contain_text("Hello")
-    port = service.port
     service.kill()
     expect(phone.locator("#service-state")).to_have_text("Not reachable, trying again")
     link.tap()
     expect(phone.locator("#waiting")).to_contain_text("as soon as the service answers")
-    service.start(port)
+    service.start()
     expect(phone.locator(".text")).to_have_text("Hello")
     expect(phone.locator("#waiting")).to_be_hidden()
 
@@ -730,11 +728,10 @@ def test_axe_finds_no_violation(
     page.keyboard.press("Escape")
     page.get_by_role("tab", name="Events").click()
     expect(page.locator("#events pre")).to_be_visible()
-    port = service.port
     service.kill()
     expect(page.locator("#thread-status")).to_have_text("was active")
     check_with_axe(page)
-    service.start(port)
+    service.start()
 
 
 def check_with_axe(page: Page) -> None:
