@@ -193,7 +193,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = "FULL"
     max_chunk: Annotated[Size, described("largest chunk")] = Size(1024**2)
     max_body: Annotated[Size, described("largest JSON body")] = Size(10 * 1024**2)
-    max_message: Annotated[Size, described("most text in a message")] = Size(64 * 1024**2)
+    max_message: Annotated[Size, described("largest message: its text, and 16 bytes a chunk")] = Size(64 * 1024**2)
     max_db: Annotated[Size, described("largest database file; 0: as large as the disk")] = Size(0)
     max_readers: Annotated[int, described("most readers at a time")] = 10_000
     secret: Annotated[str, described("turns authentication on: the key of HS256 tokens, 32 bytes or more")] = ""
@@ -358,10 +358,14 @@ class ThreadSummary(Record, frozen=True):
 
 
 class ThreadStatus(ThreadSummary, frozen=True):
-    """``get_thread_status``: one thread with its messages, in the order they began."""
+    """``get_thread_status``: one thread with its messages, in the order they began.
+
+    ``messages_cursor`` gets the next of them, None where there are no more.
+    """
 
     cursor: str = ""
     messages: list[MessageStatus] = []
+    messages_cursor: str | None = None
     exists: bool = True
 
 
@@ -677,8 +681,8 @@ def another_goes_on(message_id: str, state: State) -> Conflict:
 
 def message_too_large(size: int, max_message: int) -> TooLarge:
     return TooLarge(
-        f"The message would hold {size} bytes of text, over max_message ({max_message}); complete it and go on in"
-        " another."
+        f"The message would take {size} bytes, of which each chunk is {CHUNK_WEIGHT} besides its text, over max_message"
+        f" ({max_message}); complete it and go on in another."
     )
 
 
@@ -709,13 +713,18 @@ QUIET_TURNS = 3  # of the loop without another write, after which a transaction 
 PAGE_ROWS = 512
 PAGE_BYTES = 256 * 1024
 EXPIRED_AT_ONCE = 1_000  # threads
-ERASE_ROWS = 2_000  # chunks deleted in one transaction
+MAX_CHUNKS = 10_000  # in one append
+CHUNK_WEIGHT = 16  # bytes that a chunk counts in its message besides its text
+MESSAGES = 1_000  # of a thread's, told of at once
+ERASE_ROWS = 2_000  # rows deleted in one transaction
+ERASE_BYTES = 1024**2  # of text, likewise
+SCRUB_PAGES = 1_024  # of the file, looked through between two commits
 MIN_POLL_INTERVAL = 0.01  # seconds
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's lock
 SCRUB_PAUSE = 0.25  # seconds between two tries to empty the WAL while another process reads
 SMALLEST_DATABASE = 64 * 1024
 WAL_BYTES = 16 * 1024**2  # past this, a checkpoint also resets the WAL
-VACUUM_BYTES = 64 * 1024**2  # up to this size a vacuum is over in about half a second
+CHECKPOINT_TIMEOUT = 0.1  # seconds that a checkpoint waits for readers
 
 
 def now_ms() -> int:
@@ -740,6 +749,9 @@ class Store(Protocol):
 
     async def close(self) -> None:
         """Commits what is waiting first."""
+
+    def stop(self) -> None:
+        """It is about to be closed: let nothing go on that takes long."""
 
     async def room(self) -> None:
         """Wait until less than the limit is waiting to be committed. Whoever writes text does so first."""
@@ -786,8 +798,8 @@ class Store(Protocol):
     async def text_from(self, thread_id: str, message_id: str, index: int) -> tuple[str, int]:
         """The text of the message's chunks from number ``index`` on, and the number after them."""
 
-    async def status(self, thread_id: str) -> ThreadStatus:
-        """Raises NotFound."""
+    async def status(self, thread_id: str, limit: int, after: int) -> ThreadStatus:
+        """With up to ``limit`` of its messages, those behind the one where a page before ended. Raises NotFound."""
 
     async def threads(
         self, status: Status | None, limit: int, before: int | None, covered: Sequence[str] | None
@@ -803,7 +815,7 @@ class Store(Protocol):
     async def expire(self, untouched_since: int) -> int:
         """Forget some of the threads that nobody touched since; how many."""
 
-    async def erase(self, at_any_cost: bool = False) -> bool:
+    async def erase(self) -> bool:
         """Leave no trace of what was forgotten; False if that has to be tried again."""
 
     async def probe(self) -> None:
@@ -827,6 +839,10 @@ def database_problem(error: Exception) -> Problem:
         return DatabaseFull("The disk or the size limit (max_db) is full; free space and retry.")
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return Unavailable("Another process keeps the database locked; retry once it is done.")
+    if code == sqlite3.SQLITE_CONSTRAINT:
+        return Unavailable(
+            f"The rows of this thread do not fit together ({error}), as after an edit by hand; clear it."
+        )
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return Unavailable("The database is damaged; restore it from a backup.")
     return Unavailable(f"The database cannot be used ({error}); mend the cause and retry.")
@@ -999,15 +1015,19 @@ class Snapshot:
             raise no_thread(thread_id)
         return ThreadSummary(*row)
 
-    def status(self, thread_id: str) -> ThreadStatus:
+    def status(self, thread_id: str, limit: int, after: int) -> ThreadStatus:
         summary, found = self.summary(thread_id), self.find(thread_id)
         rows = self._connection.execute(
-            "select message_id, status, reason, chunk_count, first_seq, last_seq, created_at, updated_at"
-            " from messages where thread = ? order by message",
-            (found.thread,),
+            "select message, message_id, status, reason, chunk_count, first_seq, last_seq, created_at, updated_at"
+            " from messages where thread = ? and message > ? order by message limit ?",
+            (found.thread, after, limit + 1),
+        ).fetchall()
+        return ThreadStatus(
+            **msgspec.structs.asdict(summary),
+            cursor=found.cursor,
+            messages=[MessageStatus(*row[1:]) for row in rows[:limit]],
+            messages_cursor=str(rows[limit - 1][0]) if len(rows) > limit else None,
         )
-        messages = [MessageStatus(*row) for row in rows]
-        return ThreadStatus(**msgspec.structs.asdict(summary), cursor=found.cursor, messages=messages)
 
     def threads(
         self, status: Status | None, limit: int, before: int | None, covered: Sequence[str] | None
@@ -1110,8 +1130,9 @@ class Transaction(Snapshot):
         if complete and count < found.chunk_count:
             raise another_goes_on(message_id, found)
         chunks, size = append.chunks[len(stored) :], sum(append.sizes[len(stored) :])
-        if found.size + size > self._max_message:
-            raise message_too_large(found.size + size, self._max_message)
+        weight = found.size + size + CHUNK_WEIGHT * (found.chunk_count + len(chunks))
+        if weight > self._max_message:
+            raise message_too_large(weight, self._max_message)
         found = self._insert(self._made(thread_id, message_id, found), chunks, size)
         if complete:
             found = self._ended(thread_id, message_id, found, "completed", None)
@@ -1233,14 +1254,47 @@ class Database(aiosqlite.Connection):
     """A connection whose thread runs whole functions, and answers in the order in which it was asked.
 
     A transaction that is one function cannot be left open by a request that is cancelled, and
-    costs one thread hop, whatever the number of its statements.
+    costs one thread hop, whatever the number of its statements. What nobody waits for any more is
+    passed over when its turn comes, and interrupted where it only reads.
     """
 
+    reads_only = False
+    stopped = False
+    _running_work: object = None
+
     async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Raises Stopping once it is closed or stopped."""
+        is_abandoned = False
+
+        def in_turn(connection: sqlite3.Connection) -> T:
+            if is_abandoned or self.stopped:
+                raise Stopping
+            self._running_work = in_turn
+            return work(connection)
+
         if self._connection is None or not self._running:
             raise Stopping
         execute = cast("Callable[..., Awaitable[T]]", self._execute)
-        return await execute(work, self._conn)
+        while True:
+            try:
+                return await execute(in_turn, self._conn)
+            except asyncio.CancelledError:
+                is_abandoned = True
+                self._interrupt(in_turn)
+                raise
+            except sqlite3.OperationalError as error:
+                if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_INTERRUPT or self.stopped:
+                    raise
+                # It was meant for the one before, which was over by then: once more.
+
+    def give_up(self) -> None:
+        """Interrupt what runs, and let nothing else begin."""
+        self.stopped = True
+        self._interrupt(self._running_work)
+
+    def _interrupt(self, work: object) -> None:
+        if self.reads_only and self._running_work is work and self._connection is not None:
+            self._connection.interrupt()
 
 
 def database_uri(path: Path, mode: Literal["ro", "rw", "rwc"]) -> str:
@@ -1250,6 +1304,7 @@ def database_uri(path: Path, mode: Literal["ro", "rw", "rwc"]) -> str:
 async def connect(path: Path, mode: Literal["ro", "rw", "rwc"]) -> Database:
     connector = partial(sqlite3.connect, database_uri(path, mode), uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
     database = Database(connector, iter_chunk_size=PAGE_ROWS)
+    database.reads_only = mode == "ro"
     await database
     return database
 
@@ -1258,42 +1313,48 @@ class File:
     """One SQLite file, kept well: it has one owner, a WAL that stays small, and no trace of what was deleted.
 
     One connection writes, and does the checkpoints too, as two that do so at the same time can
-    corrupt a WAL (https://www.sqlite.org/wal.html#walresetbug); another one reads. Errors are those
-    of sqlite3, OSError, and Stopping once it is closed.
+    corrupt a WAL (https://www.sqlite.org/wal.html#walresetbug). Two others read: one what is soon
+    done, and one what may take long. Errors are those of sqlite3, OSError, and Stopping once it is
+    closed.
     """
 
     def __init__(self, path: Path, synchronous: str, max_size: int) -> None:
-        self._path = path.resolve()  # so that one file has one lock, whatever it is called
+        self._path = path.resolve()
         self._wal = Path(f"{self._path}-wal")
         self._synchronous = synchronous
         self._max_size = max_size
         self._wal_limit = WAL_BYTES
-        self.vacuum_owed = False
         self._exits = contextlib.AsyncExitStack()
 
     async def open(self) -> None:
         async with contextlib.AsyncExitStack() as exits:
-            exits.enter_context(sole_owner(self._path))
+            self._descriptor = exits.enter_context(sole_owner(self._path))
             try:
                 is_new = is_to_be_made(self._path)
                 if not is_new:
                     await self._check()
+                was_killed = self._wal.exists() and self._wal.stat().st_size > 0
                 self._writer = await connect(self._path, "rwc")
                 exits.push_async_callback(self._writer.close)
-                await self._writer.run(partial(self._prepare, is_new=is_new))
-                self._reader = await connect(self._path, "ro")
-                exits.push_async_callback(self._reader.close)
-                await self._reader.run(lambda reader: reader.execute("pragma query_only = on"))
+                await self._writer.run(partial(self._prepare, is_new=is_new, was_killed=was_killed))
+                exits.push_async_callback(self._empty_wal)
+                self._readers = [await connect(self._path, "ro") for _ in range(2)]
+                for reader in self._readers:
+                    exits.push_async_callback(reader.close)
+                    await reader.run(lambda connection: connection.execute("pragma query_only = on"))
             except (sqlite3.Error, OSError) as error:
                 raise StartupError(f"{self._path} cannot be opened: {error}") from error
             self._exits = exits.pop_all()
 
     async def close(self) -> None:
-        """Checkpoints, as SQLite does when the last connection closes, and lets go of the file."""
+        """Checkpoints, and lets go of the file."""
         await self._exits.aclose()
 
-    async def look(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run it in one snapshot."""
+    def stop(self) -> None:
+        self._readers[True].give_up()
+
+    async def look(self, work: Callable[[sqlite3.Connection], T], heavy: bool = False) -> T:
+        """Run it in one snapshot; what is ``heavy`` does not hold up what is not."""
 
         def in_snapshot(connection: sqlite3.Connection) -> T:
             connection.execute("begin")
@@ -1302,7 +1363,7 @@ class File:
             finally:
                 connection.execute("commit")
 
-        return await self._reader.run(in_snapshot)
+        return await self._readers[heavy].run(in_snapshot)
 
     async def change(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run it in a transaction, all of it or nothing."""
@@ -1332,32 +1393,45 @@ class File:
         """Another number each time that another process has written (PRAGMA data_version)."""
         return await self.maintain(lambda writer: cast(int, writer.execute("pragma data_version").fetchone()[0]))
 
-    async def scrub(self, at_any_cost: bool) -> bool:
-        """Rewrite the file, once for all that was deleted, and empty the WAL; False if it could not be.
+    async def shrink(self) -> bool:
+        """Give some of the free pages back to the disk; False once there are none."""
 
-        With secure_delete SQLite overwrites what it deletes, but a page that was rebalanced may keep
-        older copies of cells in its unused space; only a vacuum is sure to drop them. A large file is
-        vacuumed when no message is active, as writes wait for it, or at any cost.
+        def shrink(connection: sqlite3.Connection) -> bool:
+            connection.execute(f"pragma incremental_vacuum({SCRUB_PAGES})").fetchall()
+            return bool(connection.execute("pragma freelist_count").fetchone()[0])
+
+        return await self.maintain(shrink)
+
+    async def scrub(self, first: int) -> int | None:
+        """Overwrite what was deleted in some pages, from ``first`` (1) on; the page to go on with, None after the last.
+
+        That is ``first`` again where another process is in the way. With secure_delete SQLite overwrites
+        what it deletes, but the unused part of a page from which cells were moved to another keeps copies
+        of them. It is overwritten in the file itself: while the WAL is empty and the lock is held nobody
+        else writes there (https://www.sqlite.org/wal.html, 2), and what SQLite has of it in memory is dropped.
         """
 
-        def scrub(connection: sqlite3.Connection) -> bool:
-            if self.vacuum_owed:
-                ((size,),) = connection.execute(
-                    "select page_count * page_size from pragma_page_count, pragma_page_size"
-                )
-                if size <= VACUUM_BYTES or at_any_cost or not Snapshot(connection).active_messages():
-                    connection.execute("vacuum")
-                    self.vacuum_owed = False
-                else:
-                    connection.execute("pragma incremental_vacuum").fetchall()
-            return checkpoint(connection, busy_timeout=0.1)
+        def scrub(connection: sqlite3.Connection) -> int | None:
+            self._check_in_place()
+            if not checkpoint(connection):
+                return first
+            connection.execute("begin immediate")
+            try:
+                if self._wal.stat().st_size:
+                    return first
+                ((pages,),) = connection.execute("pragma page_count")
+                ((page_size,),) = connection.execute("pragma page_size")
+                overwrite_gaps(self._descriptor, page_size, first, min(SCRUB_PAGES, pages + 1 - first))
+            finally:
+                connection.execute("rollback")
+            connection.execute("pragma shrink_memory")
+            return first + SCRUB_PAGES if first + SCRUB_PAGES <= pages else None
 
         return await self.maintain(scrub)
 
     async def _check(self) -> None:
-        with self._path.open("r+b"):  # or else say now that it cannot be written
-            if not is_database(self._path):
-                raise StartupError(f"{self._path} is not a database; name another file with --db")
+        if not is_database(self._path):
+            raise StartupError(f"{self._path} is not a database; name another file with --db")
         connection = await connect(self._path, "ro")
         try:
             ((application_id,),) = await connection.execute_fetchall("pragma application_id")
@@ -1377,8 +1451,7 @@ class File:
                 " made it"
             )
 
-    def _prepare(self, connection: sqlite3.Connection, is_new: bool) -> None:
-        self.vacuum_owed = not is_new  # a process before this one may not have come to it
+    def _prepare(self, connection: sqlite3.Connection, is_new: bool, was_killed: bool) -> None:
         if is_new:
             connection.execute("pragma auto_vacuum = incremental")  # has no effect inside a transaction
             connection.executescript(f"begin immediate; {SCHEMA.read_text()}; commit;")
@@ -1391,15 +1464,25 @@ class File:
         if self._max_size:
             connection.execute(f"pragma max_page_count = {self._max_size // page_size}")
         with writing(connection):
-            pass  # makes the WAL, and takes no room
+            if not is_new:
+                add_what_is_missing(connection)
+                if is_copy(connection) or (was_killed and self._synchronous == "NORMAL"):
+                    renew_generations(connection)
         self._opened_inodes = self._inodes()
+
+    async def _empty_wal(self) -> None:
+        """Which SQLite does itself only where no other process has the file open."""
+        try:
+            await self._writer.run(checkpoint)
+        except sqlite3.Error as error:
+            log.warning("the last checkpoint failed, and is done at the next start: %s", error)
 
     def _limit_wal(self, connection: sqlite3.Connection) -> None:
         if self._wal.stat().st_size > self._wal_limit:
             # Readers that always overlap would keep the WAL growing; where one of another process
             # stays, wait for it no longer than this, and not again before the WAL has grown.
             try:
-                is_reset = checkpoint(connection, busy_timeout=0.1)
+                is_reset = checkpoint(connection)
             except sqlite3.Error as error:
                 log.warning("checkpoint failed, and will be tried again: %s", error)  # what is committed stays so
                 is_reset = False
@@ -1438,6 +1521,62 @@ def is_to_be_made(path: Path) -> bool:
     return bool(is_empty) and application_id == 0
 
 
+def add_what_is_missing(connection: sqlite3.Connection) -> None:
+    """What a version of this service before this one did not put beside its tables."""
+    existing = {name for (name,) in connection.execute("select name from sqlite_schema")}
+    statement = ""
+    for line in SCHEMA.read_text().splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            made = re.search(r"^create (?:trigger|index|view) (\w+)", statement, re.MULTILINE)
+            if made and made[1] not in existing:
+                connection.execute(statement)
+            statement = ""
+
+
+def is_copy(connection: sqlite3.Connection) -> bool:
+    return bool(connection.execute("select latest_generation < 0 from clock").fetchone()[0])
+
+
+def mark_as_copy(connection: sqlite3.Connection) -> None:
+    """As it may be put back, and what follows then is not what followed when it was made."""
+    connection.execute("update clock set latest_generation = -abs(latest_generation) - 1")
+
+
+def renew_generations(connection: sqlite3.Connection) -> None:
+    """Where committed places may have been lost, no cursor from before may be taken for one of those that come."""
+    connection.execute("update clock set latest_generation = max(abs(latest_generation), ?)", (now_ms(),))
+    connection.execute(
+        "update threads set generation = latest_generation + place from clock,"
+        " (select thread as numbered, row_number() over (order by thread) as place from threads)"
+        " where thread = numbered"
+    )
+    connection.execute("update clock set latest_generation = latest_generation + (select count(*) from threads)")
+
+
+def overwrite_gaps(descriptor: int, page_size: int, first: int, count: int) -> None:
+    """Overwrite what lies between the cell pointers and the cells of b-tree pages, which SQLite never reads.
+
+    Numbers, offsets and kinds of pages are those of https://www.sqlite.org/fileformat2.html, 1.6 and 1.8.
+    """
+    data = os.pread(descriptor, page_size * count, page_size * (first - 1))
+    reserved = os.pread(descriptor, 1, 20)[0]
+    map_every = (page_size - reserved) // 5 + 1  # a pointer map comes first in each such stretch, from page 2 on
+    for offset in range(0, len(data) - page_size + 1, page_size):
+        number = first + offset // page_size
+        header = offset + (100 if number == 1 else 0)
+        kind = data[header]
+        map_number = (number - 2) // map_every * map_every + 2
+        map_number += map_number == 2**30 // page_size + 1  # which is the page with the locks
+        if kind not in (2, 5, 10, 13) or (number > 1 and number == map_number):
+            continue
+        cells, content = (int.from_bytes(data[header + at : header + at + 2]) for at in (3, 5))
+        start = header + (12 if kind in (2, 5) else 8) + 2 * cells
+        end = offset + (content or 65536)
+        if start < end <= offset + page_size and data.count(0, start, end) < end - start:
+            os.pwrite(descriptor, bytes(end - start), page_size * (first - 1) + start)
+
+
 @contextlib.contextmanager
 def writing(connection: sqlite3.Connection) -> Iterator[None]:
     """A write transaction, which waits for the lock now and not in its middle."""
@@ -1451,9 +1590,9 @@ def writing(connection: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def checkpoint(connection: sqlite3.Connection, busy_timeout: float) -> bool:
-    """Empty the WAL; False if a reader of another process kept it from that for so long."""
-    connection.execute(f"pragma busy_timeout = {busy_timeout * 1000:.0f}")
+def checkpoint(connection: sqlite3.Connection) -> bool:
+    """Empty the WAL; False if a reader kept it from that for so long."""
+    connection.execute(f"pragma busy_timeout = {CHECKPOINT_TIMEOUT * 1000:.0f}")
     try:
         (is_busy, _, _) = connection.execute("pragma wal_checkpoint(truncate)").fetchone()
     finally:
@@ -1466,32 +1605,62 @@ def with_room(work: Callable[[sqlite3.Connection], T], connection: sqlite3.Conne
     try:
         return work(connection)
     except sqlite3.OperationalError as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_FULL or not checkpoint(
-            connection, busy_timeout=0.1
-        ):
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_FULL or not checkpoint(connection):
             raise
         return work(connection)
 
 
+SERVED: set[tuple[int, int]] = set()  # device and inode of each file that this process serves
+
+
 @contextlib.contextmanager
-def sole_owner(path: Path) -> Iterator[None]:
-    """Hold the lock beside the database, whose name ends in .lock and which stays when we go."""
-    lock = Path(f"{path}.lock")
+def sole_owner(path: Path) -> Iterator[int]:
+    """Hold a lock on the file itself (flock(2)), made if need be for nobody else to read; its descriptor.
+
+    The lock is the inode's: neither another name nor the removal of any file leads past it, and it does
+    not hinder SQLite, which has locks of another kind. Those it would lose where any descriptor on a
+    served file is closed (https://www.sqlite.org/howtocorrupt.html, 2.2), so this one is closed last.
+    Raises StartupError.
+    """
+    is_there = path.exists()
+    if is_there and identity_of(os.stat(path)) in SERVED:
+        raise StartupError(f"{path} is already served, by process {os.getpid()}")
     try:
-        file = lock.open("a+")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise StartupError(f"{path} cannot be opened: {lock} cannot be written ({error.strerror})") from error
-    with file:
+        raise StartupError(f"{path} cannot be opened: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = os.fstat(descriptor)
+        if held.st_nlink != 1 or identity_of(os.stat(path)) != identity_of(held):
+            raise StartupError(
+                f"{path} has {held.st_nlink} names, and each would get a WAL of its own; keep one of them"
+            )
+        SERVED.add(identity_of(held))
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise StartupError(f"{path} is already served, by process {owner}") from error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
+            yield descriptor
+        finally:
+            SERVED.discard(identity_of(held))
+    except BlockingIOError as error:
+        raise StartupError(f"{path} is already served, by process {owner_of(os.fstat(descriptor))}") from error
+    finally:
+        if not is_there and os.fstat(descriptor).st_size == 0:
+            path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def identity_of(file: os.stat_result) -> tuple[int, int]:
+    return file.st_dev, file.st_ino
+
+
+def owner_of(file: os.stat_result) -> str:
+    """The process that has a lock on a file, as Linux tells it (proc_locks(5))."""
+    place = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}"
+    with contextlib.suppress(OSError), open("/proc/locks") as locks:
+        for line in locks:
+            if place in (words := line.split()) and "FLOCK" in words:
+                return words[4]
+    return "unknown"
 
 
 class Write(NamedTuple):
@@ -1514,11 +1683,13 @@ def writes(
     return method
 
 
-def reads(work: Callable[Concatenate[Snapshot, P], T]) -> Callable[Concatenate[SQLiteStore, P], Coroutine[Any, Any, T]]:
-    """What a snapshot can tell, as a method of the store."""
+def reads(
+    work: Callable[Concatenate[Snapshot, P], T], heavy: bool = False
+) -> Callable[Concatenate[SQLiteStore, P], Coroutine[Any, Any, T]]:
+    """What a snapshot can tell, as a method of the store; what is ``heavy`` does not hold up what is not."""
 
     async def method(store: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await store.read(lambda snapshot: work(snapshot, *args, **kwargs))
+        return await store.read(lambda snapshot: work(snapshot, *args, **kwargs), heavy)
 
     return method
 
@@ -1535,14 +1706,13 @@ class SQLiteStore:
         self._has_room = asyncio.Event()
         self._has_room.set()
         self._committing: asyncio.Task[None] | None = None
+        self._refused_ms = 0  # when a commit failed last
         self._erasing = asyncio.Lock()
-        self._scrub_owed = False
         self._poll_intervals: Multiset[float] = Multiset()
         self._hurry = asyncio.Event()
 
     async def open(self, told: Told) -> None:
         await self._file.open()
-        self._scrub_owed = self._file.vacuum_owed
         self._told = told
         self._version = await self._file.data_version()
 
@@ -1551,18 +1721,18 @@ class SQLiteStore:
             await self._committing
         await self._file.close()
 
+    def stop(self) -> None:
+        self._file.stop()
+
     # Writing
 
     open_message = writes(Transaction.open_message)
     end_message = writes(Transaction.end_message)
+    clear = writes(Transaction.clear)
 
     def append(self, append: Append) -> Awaitable[Change]:
         size = sum(append.sizes) + CHUNK_OVERHEAD * len(append.chunks)
         return self.write(lambda transaction: transaction.append(append), size)
-
-    def clear(self, thread_id: str, untouched_since: int | None = None) -> Awaitable[Change]:
-        self._scrub_owed = True
-        return self.write(lambda transaction: transaction.clear(thread_id, untouched_since))
 
     async def room(self) -> None:
         while not self._has_room.is_set():  # the first of those who waited may have filled it again
@@ -1598,18 +1768,33 @@ class SQLiteStore:
             seen = len(self._waiting)
 
     async def _commit_batch(self) -> None:
-        batch, began = self._batch(), time.perf_counter()
-        outcomes: Sequence[Change | Exception]
+        batch = self._batch()
         try:
-            outcomes = await self.commit([write.work for write in batch])
+            await self._commit_together(batch)
         except Exception as error:
-            log.error("commit failed: %s", error)
-            is_known = isinstance(error, (sqlite3.Error, OSError, UnicodeDecodeError))
-            outcomes = [database_problem(error) if is_known else error for _ in batch]
-        else:
-            done = zip(outcomes, batch, strict=True)
-            changes = [(outcome, write.asked) for outcome, write in done if isinstance(outcome, Change)]
-            self._told(changes, time.perf_counter() - began)
+            if len(batch) == 1 or not is_of_its_rows(error):
+                self._refuse(batch, error)
+                return
+            for write in batch:  # so that nobody is refused for another's thread
+                try:
+                    await self._commit_together([write])
+                except Exception as own:
+                    self._refuse([write], own)
+
+    def _refuse(self, batch: Sequence[Write], error: Exception) -> None:
+        log.error("commit failed: %s", error)
+        self._refused_ms = now_ms()
+        is_known = isinstance(error, (sqlite3.Error, OSError, UnicodeDecodeError))
+        for write in batch:
+            if not write.done.done():
+                write.done.set_exception(database_problem(error) if is_known else error)
+
+    async def _commit_together(self, batch: Sequence[Write]) -> None:
+        began = time.perf_counter()
+        outcomes = await self.commit([write.work for write in batch])
+        done = zip(outcomes, batch, strict=True)
+        changes = [(outcome, write.asked) for outcome, write in done if isinstance(outcome, Change)]
+        self._told(changes, time.perf_counter() - began)
         for write, outcome in zip(batch, outcomes, strict=True):
             if write.done.done():
                 continue  # the one who asked is gone; what was committed stays committed
@@ -1645,20 +1830,24 @@ class SQLiteStore:
 
     find = reads(Snapshot.find)
     locate = reads(Snapshot.locate)
-    match = reads(Snapshot.match)
+    match = reads(Snapshot.match, heavy=True)
     page = reads(Snapshot.page)
     chunk_page = reads(Snapshot.chunk_page)
-    content = reads(Snapshot.content)
-    text_from = reads(Snapshot.text_from)
+    content = reads(Snapshot.content, heavy=True)
+    text_from = reads(Snapshot.text_from, heavy=True)
     status = reads(Snapshot.status)
-    threads = reads(Snapshot.threads)
+    threads = reads(Snapshot.threads, heavy=True)
     active_message = reads(Snapshot.active_message)
-    idle_messages = reads(Snapshot.idle_messages)
 
-    async def read(self, work: Callable[[Snapshot], T]) -> T:
+    async def read(self, work: Callable[[Snapshot], T], heavy: bool = False) -> T:
         """What it finds in one snapshot. Raises Problem."""
         with database_problems():
-            return await self._file.look(lambda connection: work(Snapshot(connection)))
+            return await self._file.look(lambda connection: work(Snapshot(connection)), heavy)
+
+    async def idle_messages(self, untouched_since: int) -> list[tuple[str, str]]:
+        if untouched_since < self._refused_ms:
+            return []  # their producers may be alive, and were refused
+        return await self.read(lambda snapshot: snapshot.idle_messages(untouched_since))
 
     async def states(self, keys: Sequence[tuple[str, str | None]]) -> list[State]:
         with database_problems():  # on the writing connection, so that no commit comes in between
@@ -1683,40 +1872,36 @@ class SQLiteStore:
                 raise outcome
         return sum(isinstance(outcome, Change) for outcome in outcomes)
 
-    async def erase(self, at_any_cost: bool = False) -> bool:
-        """Where another process reads, its snapshot keeps the WAL: wait a while, then leave it owed."""
+    async def erase(self) -> bool:
+        """Where another process reads, its snapshot keeps the WAL: wait a while, then leave it for later."""
         async with self._erasing:
             with database_problems():
+                latest = await self._file.look(latest_forgotten)
+                if latest is None:
+                    return True  # whoever had its turn before has erased it
                 while await self.erase_some():
-                    self._scrub_owed = True
                     await self.room()
-                give_up = asyncio.get_running_loop().time() + BUSY_TIMEOUT
-                while self._scrub_owed or (at_any_cost and self._file.vacuum_owed):
-                    self._scrub_owed = not await self._file.scrub(at_any_cost)
-                    at_any_cost = False
-                    if self._scrub_owed:
-                        if asyncio.get_running_loop().time() >= give_up:
-                            return False
-                        await asyncio.sleep(SCRUB_PAUSE)
-            return True
+                while await self._file.shrink():
+                    await self.room()
+                if not await self._scrub():
+                    return False
+                await self._file.change(partial(forget_altogether, latest))
+                return True
+
+    async def _scrub(self) -> bool:
+        give_up = asyncio.get_running_loop().time() + BUSY_TIMEOUT
+        page: int | None = 1
+        while page is not None:
+            begun_at, page = page, await self._file.scrub(page)
+            if page == begun_at:
+                if asyncio.get_running_loop().time() >= give_up:
+                    return False
+                await asyncio.sleep(SCRUB_PAUSE)
+            await self.room()
+        return True
 
     async def erase_some(self) -> bool:
-        """Delete a bounded number of the chunks of cleared threads; False once none is left."""
-
-        def erase_some(connection: sqlite3.Connection) -> bool:
-            row = connection.execute("select thread from threads where thread_id is null limit 1").fetchone()
-            if row is None:
-                return False
-            self._file.vacuum_owed = True
-            erased = connection.execute(
-                "delete from chunks where thread = ?1 and seq in"
-                " (select seq from chunks where thread = ?1 order by seq limit ?2)",
-                (row[0], ERASE_ROWS),
-            ).rowcount
-            if erased < ERASE_ROWS:
-                connection.execute("delete from threads where thread = ?", row)
-            return True
-
+        """Delete a bounded part of what forgotten threads hold; False once only their own rows are left."""
         return await self._file.change(erase_some)
 
     # Other processes
@@ -1724,6 +1909,8 @@ class SQLiteStore:
     @contextlib.contextmanager
     def watching(self, thread_id: str, within: float) -> Iterator[None]:
         within = max(within, MIN_POLL_INTERVAL)
+        step = 10.0 ** (math.floor(math.log10(within)) - 1)
+        within = math.floor(within / step) * step  # as there is no end of different ones
         if within < min(self._poll_intervals, default=math.inf):
             self._hurry.set()
         self._poll_intervals[within] += 1
@@ -1748,6 +1935,50 @@ class SQLiteStore:
                 self._version = latest  # once it has been taken in
 
 
+def latest_forgotten(connection: sqlite3.Connection) -> int | None:
+    """The last of the threads that have lost their name, and keep their row until nothing else is left of them."""
+    (latest,) = connection.execute("select max(thread) from threads where thread_id is null").fetchone()
+    return cast(int | None, latest)
+
+
+def forget_altogether(latest: int, connection: sqlite3.Connection) -> None:
+    connection.execute("delete from threads where thread_id is null and thread <= ?", (latest,))
+
+
+def erase_some(connection: sqlite3.Connection) -> bool:
+    row = connection.execute(
+        "select thread from threads where thread_id is null"
+        " and exists (select 1 from chunks where chunks.thread = threads.thread)"
+    ).fetchone()
+    if row is not None:
+        places = connection.execute(
+            "select seq, coalesce(length(cast(content as blob)), 0) from chunks where thread = ? order by seq limit ?",
+            (*row, ERASE_ROWS),
+        )
+        up_to, size = next(places)
+        while size < ERASE_BYTES and (place := next(places, None)):
+            up_to, size = place[0], size + place[1]
+        connection.execute("delete from chunks where thread = ? and seq <= ?", (*row, up_to))
+        return True
+    erased = connection.execute(
+        "delete from messages where message in (select message from messages join threads using (thread)"
+        " where thread_id is null limit ?)",
+        (ERASE_ROWS,),
+    ).rowcount
+    return erased > 0
+
+
+def is_of_its_rows(error: Exception) -> bool:
+    """Whether it has to do with what one write found, and not with the file, the disk or another process."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return isinstance(error, UnicodeDecodeError) or code in (
+        sqlite3.SQLITE_CONSTRAINT,
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_ERROR,
+        sqlite3.SQLITE_MISMATCH,
+    )
+
+
 def outcome_of(work: Callable[[Transaction], Change], transaction: Transaction) -> Change | Problem:
     try:
         return work(transaction)
@@ -1760,6 +1991,7 @@ def outcome_of(work: Callable[[Transaction], Change], transaction: Transaction) 
 # ---------------------------------------------------------------------------------------------
 
 CLOCK_STEP_MS = 2_000  # more than a clock drifts between two looks
+RETRY_PAUSE, RETRY_PAUSE_MOST = 0.05, 1.0  # seconds between two tries of what the store refuses for now
 AHEAD = 32  # pieces that a source may be ahead of what is committed of it
 CUT = 0.0  # the moment, by the loop's clock, to which an upload is cut short
 LIVE_BYTES = 256 * 1024  # of a thread's newest pages, kept while somebody follows it
@@ -1962,6 +2194,15 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
         raise BadRequest(f"{name}={value} is out of range; it goes from {low:g} to {high:g}.")
 
 
+def list_place(cursor: str | None) -> int | None:
+    """Where a page of a list ended. Raises BadRequest."""
+    if cursor is None:
+        return None
+    if not re.fullmatch(r"\d{1,18}", cursor, re.ASCII):
+        raise BadRequest(f"{cursor!r:.80} is not a cursor of this list; send the one that its last page gave.")
+    return int(cursor)
+
+
 def checked_sizes(chunks: Sequence[Chunk], max_chunk: int) -> tuple[list[int], Problem | None]:
     """The bytes of each chunk, up to the first that is refused, and why it is."""
     sizes: list[int] = []
@@ -2019,6 +2260,7 @@ class ChunkBuffer:
     def stop(self) -> None:
         """End every stream now, without an end event, so that clients reconnect elsewhere or later."""
         self.stopping = True
+        self._store.stop()
         for tail in self._tails.values():
             tail.cut()
             tail.wake()
@@ -2087,6 +2329,8 @@ class ChunkBuffer:
         check_ids(thread_id, message_id)
         if index is not None and not 0 <= index < 2**63:
             raise BadRequest(f"index={index} cannot be; it is the number of the first chunk in its message, from 0.")
+        if len(chunks) > MAX_CHUNKS:
+            raise TooLarge(f"There are {len(chunks)} chunks, over {MAX_CHUNKS} in one append; send them in parts.")
         sizes, refusal = checked_sizes(chunks, self.settings.max_chunk)
         if refusal is not None:
             raise refusal
@@ -2123,7 +2367,6 @@ class ChunkBuffer:
         check_ids(thread_id)
         await self.room()
         await self._store.clear(thread_id)
-        self._erasure_owed = True
         try:
             await self._erase()
         except (DatabaseFull, Unavailable) as problem:
@@ -2142,7 +2385,7 @@ class ChunkBuffer:
         """
         opened, _ = await self.open_message(thread_id, message_id)
         place = await self.locate(thread_id, message_id, after=str(opened.seq))
-        recording = self.record(thread_id, message_id, source)
+        recording = self.record(thread_id, message_id, source, index=opened.chunk_count)
         # Not limited to max_readers, as an agent's stream is no reader's.
         items = self.follow(place, idle_timeout=0, heartbeat=1, limited=False)
         async with aclosing(items):
@@ -2158,29 +2401,49 @@ class ChunkBuffer:
             raise Stopping
         recording.result()
 
-    def record(self, thread_id: str, message_id: str, source: AsyncIterable[str | Chunk]) -> asyncio.Task[None]:
+    def record(
+        self, thread_id: str, message_id: str, source: AsyncIterable[str | Chunk], *, index: int = 0
+    ) -> asyncio.Task[None]:
         """Store what ``source`` yields, by itself, whoever comes or goes, until the buffer is left.
 
-        All that it has yielded while the last commit was under way is one append; it is at most
-        32 pieces ahead. The message is completed when ``source`` ends; when it fails the message is
-        aborted, with the error's ``reason``, or else its name, as the reason, and the task raises the
-        error. When the message is ended from outside the task ends. ``source`` is closed in any case.
+        All that it has yielded while the last commit was under way is one append; it is at most 32
+        pieces ahead. ``index`` is the number of its first piece in the message. What hinders the store
+        (a lock, a full disk) is waited for, for up to ``producer_timeout``. The message is completed
+        when ``source`` ends; when it fails the message is aborted, with the error's ``reason``, or else
+        its name, as the reason, and the task raises the error. When the message is ended from outside
+        the task ends. ``source`` is closed in any case.
         """
-        return self._begin(self._record(thread_id, message_id, source))
+        return self._begin(self._record(thread_id, message_id, source, index))
 
-    async def _record(self, thread_id: str, message_id: str, source: AsyncIterable[str | Chunk]) -> None:
+    async def _record(self, thread_id: str, message_id: str, source: AsyncIterable[str | Chunk], index: int) -> None:
         try:
             async with self.while_active(thread_id, message_id) as lift, aclosing(gathered(source, AHEAD)) as batches:
                 async for pieces in batches:
-                    await self.add_chunks(thread_id, message_id, pieces)
+                    await self._patiently(partial(self.add_chunks, thread_id, message_id, pieces, index=index))
+                    index += len(pieces)
                 lift()
-                await self.complete_message(thread_id, message_id)
-        except Conflict:
-            log.info("recording stopped: its message was ended from outside")
+                await self._patiently(partial(self.complete_message, thread_id, message_id))
+        except Conflict as error:
+            log.info("recording stopped: %s", error.detail)
         except Exception as error:
             with contextlib.suppress(Problem):  # the error itself is what is to be seen
                 await self.abort_message(thread_id, message_id, getattr(error, "reason", type(error).__name__))
             raise
+
+    async def _patiently(self, write: Callable[[], Awaitable[Appended]]) -> None:
+        """A write that can be asked for again, until what hinders the store has passed."""
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + (self.settings.producer_timeout or math.inf)
+        pause = RETRY_PAUSE
+        while True:
+            try:
+                await write()
+                return
+            except (Unavailable, DatabaseFull):
+                if self.stopping or loop.time() + pause > give_up:
+                    raise
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, RETRY_PAUSE_MOST)
 
     @contextlib.asynccontextmanager
     async def while_active(
@@ -2258,10 +2521,14 @@ class ChunkBuffer:
         check_ids(thread_id, message_id)
         return await self._store.content(thread_id, message_id)
 
-    async def get_thread_status(self, thread_id: str) -> ThreadStatus:
-        """A thread with its messages. Raises NotFound, BadRequest."""
+    async def get_thread_status(self, thread_id: str, limit: int = MESSAGES, cursor: str | None = None) -> ThreadStatus:
+        """A thread with up to ``limit`` (1 to 1,000) of its messages, those after ``cursor``.
+
+        Raises NotFound, BadRequest.
+        """
         check_ids(thread_id)
-        return self._with_readers(await self._store.status(thread_id))
+        check_range("limit", limit, 1, MESSAGES)
+        return self._with_readers(await self._store.status(thread_id, limit, list_place(cursor) or 0))
 
     async def get_threads(
         self,
@@ -2275,9 +2542,7 @@ class ChunkBuffer:
         ``covered`` leaves only those whose id it has, itself or as a ``prefix*``. Raises BadRequest.
         """
         check_range("limit", limit, 1, 1000)
-        if cursor is not None and not re.fullmatch(r"\d{1,18}", cursor, re.ASCII):
-            raise BadRequest(f"{cursor!r:.80} is not a cursor of this list; send the one that its last page gave.")
-        page = await self._store.threads(status, limit, None if cursor is None else int(cursor), covered)
+        page = await self._store.threads(status, limit, list_place(cursor), covered)
         return ThreadPage([self._with_readers(thread) for thread in page.threads], page.cursor)
 
     def _with_readers(self, thread: S) -> S:
@@ -2500,13 +2765,12 @@ class ChunkBuffer:
     async def _clean_up(self) -> None:
         untouched_since = now_ms() - round(self.settings.ttl * 1000)
         while untouched_since >= self._clock_set_at() and (expired := await self._store.expire(untouched_since)):
-            self._erasure_owed = True
             self.listener.expired(expired)
-        await self._erase(at_any_cost=True)
+        await self._erase()
 
-    async def _erase(self, at_any_cost: bool = False) -> None:
+    async def _erase(self) -> None:
         self._erasure_owed = True
-        self._erasure_owed = not await self._store.erase(at_any_cost)
+        self._erasure_owed = not await self._store.erase()
 
     def _clock_set_at(self) -> int:
         """When the clock was last set, by its own new time (ms); what is older cannot be told apart by age."""
@@ -3105,8 +3369,11 @@ async def get_accumulated_content(
 
 
 @get(THREAD, summary="A thread and its messages", scopes=READ, token_in_query=True)
-async def get_thread_status(buffer: Buffer, thread_id: ThreadId) -> ThreadStatus:
-    return await buffer.get_thread_status(thread_id)
+async def get_thread_status(
+    buffer: Buffer, thread_id: ThreadId, limit: FromQuery[int] = MESSAGES, list_cursor: ListCursor = None
+) -> ThreadStatus:
+    """`messagesCursor` gets the next of its messages, where there are more."""
+    return await buffer.get_thread_status(thread_id, limit, list_cursor)
 
 
 @get("/threads", summary="Threads, the newest first", scopes=READ, token_in_query=True)

@@ -59,6 +59,14 @@ begin
     delete from messages where thread = old.thread;
 end;
 
+-- Nothing of a message stays that is deleted, as its number may be used again.
+-- (Where its chunks were, the sequence has places that nobody fills.)
+create trigger message_is_deleted after delete on messages
+begin
+    delete from chunks
+    where thread = old.thread and message = old.message and seq between old.first_seq and old.last_seq;
+end;
+
 -- The end of a message takes a place in the sequence, whoever ends it.
 create trigger message_ends after update of status on messages
 when old.status = 'active' and new.status <> 'active'

@@ -18,7 +18,7 @@ service = shared_service()
 @pytest.fixture(scope="module")
 def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """A client of a service with small limits."""
-    limits = ("--max-chunk", "64B", "--max-body", "1KiB", "--max-message", "256B")
+    limits = ("--max-chunk", "64B", "--max-body", "1KiB", "--max-message", "320B")
     with serving(tmp_path_factory.mktemp("limited"), *limits) as service, api_client(service) as client:
         yield client
 
@@ -430,7 +430,7 @@ def test_what_is_over_a_limit_changes_nothing(
 
 
 def test_what_is_just_within_the_limits_is_stored(limited: httpx.Client, thread: str) -> None:
-    assert append(limited, thread, "run", *["é" * 32] * 4).status_code == 201  # 64 bytes each, 256 in all
+    assert append(limited, thread, "run", *["é" * 32] * 4).status_code == 201  # 64 bytes each, and 16
     assert problem(append(limited, thread, "run", "x"))[0] == 413
     assert append(limited, thread, "other", "x" * 64).status_code == 201
     body = b'{"content":"b"}'.ljust(1024)
