@@ -115,7 +115,18 @@ FOR_EXTRAS = [
     *("Page", "Parts", "Place", "READ", "Record", "SCOPES", "StartupError", "THREAD", "ThreadId", "TooLarge"),
     *("UNDECODABLE", "Unauthorized", "Unavailable", "UnsupportedMediaType", "WRITE", "__version__", "add_command"),
     *("answered_early", "body_pieces", "checked_id", "checked_sizes", "database_uri", "decode_body", "encode_json"),
-    *("granted", "invalid_json", "parse_duration", "problem_document", "seconds", "takes", "token_expired"),
+    *(
+        "granted",
+        "invalid_json",
+        "mark_as_copy",
+        "parse_duration",
+        "problem_document",
+        "renew_generations",
+        "seconds",
+        "sole_owner",
+        "takes",
+        "token_expired",
+    ),
     "whole_body",
 ]
 
@@ -1327,6 +1338,8 @@ class File:
         self._exits = contextlib.AsyncExitStack()
 
     async def open(self) -> None:
+        if 0 < self._max_size < SMALLEST_DATABASE:
+            raise StartupError(f"max_db is {self._max_size} bytes, too few for a database; give it 1MiB or more")
         async with contextlib.AsyncExitStack() as exits:
             self._descriptor = exits.enter_context(sole_owner(self._path))
             try:
@@ -1459,8 +1472,6 @@ class File:
         connection.execute(f"pragma synchronous = {self._synchronous}")
         connection.execute("pragma secure_delete = on")
         ((page_size,),) = connection.execute("pragma page_size").fetchall()
-        if 0 < self._max_size < SMALLEST_DATABASE:
-            raise StartupError(f"max_db is {self._max_size} bytes, too few for a database; give it 1MiB or more")
         if self._max_size:
             connection.execute(f"pragma max_page_count = {self._max_size // page_size}")
         with writing(connection):

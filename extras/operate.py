@@ -10,7 +10,7 @@ import re
 import socket
 import sqlite3
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http import HTTPStatus
 from http.client import HTTPConnection
@@ -27,6 +27,9 @@ from resume_stream import (
     __version__,
     add_command,
     database_uri,
+    mark_as_copy,
+    renew_generations,
+    sole_owner,
 )
 
 log = logging.getLogger("resume_stream")
@@ -41,6 +44,8 @@ def add_commands(commands: Commands) -> None:
     add_command(commands, "check", "say whether the database is sound", check, "db")
     copy = add_command(commands, "backup", "copy the database while the service runs", backup, "db")
     copy.add_argument("file", type=Path)
+    put_back = add_command(commands, "restore", "put a copy in the place of the database", restore, "db")
+    put_back.add_argument("file", type=Path)
     add_command(
         commands, "healthcheck", "ask the running service whether it is ready", healthcheck, "host", "port", "uds"
     )
@@ -68,23 +73,7 @@ def check(settings: Settings, flags: dict[str, Any]) -> None:
     """Say what the database holds, and whether it is sound. Raises StartupError if it is not."""
     path = Path(settings.db)
     with opened_read_only(path) as connection:
-        faults = [text for (text,) in connection.execute("pragma integrity_check") if text != "ok"]
-        faults += [
-            f"thread {thread_id!r} has {count} places in its sequence, and the last one is {last_seq}"
-            for thread_id, last_seq, count in connection.execute(
-                "select thread_id, last_seq,"
-                " (select count(*) from chunks where chunks.thread = threads.thread) as count from threads"
-                " where thread_id is not null and count <> last_seq"
-            )
-        ]
-        faults += [
-            f"message {message_id!r} says {chunk_count} chunks and has {count}"
-            for message_id, chunk_count, count in connection.execute(
-                "select message_id, chunk_count, (select count(*) from chunks where chunks.thread = messages.thread"
-                " and chunks.message = messages.message and content is not null) as count from messages"
-                " join threads using (thread) where thread_id is not null and count <> chunk_count"
-            )
-        ]
+        faults = unsound(connection)
         for status, threads, messages, chunks, size in connection.execute(
             "select status, count(*), sum(message_count), sum(chunk_count), sum(size) from thread_summary"
             " group by status order by status"
@@ -95,27 +84,78 @@ def check(settings: Settings, flags: dict[str, Any]) -> None:
     print(f"{path} is sound")
 
 
+def unsound(connection: sqlite3.Connection) -> list[str]:
+    """What is wrong with a database. A message that was deleted by hand leaves its places empty, which is not."""
+    faults = [text for (text,) in connection.execute("pragma integrity_check") if text != "ok"]
+    faults += [
+        f"thread {thread_id!r} has a chunk in place {seq}, and its last place is {last_seq}"
+        for thread_id, last_seq, seq in connection.execute(
+            "select thread_id, last_seq, (select max(seq) from chunks where chunks.thread = threads.thread) as seq"
+            " from threads where thread_id is not null and seq > last_seq"
+        )
+    ]
+    faults += [
+        f"message {message_id!r} says {chunk_count} chunks and has {count}"
+        for message_id, chunk_count, count in connection.execute(
+            "select message_id, chunk_count, (select count(*) from chunks where chunks.thread = messages.thread"
+            " and chunks.message = messages.message and content is not null) as count from messages"
+            " join threads using (thread) where thread_id is not null and count <> chunk_count"
+        )
+    ]
+    return faults
+
+
 def backup(settings: Settings, flags: dict[str, Any]) -> None:
     """Copy the database, as it is at this moment, while the service runs. Raises StartupError."""
     path, target = Path(settings.db), flags["file"]
+    if target.exists():
+        raise StartupError(f"{target} exists, and would be overwritten; name another file")
+    with opened_read_only(path) as source, copied(source, target, mark_as_copy) as copy:
+        os.link(copy, target)  # which, unlike a rename, never overwrites
+    print(f"\n{target} is a copy of {path}", file=sys.stderr)
+
+
+def restore(settings: Settings, flags: dict[str, Any]) -> None:
+    """Put a copy in the place of the database, while no service runs. Raises StartupError.
+
+    Whoever read the database that it replaces is told to begin anew: what follows a cursor of
+    theirs is not what they would have been sent.
+    """
+    path, origin = Path(settings.db).resolve(), flags["file"]
+    with opened_read_only(origin) as source, sole_owner(path):
+        if faults := unsound(source):
+            raise StartupError(f"{origin} is not sound: {'; '.join(faults)}")
+        with copied(source, path, renew_generations) as copy:
+            for rest in ("-wal", "-shm"):
+                Path(f"{path}{rest}").unlink(missing_ok=True)
+            copy.replace(path)
+    print(f"\n{path} is as {origin} is", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def copied(source: sqlite3.Connection, target: Path, change: Callable[[sqlite3.Connection], None]) -> Iterator[Path]:
+    """A copy beside ``target`` that nobody else can read, with a change, and gone afterwards."""
     partial_copy = target.with_name(f"{target.name}.partial")
-    if target.exists() or partial_copy.exists():
-        raise StartupError(f"{target} (or its .partial) exists, and would be overwritten; name another file")
 
     def progress(status: int, remaining: int, total: int) -> None:
         print(f"\r{total - remaining} of {total} pages", end="", file=sys.stderr, flush=True)
 
-    with opened_read_only(path) as source:
-        source.execute("select * from clock").fetchone()  # the snapshot begins with the first read
-        try:
-            with contextlib.closing(sqlite3.connect(partial_copy)) as copy:
-                source.backup(copy, pages=1000, progress=progress)
-            os.link(partial_copy, target)  # which, unlike a rename, never overwrites
-        except (sqlite3.Error, OSError) as error:
-            raise StartupError(f"{target} cannot be written ({error})") from error
-        finally:
-            partial_copy.unlink(missing_ok=True)
-    print(f"\n{target} is a copy of {path}", file=sys.stderr)
+    source.execute("select * from clock").fetchone()  # the snapshot begins with the first read
+    try:
+        os.close(os.open(partial_copy, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except OSError as error:
+        raise StartupError(f"{partial_copy} cannot be made ({error.strerror}); remove it, or make room") from error
+    try:
+        with contextlib.closing(sqlite3.connect(partial_copy)) as copy:
+            source.backup(copy, pages=1000, progress=progress)
+            with copy:
+                change(copy)
+            copy.execute("pragma journal_mode = delete")  # so that all of it is in the one file
+        yield partial_copy
+    except (sqlite3.Error, OSError) as error:
+        raise StartupError(f"{target} cannot be written ({error})") from error
+    finally:
+        partial_copy.unlink(missing_ok=True)
 
 
 def healthcheck(settings: Settings, flags: dict[str, Any]) -> None:

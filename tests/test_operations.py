@@ -457,7 +457,7 @@ def test_check_says_what_the_database_holds(
 DAMAGES: dict[str, Callable[[sqlite3.Connection], Any]] = {
     "a chunk is missing": lambda db: db.execute("delete from chunks where seq = 2"),
     "a count is wrong": lambda db: db.execute("update messages set chunk_count = chunk_count + 1"),
-    "a sequence is too long": lambda db: db.execute("update threads set last_seq = last_seq + 1"),
+    "a sequence is too short": lambda db: db.execute("update threads set last_seq = last_seq - 1"),
 }
 
 

@@ -99,6 +99,23 @@ async def test_a_sign_of_life_postpones_the_abort(
         assert await status_of(buffer) == TIMED_OUT
 
 
+async def test_time_in_which_the_database_was_locked_does_not_count(
+    make_buffer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(resume_stream, "BUSY_TIMEOUT", 0.01)
+    clock = Clock(monkeypatch)
+    async with make_buffer(**TIMEOUTS) as buffer:
+        await buffer.add_chunks("t", "m", ["text"])
+        with contextlib.closing(sqlite3.connect(tmp_path / "chunks.db", isolation_level=None)) as other:
+            other.execute("begin immediate")
+            clock.now += 500_000
+            with pytest.raises(resume_stream.Unavailable, match="locked"):
+                await buffer.add_chunks("t", "m", ["more"])  # as its producer goes on trying
+            other.execute("rollback")
+        await clock.moves_on(199)
+        assert (await buffer.add_chunks("t", "m", ["more"])).status == "active"
+
+
 async def test_time_in_which_the_service_was_down_does_not_count(
     make_buffer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

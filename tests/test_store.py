@@ -29,7 +29,7 @@ THREAD_COUNT = 200
 
 def files_of(db: Path) -> dict[str, bytes]:
     files = db.parent.glob(f"{db.name}*")
-    return {path.name: path.read_bytes() for path in files if path.suffix not in (".lock", ".log")}
+    return {path.name: path.read_bytes() for path in files if path.suffix != ".log"}
 
 
 def query(db: Path, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
@@ -122,7 +122,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, place: str) -
     (tmp_path / "a-file").write_text("not a folder")
     (tmp_path / "a-folder").mkdir()
     assert place in refusal(tmp_path / place)
-    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == ["a-file", "a-folder"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-file", "a-folder"]
 
 
 def test_a_file_that_is_already_served_is_refused_under_every_name(service: Service, client: httpx.Client) -> None:
@@ -136,6 +136,51 @@ def test_a_file_that_is_already_served_is_refused_under_every_name(service: Serv
         assert str(service.pid) in line
     assert files_of(service.db) == before
     assert append(client, "t", "m", "two").json()["seq"] == 2
+
+
+def test_a_file_with_a_second_name_is_refused_under_both(service: Service, client: httpx.Client) -> None:
+    append(client, "t", "m", "one")
+    other = service.db.with_name("other.db")
+    other.hardlink_to(service.db)
+    assert "is already served" in refusal(other)
+    assert append(client, "t", "m", "two").json()["seq"] == 2
+    service.end()
+    for name in (other, service.db):
+        assert "has 2 names" in refusal(name)
+    other.unlink()
+    service.start()
+    assert append(client, "t", "m", "three").json()["seq"] == 3
+
+
+def sqlite_holds(db: Path) -> bool:
+    """Whether some process has the lock on it that SQLite keeps while a file is open (proc_locks(5))."""
+    return re.search(rf"POSIX .*:{db.stat().st_ino} ", Path("/proc/locks").read_text()) is not None
+
+
+async def test_a_process_does_not_serve_a_file_twice_and_does_not_lose_its_locks_by_trying(
+    buffer: ChunkBuffer, tmp_path: Path
+) -> None:
+    db = tmp_path / "chunks.db"
+    with pytest.raises(StartupError, match="is already served"):
+        await ChunkBuffer(Settings(db=str(db))).__aenter__()
+    assert sqlite_holds(db)
+
+
+def test_nobody_else_can_read_what_is_made(service: Service, client: httpx.Client) -> None:
+    append(client, "t", "m", "one")
+    files = [path for path in service.db.parent.glob(f"{service.db.name}*") if path.suffix != ".log"]
+    assert len(files) == 3
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+
+
+def test_a_start_that_fails_leaves_no_file(tmp_path: Path) -> None:
+    async def start() -> None:
+        async with ChunkBuffer(Settings(db=str(tmp_path / "chunks.db"), max_db=resume_stream.Size(1))):
+            pass
+
+    with pytest.raises(StartupError, match="max_db"):
+        asyncio.run(start())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_whose_owner_died_is_served_again(service: Service, client: httpx.Client) -> None:
@@ -231,6 +276,23 @@ async def test_what_comes_while_a_commit_is_under_way_is_committed_together(
     for number in range(7):
         assert sorted(answer.seq for answer in answers if answer.thread_id == f"t{number}") == list(range(1, 101))
     assert query(db, "select count(*) from chunks") == [(700,)]
+
+
+async def test_a_thread_whose_rows_do_not_fit_together_spoils_no_other(buffer: ChunkBuffer, tmp_path: Path) -> None:
+    await buffer.add_chunks("t", "m", ["a"])
+    await buffer.add_chunks("edited", "m", ["a"])
+    execute(
+        tmp_path / "chunks.db",
+        "insert into chunks select thread, 2, message, null, 'by hand', 0 from messages join threads using (thread)"
+        " where thread_id = 'edited'",
+    )
+    outcomes = await asyncio.gather(
+        *(buffer.add_chunks(thread_id, "m", ["b"]) for thread_id in ("t", "edited", "new")), return_exceptions=True
+    )
+    assert [getattr(outcome, "status_code", 200) for outcome in outcomes] == [200, 503, 200]
+    assert "by hand; clear it" in outcomes[1].detail
+    await buffer.clear_thread_buffer("edited")
+    assert (await buffer.add_chunks("edited", "m", ["c"])).seq == 1
 
 
 async def test_one_refused_append_does_not_spoil_the_others_of_its_transaction(buffer: ChunkBuffer) -> None:

@@ -35,7 +35,7 @@ class Binary(Service):
     def start(self) -> Self:
         self.unpacked.mkdir(exist_ok=True)
         super().start()
-        self.serving = int(Path(f"{self.db}.lock").read_text())
+        self.serving = int(Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()[0])
         return self
 
     @property

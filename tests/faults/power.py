@@ -79,7 +79,7 @@ def steps_of(trace: Path, db: Path) -> list[Step]:
         if not (match := PATH.search(arguments) if name != "openat" else OPENED.search(arguments)):
             continue
         path = unescape(match[1]).decode().removesuffix(" (deleted)")
-        is_ours = path.startswith(str(db)) and not path.endswith(("-shm", ".lock"))
+        is_ours = path.startswith(str(db)) and not path.endswith("-shm")
         if name == "openat" and is_ours and "O_CREAT" in arguments and path not in known:
             known.add(path)
             steps.append(Step("create", path))

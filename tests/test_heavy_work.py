@@ -1,0 +1,175 @@
+"""What one asks for that takes long: it holds up nobody else, and is not done once nobody waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+import time
+from typing import Any
+
+import pytest
+import resume_stream
+from buffers import store_of
+from conftest import TIMEOUT, until
+from resume_stream import Chunk, ChunkBuffer
+
+pytestmark = pytest.mark.anyio
+
+
+FOR_EVER = (
+    "with recursive forever (n) as (select patience() union all select n + 1 from forever) select max(n) from forever"
+)
+
+
+class SlowRead:
+    """A heavy read that goes on until it is let go, or interrupted."""
+
+    def __init__(self) -> None:
+        self.began, self.go = threading.Event(), threading.Event()
+        self.runs = 0
+
+    def __call__(self, snapshot: Any) -> int:
+        self.runs += 1
+        snapshot._connection.create_function("patience", 0, self._wait)
+        snapshot._connection.execute("select 1" if self.go.is_set() else FOR_EVER).fetchone()
+        return self.runs
+
+    def _wait(self) -> int:
+        self.began.set()
+        return 0
+
+
+async def test_a_read_that_takes_long_holds_up_neither_appends_nor_readers(buffer: ChunkBuffer) -> None:
+    await buffer.add_chunks("t", "m", ["text"])
+    slow = SlowRead()
+    reading = asyncio.create_task(store_of(buffer).read(slow, heavy=True))
+    await until(slow.began.is_set, "it is under way")
+    async with asyncio.timeout(TIMEOUT / 2):
+        await buffer.add_chunks("t", "m", ["more"], complete=True)
+        assert [item async for item in buffer.resume_stream("t", "m", after=1)][-1].seq == 3
+    assert not reading.done()
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+
+
+async def test_what_nobody_waits_for_any_more_is_interrupted_or_passed_over(buffer: ChunkBuffer) -> None:
+    first, passed_over, last = SlowRead(), SlowRead(), SlowRead()
+    last.go.set()
+    readings = [asyncio.create_task(store_of(buffer).read(slow, heavy=True)) for slow in (first, passed_over, last)]
+    await until(first.began.is_set, "the first is under way")
+    for reading in readings[:2]:
+        reading.cancel()
+    async with asyncio.timeout(TIMEOUT / 2):
+        assert await readings[2] == 1
+    assert (first.runs, passed_over.runs) == (1, 0)
+
+
+async def test_a_buffer_is_left_at_once_whatever_it_was_asked_for(make_buffer: Any) -> None:
+    buffer = make_buffer()
+    async with buffer:
+        slow = SlowRead()
+        readings = [asyncio.create_task(store_of(buffer).read(slow, heavy=True)) for _ in range(20)]
+        await until(slow.began.is_set, "the first is under way")
+        async with asyncio.timeout(TIMEOUT / 2):
+            buffer.stop()
+            outcomes = await asyncio.gather(*readings, return_exceptions=True)
+    assert slow.runs == 1
+    assert all(isinstance(outcome, resume_stream.Unavailable) for outcome in outcomes)
+
+
+async def test_there_is_a_number_of_chunks_that_one_append_may_have(buffer: ChunkBuffer) -> None:
+    most = resume_stream.MAX_CHUNKS
+    with pytest.raises(resume_stream.TooLarge, match="send them in parts"):
+        await buffer.add_chunks("t", "m", [Chunk("")] * (most + 1))
+    assert (await buffer.add_chunks("t", "m", [Chunk("")] * most)).chunk_count == most
+
+
+async def test_chunks_without_text_fill_a_message_too(make_buffer: Any) -> None:
+    async with make_buffer(max_message=1600) as buffer:
+        await buffer.add_chunks("t", "m", [""] * 100)
+        with pytest.raises(resume_stream.TooLarge, match="16 besides its text"):
+            await buffer.add_chunks("t", "m", [""])
+
+
+async def test_any_number_of_poll_intervals_is_a_few(buffer: ChunkBuffer) -> None:
+    await buffer.add_chunks("t", "m", ["text"])
+    readings = [buffer.resume_stream("t", "m", poll_interval=0.5 + n / 10_000) for n in range(900)]
+    for reading in readings:
+        await anext(reading)
+    assert len(store_of(buffer)._poll_intervals) <= 91
+    for reading in readings:
+        await reading.aclose()
+
+
+async def test_a_thread_tells_of_its_messages_by_pages(buffer: ChunkBuffer) -> None:
+    for number in range(5):
+        await buffer.open_message("t", f"m{number}")
+    seen: list[str] = []
+    cursor: str | None = None
+    while True:
+        status = await buffer.get_thread_status("t", limit=2, cursor=cursor)
+        assert status.message_count == 5
+        seen += [message.message_id for message in status.messages]
+        if (cursor := status.messages_cursor) is None:
+            break
+    assert seen == [f"m{number}" for number in range(5)]
+
+
+async def test_the_text_of_a_message_deleted_by_hand_is_never_anothers(buffer: ChunkBuffer) -> None:
+    await buffer.add_chunks("t", "deleted", ["old text"])
+    with sqlite3.connect(buffer.settings.db) as shell:
+        shell.execute("delete from messages where message_id = 'deleted'")
+    shell.close()
+    await buffer.add_chunks("t", "new", ["new text"], complete=True)
+    assert (await buffer.get_accumulated_content("t")).content == "new text"
+    assert [item.seq async for item in buffer.resume_stream("t", "new")] == [2, 3]
+
+
+async def test_what_the_store_refuses_for_now_is_recorded_once_it_takes_it(
+    make_buffer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume_stream, "BUSY_TIMEOUT", 0.01)
+    async with make_buffer() as buffer:
+        other = sqlite3.connect(buffer.settings.db, isolation_level=None)
+        stored_one, locked = asyncio.Event(), asyncio.Event()
+
+        async def source() -> Any:
+            yield "one "
+            await stored_one.wait()
+            other.execute("begin immediate")
+            locked.set()
+            yield "two "
+            yield "three"
+
+        await buffer.open_message("t", "m")
+        recording = buffer.record("t", "m", source())
+        reading = buffer.resume_stream("t", "m")
+        assert (await anext(reading)).content == "one "
+        await reading.aclose()
+        stored_one.set()
+        await locked.wait()
+        await asyncio.wait([recording], timeout=0.2)
+        assert not recording.done()
+        other.execute("rollback")
+        other.close()
+        async with asyncio.timeout(TIMEOUT / 2):
+            await recording
+        status = (await buffer.get_thread_status("t")).status
+        assert ((await buffer.get_accumulated_content("t")).content, status) == ("one two three", "completed")
+
+
+async def test_erasing_a_little_of_a_large_file_holds_up_nobody(buffer: ChunkBuffer) -> None:
+    """Each of its steps is a bounded one, after which whoever waits has a turn."""
+    await buffer.add_chunks("small", "m", ["text"])
+    for number in range(8):
+        await buffer.add_chunks("large", f"m{number}", ["x" * 2**20] * 8)
+    erasing = asyncio.create_task(buffer.clear_thread_buffer("small"))
+    turns = 0
+    while not erasing.done():
+        began = time.perf_counter()
+        await buffer.add_chunks("t", "m", ["text"])
+        turns += 1
+        assert time.perf_counter() - began < TIMEOUT / 10
+    assert turns >= 5
