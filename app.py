@@ -3119,6 +3119,24 @@ async def whole_body(request: Request[Any, Any, Any], limit: int) -> bytes:
     return bytes(body)
 
 
+async def while_connected(request: Request[Any, Any, Any], reading: Coroutine[Any, Any, T]) -> T:
+    """What it reads, which takes long: not for a client that has hung up. Its body has been read."""
+
+    async def hung_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    gone, read = asyncio.create_task(hung_up()), asyncio.create_task(reading)
+    try:
+        await asyncio.wait((gone, read), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (gone, read):
+            task.cancel()  # of no effect where it is done
+    if not read.done():
+        raise BadRequest("The connection was closed before there was an answer.")
+    return read.result()
+
+
 class Body(NamedTuple):
     """The body of an append, still to be read, and where it goes."""
 
@@ -3349,7 +3367,9 @@ async def resume_stream(request: Request[Any, Any, Any], buffer: Buffer) -> Resp
     quiet, poll = seconds("idle_timeout", body.idle_timeout), seconds("poll_interval", body.poll_interval)
     granted(request).require(READ, body.thread_id)
     try:
-        place = await buffer.locate(body.thread_id, body.message_id, after=body.after, known_content=body.known_content)
+        place = await while_connected(
+            request, buffer.locate(body.thread_id, body.message_id, after=body.after, known_content=body.known_content)
+        )
     except NotFound:
         return Stream([RETRY, SERVER_SENT.event("complete", {"exists": False})], headers=SSE_HEADERS, status_code=200)
     return event_stream(buffer, place, idle_timeout=quiet, poll_interval=poll, expires=granted(request).expires)

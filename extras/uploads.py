@@ -140,6 +140,7 @@ class Text:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._max_characters = max(max_chunk // 4, 1)
         self._known = known
+        self._compared = 0  # characters of it
 
     def feed(self, piece: bytes, is_last: bool) -> tuple[list[Chunk], Problem | None]:
         """The chunks that are whole now, less the ``known`` text that a retry sends again."""
@@ -147,8 +148,10 @@ class Text:
             text = self._decoder.decode(piece, final=is_last)
         except UnicodeDecodeError as error:
             return [], InvalidContent(f"The body is not valid UTF-8: {error.reason}.")
-        known, self._known = self._known[: len(text)], self._known[len(text) :]
-        if not text.startswith(known) or (is_last and self._is_whole and self._known):
+        known = self._known[self._compared : self._compared + len(text)]
+        self._compared += len(known)
+        is_short = is_last and self._is_whole and self._compared < len(self._known)
+        if is_short or not text.startswith(known):
             return [], Conflict("Another text is stored from this index on: another producer writes to this message.")
         text = text[len(known) :]
         step = self._max_characters

@@ -9,7 +9,7 @@ import pytest
 from conftest import Service, append, wait_until
 from wire import NDJSON, TEXT, Stream, Upload, contents, message_path, shared_service
 
-service = shared_service("--max-chunk", "1KiB", "--max-message", "8KiB")
+service = shared_service("--max-chunk", "1KiB", "--max-message", "12KiB")
 
 
 @pytest.fixture
@@ -263,7 +263,7 @@ def test_an_upload_is_answered_when_the_message_is_full(
     running = upload(TEXT)
     running.send(b"x" * 8192)
     wait_until(lambda: len("".join(contents(client, thread))) == 8192)
-    running.send(b"y")
+    running.send(b"y" * 8192)
     assert running.answer()[0] == 413
     assert "".join(contents(client, thread)) == "x" * 8192
 
