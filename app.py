@@ -719,6 +719,7 @@ SCHEMA = Path(__file__).with_name("schema.sql")
 PENDING_BYTES = 16 * 1024**2  # waiting to be committed; past it producers wait
 CHUNK_OVERHEAD = 64  # bytes that a chunk takes besides its text
 BATCH_BYTES = 4 * 1024**2  # what one transaction takes
+HOT_THREADS = 1_024  # kept from one commit to the next
 BATCH_WRITES = 512  # enough for one transaction not to wait for more
 QUIET_TURNS = 3  # of the loop without another write, after which a transaction begins
 PAGE_ROWS = 512
@@ -1104,15 +1105,55 @@ def entry_from_row(row: tuple[Any, ...]) -> Entry:
     return StoredChunk(content, timestamp, message_id, seq, event)
 
 
-class Transaction(Snapshot):
-    """One group commit: a write sees what the earlier ones in it did, and one that raises a Problem did nothing."""
+class Hot:
+    """A thread that is being appended to, with its messages, as they are after the last write."""
 
-    def __init__(self, connection: sqlite3.Connection, max_message: int) -> None:
+    __slots__ = ("last_seq", "messages")
+
+    def __init__(self) -> None:
+        self.last_seq = 0
+        self.messages: dict[str, Row] = {}  # each as it was after its own last write
+
+
+class Transaction(Snapshot):
+    """One group commit: a write sees what the earlier ones in it did, and one that raises a Problem did nothing.
+
+    What is appended to messages that are ``hot`` is gathered, and written with one statement a
+    table, at the end or when another write has to see it.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, max_message: int, hot: dict[str, Hot]) -> None:
         super().__init__(connection)
         self._max_message = max_message
+        self._hot = hot
         self._now = now_ms()
+        self._rows: list[tuple[Any, ...]] = []  # of chunks
+        self._touched: dict[int, tuple[Hot, Row]] = {}  # by the number of the message
+
+    def flush(self) -> None:
+        """Write what was gathered."""
+        if not self._touched:
+            return
+        self._connection.executemany(
+            "insert into chunks (thread, seq, message, event, content, timestamp) values (?, ?, ?, ?, ?, ?)", self._rows
+        )
+        self._connection.executemany(
+            "update threads set last_seq = ?, updated_at = ? where thread = ?",
+            {row.thread: (hot.last_seq, self._now, row.thread) for hot, row in self._touched.values()}.values(),
+        )
+        self._connection.executemany(
+            "update messages set chunk_count = ?, size = ?, first_seq = ?, last_seq = ?, updated_at = ?"
+            " where message = ?",
+            [
+                (row.chunk_count, row.size, row.first, row.last, self._now, row.message)
+                for _, row in self._touched.values()
+            ],
+        )
+        self._rows.clear()
+        self._touched.clear()
 
     def open_message(self, thread_id: str, message_id: str) -> Change:
+        self._let_cool(thread_id)
         found = self.find(thread_id, message_id)
         if found.message is None:
             return Change(thread_id, message_id, self._made(thread_id, message_id, found), self._now, made=True)
@@ -1124,6 +1165,12 @@ class Transaction(Snapshot):
 
     def append(self, append: Append) -> Change:
         thread_id, message_id, index, complete = append.thread_id, append.message_id, append.index, append.complete
+        hot = self._hot.get(thread_id)
+        if hot is not None and not complete and (kept := hot.messages.get(message_id)):
+            kept = msgspec.structs.replace(kept, last_seq=hot.last_seq)
+            if index in (None, kept.chunk_count) and append.generation in (None, kept.generation):
+                return self._append_to_hot(hot, kept, append)
+        self.flush()
         found = self.find(thread_id, message_id)
         if append.generation not in (None, found.generation):
             raise thread_cleared()
@@ -1141,13 +1188,30 @@ class Transaction(Snapshot):
         if complete and count < found.chunk_count:
             raise another_goes_on(message_id, found)
         chunks, size = append.chunks[len(stored) :], sum(append.sizes[len(stored) :])
-        weight = found.size + size + CHUNK_WEIGHT * (found.chunk_count + len(chunks))
-        if weight > self._max_message:
-            raise message_too_large(weight, self._max_message)
-        found = self._insert(self._made(thread_id, message_id, found), chunks, size)
+        self._check_weight(found, size, len(chunks))
+        found = self._made(thread_id, message_id, found)
+        found = self._add(self._hot.setdefault(thread_id, Hot()), message_id, found, chunks, size)
         if complete:
+            self._let_cool(thread_id)
             found = self._ended(thread_id, message_id, found, "completed", None)
         return Change(thread_id, message_id, found, self._now, chunks, size, ended=complete)
+
+    def _append_to_hot(self, hot: Hot, kept: Row, append: Append) -> Change:
+        """The common append: nothing of it is stored yet, and nothing has to be looked up for it."""
+        size = sum(append.sizes)
+        self._check_weight(kept, size, len(append.chunks))
+        kept = self._add(hot, append.message_id, kept, append.chunks, size)
+        return Change(append.thread_id, append.message_id, kept, self._now, append.chunks, size)
+
+    def _check_weight(self, found: Row, size: int, chunks: int) -> None:
+        weight = found.size + size + CHUNK_WEIGHT * (found.chunk_count + chunks)
+        if weight > self._max_message:
+            raise message_too_large(weight, self._max_message)
+
+    def _let_cool(self, thread_id: str) -> None:
+        """What follows is not the common append: let it see all, and keep nothing that it may change."""
+        self.flush()
+        self._hot.pop(thread_id, None)
 
     def end_message(
         self,
@@ -1157,6 +1221,7 @@ class Transaction(Snapshot):
         reason: str | None = None,
         untouched_since: int | None = None,
     ) -> Change:
+        self._let_cool(thread_id)
         found = self.existing(thread_id, message_id)
         if found.status == status:
             return Change(thread_id, message_id, found, self._now)
@@ -1168,6 +1233,7 @@ class Transaction(Snapshot):
         return Change(thread_id, message_id, found, self._now, ended=True)
 
     def clear(self, thread_id: str, untouched_since: int | None = None) -> Change:
+        self._let_cool(thread_id)
         found = self.existing(thread_id)
         forgotten = self._connection.execute(
             "update threads set thread_id = null where thread = ?1 and (?2 is null or updated_at <= ?2)",
@@ -1226,31 +1292,23 @@ class Transaction(Snapshot):
         self._connection.execute("update threads set updated_at = ? where thread = ?", (self._now, thread))
         return self.find(thread_id, message_id)
 
-    def _insert(self, found: Row, chunks: Sequence[Chunk], size: int) -> Row:
+    def _add(self, hot: Hot, message_id: str, found: Row, chunks: Sequence[Chunk], size: int) -> Row:
         first_seq, last_seq = found.last_seq + 1, found.last_seq + len(chunks)
-        self._connection.executemany(
-            "insert into chunks (thread, seq, message, event, content, timestamp) values (?, ?, ?, ?, ?, ?)",
-            [
-                (found.thread, seq, found.message, chunk.event, chunk.content, self._now)
-                for seq, chunk in enumerate(chunks, first_seq)
-            ],
-        )
-        self._connection.execute(
-            "update threads set last_seq = ?, updated_at = ? where thread = ?", (last_seq, self._now, found.thread)
-        )
+        self._rows += [
+            (found.thread, seq, found.message, chunk.event, chunk.content, self._now)
+            for seq, chunk in enumerate(chunks, first_seq)
+        ]
         found = msgspec.structs.replace(
             found,
             last_seq=last_seq,
+            active=True,
             chunk_count=found.chunk_count + len(chunks),
             size=found.size + size,
             first=found.first or (first_seq if chunks else None),
             last=last_seq if chunks else found.last,
         )
-        self._connection.execute(
-            "update messages set chunk_count = ?, size = ?, first_seq = ?, last_seq = ?, updated_at = ?"
-            " where message = ?",
-            (found.chunk_count, found.size, found.first, found.last, self._now, found.message),
-        )
+        hot.last_seq, hot.messages[message_id] = last_seq, found
+        self._touched[cast(int, found.message)] = hot, found
         return found
 
     def _ended(self, thread_id: str, message_id: str, found: Row, status: Status, reason: str | None) -> Row:
@@ -1271,16 +1329,17 @@ class Database(aiosqlite.Connection):
 
     reads_only = False
     stopped = False
-    _running_work: object = None
+    _turn: object = None
 
     async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Raises Stopping once it is closed or stopped."""
         is_abandoned = False
+        turn = object()
 
         def in_turn(connection: sqlite3.Connection) -> T:
             if is_abandoned or self.stopped:
                 raise Stopping
-            self._running_work = in_turn
+            self._turn = turn
             return work(connection)
 
         if self._connection is None or not self._running:
@@ -1291,7 +1350,7 @@ class Database(aiosqlite.Connection):
                 return await execute(in_turn, self._conn)
             except asyncio.CancelledError:
                 is_abandoned = True
-                self._interrupt(in_turn)
+                self._interrupt(turn)
                 raise
             except sqlite3.OperationalError as error:
                 if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_INTERRUPT or self.stopped:
@@ -1301,10 +1360,10 @@ class Database(aiosqlite.Connection):
     def give_up(self) -> None:
         """Interrupt what runs, and let nothing else begin."""
         self.stopped = True
-        self._interrupt(self._running_work)
+        self._interrupt(self._turn)
 
-    def _interrupt(self, work: object) -> None:
-        if self.reads_only and self._running_work is work and self._connection is not None:
+    def _interrupt(self, turn: object) -> None:
+        if self.reads_only and self._turn is turn and self._connection is not None:
             self._connection.interrupt()
 
 
@@ -1718,6 +1777,8 @@ class SQLiteStore:
         self._has_room.set()
         self._committing: asyncio.Task[None] | None = None
         self._refused_ms = 0  # when a commit failed last
+        self._hot: dict[str, Hot] = {}  # by thread_id, as of the last commit
+        self._hot_version: int | None = None  # of the data (PRAGMA data_version) that they are of
         self._erasing = asyncio.Lock()
         self._poll_intervals: Multiset[float] = Multiset()
         self._hurry = asyncio.Event()
@@ -1761,16 +1822,15 @@ class SQLiteStore:
         return done
 
     async def _commit_waiting(self) -> None:
-        """All that one turn of the loop brings is one commit, and then all that came while that was under way."""
-        await self._commit_batch()
         while self._waiting:
             await self._gather()
             await self._commit_batch()
 
     async def _gather(self) -> None:
-        """Let those come again whom the last commit answered.
+        """Let in what is about to come, as a commit costs about the same for many as for one.
 
-        Without them, producers would split into halves that wait for each other's commits.
+        Those whom the last commit answered come again at about the same time. Without them, producers
+        would split into halves that wait for each other's commits.
         """
         quiet, seen = 0, len(self._waiting)
         while quiet < QUIET_TURNS and seen < BATCH_WRITES:
@@ -1831,11 +1891,18 @@ class SQLiteStore:
     async def commit(self, works: Sequence[Callable[[Transaction], Change]]) -> list[Change | Problem]:
         """What became of each, all committed together. Raises sqlite3.Error and OSError: of none."""
 
-        def commit(connection: sqlite3.Connection) -> list[Change | Problem]:
-            transaction = Transaction(connection, self._max_message)
-            return [outcome_of(work, transaction) for work in works]
+        def commit(connection: sqlite3.Connection) -> tuple[list[Change | Problem], dict[str, Hot]]:
+            ((version,),) = connection.execute("pragma data_version")
+            hot, self._hot = self._hot, {}  # nothing is kept of what fails
+            if version != self._hot_version or len(hot) > HOT_THREADS:
+                hot, self._hot_version = {}, version  # another process may have changed what was kept
+            transaction = Transaction(connection, self._max_message, hot)
+            outcomes = [outcome_of(work, transaction) for work in works]
+            transaction.flush()
+            return outcomes, hot
 
-        return await self._file.change(commit)
+        outcomes, self._hot = await self._file.change(commit)
+        return outcomes
 
     # Reading
 
