@@ -724,11 +724,11 @@ BATCH_WRITES = 512  # enough for one transaction not to wait for more
 QUIET_TURNS = 3  # of the loop without another write, after which a transaction begins
 PAGE_ROWS = 512
 PAGE_BYTES = 256 * 1024
-EXPIRED_AT_ONCE = 1_000  # threads
+EXPIRED_AT_ONCE = 100  # threads
 MAX_CHUNKS = 10_000  # in one append
 CHUNK_WEIGHT = 16  # bytes that a chunk counts in its message besides its text
 MESSAGES = 1_000  # of a thread's, told of at once
-ERASE_ROWS = 2_000  # rows deleted in one transaction
+ERASE_ROWS = 500  # rows deleted in one transaction
 ERASE_BYTES = 1024**2  # of text, likewise
 SCRUB_PAGES = 1_024  # of the file, looked through between two commits
 MIN_POLL_INTERVAL = 0.01  # seconds
@@ -1018,14 +1018,18 @@ class Snapshot:
         return AccumulatedContent(content, found.cursor, self.summary(thread_id).status)
 
     def summary(self, thread_id: str) -> ThreadSummary:
+        found = self._summary(self.existing(thread_id).thread)
+        if found is None:
+            raise no_thread(thread_id)
+        return found
+
+    def _summary(self, thread: int | None) -> ThreadSummary | None:
         row = self._connection.execute(
             "select thread_id, status, message_count, chunk_count, size, created_at, updated_at from thread_summary"
-            " where thread_id = ?",
-            (thread_id,),
+            " where thread = ?",
+            (thread,),
         ).fetchone()
-        if row is None:
-            raise no_thread(thread_id)
-        return ThreadSummary(*row)
+        return ThreadSummary(*row) if row else None
 
     def status(self, thread_id: str, limit: int, after: int) -> ThreadStatus:
         summary, found = self.summary(thread_id), self.find(thread_id)
@@ -1044,18 +1048,37 @@ class Snapshot:
     def threads(
         self, status: Status | None, limit: int, before: int | None, covered: Sequence[str] | None
     ) -> ThreadPage:
-        ranges = None if covered is None else [range_of(pattern) for pattern in covered]
-        rows = self._connection.execute(
-            "select thread, thread_id, status, message_count, chunk_count, size, created_at, updated_at"
-            " from thread_summary"
-            " where (?1 is null or thread < ?1) and (?2 is null or status = ?2) and (?3 is null or thread in ("
-            "  select threads.thread from json_each(?3) as range"
-            "  join threads on threads.thread_id between range.value ->> 0 and range.value ->> 1))"
-            " order by thread desc limit ?4",
-            (before, status, None if ranges is None else msgspec.json.encode(ranges).decode(), limit + 1),
-        ).fetchall()
-        threads = [ThreadSummary(*row[1:]) for row in rows[:limit]]
-        return ThreadPage(threads, str(rows[limit - 1][0]) if len(rows) > limit else None)
+        found: list[tuple[int, ThreadSummary]] = []
+        for thread in self._candidates(status, sys.maxsize if before is None else before, covered):
+            summary = self._summary(thread)
+            if summary and status in (None, summary.status):
+                found.append((thread, summary))
+            if len(found) > limit:
+                break
+        return ThreadPage(
+            [summary for _, summary in found[:limit]], str(found[limit - 1][0]) if len(found) > limit else None
+        )
+
+    def _candidates(self, status: Status | None, before: int, covered: Sequence[str] | None) -> Iterator[int]:
+        """The numbers of threads that may be of a status and are covered, the newest first."""
+        if covered is not None:
+            ranges = [range_of(pattern) for pattern in covered]
+            rows = self._connection.execute(
+                "select distinct threads.thread from json_each(?) as range"
+                " cross join threads on threads.thread_id between range.value ->> 0 and range.value ->> 1"
+                " where threads.thread < ? order by threads.thread desc",
+                (msgspec.json.encode(ranges).decode(), before),
+            )
+        elif status is not None:
+            rows = self._connection.execute(
+                "select distinct thread from messages where status = ? and thread < ? order by thread desc",
+                (status, before),
+            )
+        else:
+            rows = self._connection.execute(
+                "select thread from threads where thread_id is not null and thread < ? order by thread desc", (before,)
+            )
+        return (thread for (thread,) in rows)
 
     def active_message(self, thread_id: str) -> str | None:
         row = self._connection.execute(
@@ -1963,7 +1986,8 @@ class SQLiteStore:
                     await self.room()
                 if not await self._scrub():
                     return False
-                await self._file.change(partial(forget_altogether, latest))
+                while await self._file.change(partial(forget_some, latest)):
+                    await self.room()
                 return True
 
     async def _scrub(self) -> bool:
@@ -2019,24 +2043,27 @@ def latest_forgotten(connection: sqlite3.Connection) -> int | None:
     return cast(int | None, latest)
 
 
-def forget_altogether(latest: int, connection: sqlite3.Connection) -> None:
-    connection.execute("delete from threads where thread_id is null and thread <= ?", (latest,))
+def forget_some(latest: int, connection: sqlite3.Connection) -> bool:
+    forgotten = connection.execute(
+        "delete from threads where thread in"
+        " (select thread from threads where thread_id is null and thread <= ? limit ?)",
+        (latest, ERASE_ROWS),
+    ).rowcount
+    return forgotten > 0
 
 
 def erase_some(connection: sqlite3.Connection) -> bool:
-    row = connection.execute(
-        "select thread from threads where thread_id is null"
-        " and exists (select 1 from chunks where chunks.thread = threads.thread)"
-    ).fetchone()
-    if row is not None:
-        places = connection.execute(
-            "select seq, coalesce(length(cast(content as blob)), 0) from chunks where thread = ? order by seq limit ?",
-            (*row, ERASE_ROWS),
-        )
-        up_to, size = next(places)
-        while size < ERASE_BYTES and (place := next(places, None)):
-            up_to, size = place[0], size + place[1]
-        connection.execute("delete from chunks where thread = ? and seq <= ?", (*row, up_to))
+    places = connection.execute(
+        "select thread, seq, coalesce(length(cast(content as blob)), 0) from threads join chunks using (thread)"
+        " where thread_id is null order by thread, seq limit ?",
+        (ERASE_ROWS,),
+    )
+    size, up_to = 0, dict[int, int]()
+    while size < ERASE_BYTES and (place := next(places, None)):
+        up_to[place[0]], size = place[1], size + place[2]
+    places.close()
+    if up_to:
+        connection.executemany("delete from chunks where thread = ? and seq <= ?", up_to.items())
         return True
     erased = connection.execute(
         "delete from messages where message in (select message from messages join threads using (thread)"
@@ -2068,6 +2095,7 @@ def outcome_of(work: Callable[[Transaction], Change], transaction: Transaction) 
 # The buffer
 # ---------------------------------------------------------------------------------------------
 
+REFRESHED_AT_ONCE = 100  # threads, as nothing is committed in the meantime
 CLOCK_STEP_MS = 2_000  # more than a clock drifts between two looks
 RETRY_PAUSE, RETRY_PAUSE_MOST = 0.05, 1.0  # seconds between two tries of what the store refuses for now
 AHEAD = 32  # pieces that a source may be ahead of what is committed of it
@@ -2824,6 +2852,10 @@ class ChunkBuffer:
             for thread_id, tail in self._tails.items()
             for message_id in (None, *tail.uploads.values())
         ]
+        for start in range(0, len(tails), REFRESHED_AT_ONCE):
+            await self._refresh_some(tails[start : start + REFRESHED_AT_ONCE])
+
+    async def _refresh_some(self, tails: Sequence[tuple[str, str | None, Tail, int]]) -> None:
         states = await self._store.states([(thread_id, message_id) for thread_id, message_id, _, _ in tails])
         for (thread_id, message_id, tail, generation), state in zip(tails, states, strict=True):
             if generation not in (0, state.generation):

@@ -40,6 +40,7 @@ create table messages (
 ) strict;
 
 create index active_messages on messages (thread) where status = 'active';
+create index messages_by_status on messages (status, thread);
 
 create table chunks (
     thread      integer not null references threads,
