@@ -30,13 +30,15 @@ SWAGGER_FILES = ("swagger-ui.css", "swagger-ui-bundle.js", "swagger-ui-standalon
 # the binary larger; one too many fails tests/deploy/test_binary.py.
 EXCLUDED = (
     *("faker", "polyfactory", "rich", "rich_click", "litestar.cli", "litestar.testing", "litestar_htmx"),
-    *("jinja2", "packaging", "swagger_ui.core", "swagger_ui.utils", "httpx", "h11", "certifi"),
+    *("jinja2", "packaging", "swagger_ui.core", "swagger_ui.utils"),
     *("pygments", "setuptools", "pkg_resources", "mypy", "pytest", "tkinter", "readline", "lzma", "bz2"),
 )
 
 # Named only in strings: by uvicorn's "auto" settings, by find_spec, and by app.py, which looks for its extras.
 HIDDEN = (
     *(f"resume_stream.extras.{path.stem}" for path in sorted((ROOT / "extras").glob("*.py"))),
+    "resume_stream.client.connection",
+    "resume_stream.client.command_line",
     *("uvicorn.loops.uvloop", "uvicorn.protocols.http.httptools_impl", "uvicorn.lifespan.off"),
     *("uvicorn.protocols.websockets.websockets_impl", "uvicorn.protocols.websockets.websockets_sansio_impl"),
     "swagger_ui",
@@ -62,7 +64,8 @@ def package() -> Path:
     """The package as the wheel has it, and a script that starts it, in a folder of their own; the script."""
     folder = BUILD / "package"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(ROOT / "extras", folder / "resume_stream" / "extras")
+    for name in ("extras", "client"):
+        shutil.copytree(ROOT / name, folder / "resume_stream" / name)
     shutil.copy(ROOT / "app.py", folder / "resume_stream" / "__init__.py")
     script = folder / "start.py"
     script.write_text("import sys\n\nimport resume_stream\n\nsys.exit(resume_stream.main())\n")
