@@ -15,7 +15,7 @@ from typing import Any
 
 from conftest import load_app
 
-from . import clock, crowd, disk, fuzz, kill, power
+from . import clock, crowd, disk, fuzz, heavy, kill, power
 from .base import Verdict
 
 EXPECTED_MINUTES = 20  # in which every count below is tried once
@@ -44,6 +44,7 @@ def faults(minutes: float) -> Iterator[tuple[str, Callable[[Path], Verdict | Cor
     yield "", lambda folder: crowd.survive_slow_readers(folder, readers=20, mebibytes=times(32, 8))
     yield "", lambda folder: crowd.survive_rudeness(folder, times=times(100, 10))
     yield "", lambda folder: crowd.survive_idle_readers(folder, readers=5000)
+    yield "", lambda folder: heavy.survive_heavy_work(folder, mebibytes=times(120, 60))
     yield "", lambda folder: fuzz.survive_fuzzing(folder, examples=times(1000, 100))
     yield fuzz.why_no_schemathesis(), lambda folder: fuzz.survive_schemathesis(folder, examples=times(100, 20))
     yield "", lambda folder: crowd.survive_churn(folder, seconds=max(minutes * 60 / 2, 30))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from . import clock, crowd, disk, fuzz, kill, power
+from . import clock, crowd, disk, fuzz, heavy, kill, power
 from .base import Verdict
 
 
@@ -65,6 +65,11 @@ def test_clients_that_leave_in_every_state_leave_nothing_behind(tmp_path: Path) 
 
 def test_idle_readers_are_all_told(tmp_path: Path) -> None:
     expect_sound(crowd.survive_idle_readers(tmp_path, readers=300))
+
+
+def test_what_one_asks_for_holds_up_no_other(tmp_path: Path) -> None:
+    attacks = [heavy.known_text_and_hang_up, heavy.chunks_without_text, heavy.clear_what_is_large]
+    expect_sound(heavy.survive_heavy_work(tmp_path, mebibytes=8, attacks=attacks))
 
 
 def test_bad_input_changes_nothing(tmp_path: Path) -> None:

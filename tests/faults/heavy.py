@@ -1,0 +1,211 @@
+"""One client asks for what takes long or is much, and what the others see of it meanwhile.
+
+A witness appends, follows what it appends, and asks whether the service lives. No attack may hold its
+appends, fill the memory, or keep the service from ending; and nothing acknowledged is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+from conftest import Service
+
+from .base import Link, Verdict, append, call, eventually, message_path, piece, thread_path
+
+MIB = 1024**2
+MOST_HELD = 0.25  # seconds that an append may be held by somebody else's work
+MOST_MEMORY = 200 * MIB
+MOST_SECONDS_TO_END = 1.0
+JSON = {"Content-Type": "application/json"}
+NDJSON = {"Content-Type": "application/x-ndjson"}
+TEXT = {"Content-Type": "text/plain"}
+
+Attack = Callable[[int, int], Awaitable[str]]  # on a port, with so many MiB; what it came to
+
+
+class Witness:
+    """One who appends and follows, and asks for /health/live, again and again."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.appends: list[float] = []
+        self.lives: list[float] = []
+        self.pieces: list[str] = []
+        self.seen = ""
+        self.memory = 0
+
+    @contextlib.asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(work()) for work in (self._append, self._follow, self._ask, self._measure)]
+        await eventually(lambda: len(self.appends) > 20 and self.seen, "the witness works")
+        self.appends.clear()
+        self.lives.clear()
+        self.memory = 0
+        try:
+            yield
+            await eventually(lambda: self.seen.count("~") >= len(self.pieces), "the follower has all")
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _append(self) -> None:
+        async with Link.to(self.service.port) as link:
+            while True:
+                text = piece(len(self.pieces), 20)
+                began = time.perf_counter()
+                body = json.dumps({"content": text}).encode()
+                answer = await link.ask("POST", message_path("witness", "m"), body, JSON)
+                if answer.status != 201:
+                    raise RuntimeError(f"an append of the witness was answered {answer.status}: {answer.body!r}")
+                self.appends.append(time.perf_counter() - began)
+                self.pieces.append(text)
+                await asyncio.sleep(0.002)
+
+    async def _follow(self) -> None:
+        async with Link.to(self.service.port) as link:
+            link.send_head("GET", "/api/threads/witness/stream?follow=true")
+            await link.read_head()
+            async for data in link.pieces():
+                for line in data.split(b"\n"):
+                    if line.startswith(b"data: "):
+                        self.seen += json.loads(line[6:]).get("content", "")
+
+    async def _ask(self) -> None:
+        async with Link.to(self.service.port) as link:
+            while True:
+                began = time.perf_counter()
+                await link.ask("GET", "/health/live")
+                self.lives.append(time.perf_counter() - began)
+                await asyncio.sleep(0.01)
+
+    async def _measure(self) -> None:
+        while True:
+            self.memory = max(self.memory, self.service.memory())
+            await asyncio.sleep(0.02)
+
+
+async def fill(port: int, thread: str, mebibytes: int, line: int = MIB // 2) -> None:
+    """A message of so much text, in chunks of this size."""
+    async with Link.to(port) as link:
+        link.send_head("POST", message_path(thread, "m"), {**NDJSON, "Transfer-Encoding": "chunked"})
+        text = json.dumps({"content": "x" * (line - 64)}).encode() + b"\n"
+        for _ in range(mebibytes * MIB // line):
+            await link.send_piece(text)
+        await link.send_piece(b"")
+        answer = await link.answer()
+    if answer.status != 201:
+        raise RuntimeError(f"the fill was answered {answer.status}: {answer.body!r}")
+
+
+async def known_text_and_hang_up(port: int, mebibytes: int) -> str:
+    """Look for a text that is not there in a long message, a hundred times, and wait for none of the answers."""
+    await fill(port, "long", mebibytes)
+    body = json.dumps({"thread_id": "long", "message_id": "m", "known_content": "y" * 1000}).encode()
+    for _ in range(100):
+        async with Link.to(port) as link:
+            link.send_head("POST", "/api/resume-stream", {**JSON, "Content-Length": str(len(body))})
+            link.writer.write(body)
+            await link.writer.drain()
+    return "100 hung up"
+
+
+async def chunks_without_text(port: int, mebibytes: int) -> str:
+    """As many chunks as a body can have."""
+    body = b"[" + b",".join([b'{"content":""}'] * (9 * MIB // 15)) + b"]"
+    statuses = [(await call(port, "POST", message_path("empty", "m"), body)).status for _ in range(5)]
+    return f"answered {statuses}"
+
+
+async def text_again_in_small_pieces(port: int, mebibytes: int) -> str:
+    """Retry a long plain text, a few bytes at a time."""
+    size = min(mebibytes, 8) * MIB
+    await fill(port, "again", size // MIB, line=64 * 1024)
+    async with Link.to(port) as link:
+        head = {**TEXT, "Transfer-Encoding": "chunked"}
+        link.send_head("POST", message_path("again", "m", "chunks?index=0"), head)
+        for _ in range(3000):
+            await link.send_piece(b"x" * 100)
+        await link.send_piece(b"")
+        return f"answered {(await link.answer()).status}"
+
+
+async def intervals_without_end(port: int, mebibytes: int) -> str:
+    """Readers each with a poll_interval of its own."""
+    await append(port, "polled", "m", "text")
+    async with contextlib.AsyncExitStack() as links:
+        for number in range(400):
+            link = await links.enter_async_context(Link.to(port))
+            link.send_head("GET", thread_path("polled", f"/stream?poll_interval={0.05 + number / 10_000}"))
+            await link.read_head()
+        await asyncio.sleep(0.5)  # in which they are polled for
+    return "400 readers"
+
+
+async def messages_without_end(port: int, mebibytes: int) -> str:
+    """A thread of very many messages, and all that can be asked about it."""
+    count = 500 * mebibytes
+    async with Link.to(port) as link:
+        for number in range(count):
+            await link.ask("PUT", message_path("crowded", f"m{number}", "").rstrip("/"))
+        for path in ("", "/content", "/chunks", "/stream?idle_timeout=0.01"):
+            await link.ask("GET", thread_path("crowded", path))
+    return f"{count} messages"
+
+
+async def clear_what_is_large(port: int, mebibytes: int) -> str:
+    """Forget a large thread, and then a small one beside another large one."""
+    for thread in ("doomed", "large"):
+        await fill(port, thread, mebibytes)
+    await append(port, "small", "m", "text")
+    statuses = [(await call(port, "DELETE", thread_path(thread))).status for thread in ("doomed", "small")]
+    if statuses != [204, 204]:
+        raise RuntimeError(f"the clears were answered {statuses}")
+    return f"{mebibytes} MiB"
+
+
+ATTACKS: list[Attack] = [
+    known_text_and_hang_up,
+    chunks_without_text,
+    text_again_in_small_pieces,
+    intervals_without_end,
+    messages_without_end,
+    clear_what_is_large,
+]
+
+
+async def survive_heavy_work(folder: Path, *, mebibytes: int, attacks: list[Attack] = ATTACKS) -> Verdict:
+    """What one client can ask for holds up no other: each attack with a service of its own."""
+    verdict = Verdict("heavy work for one holds up no other")
+    for attack in attacks:
+        name = attack.__name__.replace("_", " ")
+        with verdict.trial(name):
+            service = Service(folder / f"{attack.__name__}.db", "--max-message", "1GiB").start()
+            try:
+                witness = Witness(service)
+                async with witness.watching():
+                    came_to = await attack(service.port, mebibytes)
+                began = time.perf_counter()
+                code = service.end()
+                ended = time.perf_counter() - began
+            finally:
+                if service.process is not None:
+                    service.kill()
+            held, lived = max(witness.appends), max(witness.lives, default=0.0)
+            verdict.compare(name, witness.seen, witness.pieces, len(witness.pieces))
+            verdict.expect(code == 0, f"{name}: it ended with {code}")
+            verdict.expect(held < MOST_HELD, f"{name}: an append was held for {held * 1000:.0f} ms")
+            verdict.expect(witness.memory < MOST_MEMORY, f"{name}: it took {witness.memory / MIB:.0f} MiB")
+            verdict.expect(ended < MOST_SECONDS_TO_END, f"{name}: it ended after {ended:.2f} s")
+            ordered = sorted(witness.appends)
+            verdict.notes.append(
+                f"{name} ({came_to}): appends p99 {ordered[len(ordered) * 99 // 100] * 1000:.0f} ms,"
+                f" worst {held * 1000:.0f} ms; /health/live worst {lived * 1000:.0f} ms;"
+                f" {witness.memory / MIB:.0f} MiB; ended in {ended:.2f} s"
+            )
+    return verdict
