@@ -52,6 +52,7 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager, aclo
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from http import HTTPStatus
+from operator import itemgetter
 from pathlib import Path
 from types import FrameType, ModuleType, TracebackType
 from typing import (
@@ -2246,7 +2247,10 @@ class Reader:
     async def waits(self, tail: Tail) -> Signal | None:
         """Wait until something happens; what it is to be told, where it is time for that."""
         when, signal = min(
-            (self._expires, Signal.EXPIRED), (self._idle, Signal.TIMEOUT), (self._beat, Signal.HEARTBEAT), key=first
+            (self._expires, Signal.EXPIRED),
+            (self._idle, Signal.TIMEOUT),
+            (self._beat, Signal.HEARTBEAT),
+            key=itemgetter(0),
         )
         if when > self._now():
             await tail.wait(when)
@@ -2254,10 +2258,6 @@ class Reader:
         if signal is Signal.HEARTBEAT:
             self._beat = self._now() + self._heartbeat
         return signal
-
-
-def first(pair: tuple[float, Signal]) -> float:
-    return pair[0]
 
 
 def checked_id(kind: str, text: str) -> str:
