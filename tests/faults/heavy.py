@@ -179,8 +179,13 @@ ATTACKS: list[Attack] = [
 ]
 
 
-async def survive_heavy_work(folder: Path, *, mebibytes: int, attacks: list[Attack] = ATTACKS) -> Verdict:
-    """What one client can ask for holds up no other: each attack with a service of its own."""
+async def survive_heavy_work(
+    folder: Path, *, mebibytes: int, attacks: list[Attack] = ATTACKS, timed: bool = True
+) -> Verdict:
+    """What one client can ask for holds up no other: each attack with a service of its own.
+
+    How long is of no meaning where the machine has other work, and then is not ``timed``.
+    """
     verdict = Verdict("heavy work for one holds up no other")
     for attack in attacks:
         name = attack.__name__.replace("_", " ")
@@ -199,9 +204,9 @@ async def survive_heavy_work(folder: Path, *, mebibytes: int, attacks: list[Atta
             held, lived = max(witness.appends), max(witness.lives, default=0.0)
             verdict.compare(name, witness.seen, witness.pieces, len(witness.pieces))
             verdict.expect(code == 0, f"{name}: it ended with {code}")
-            verdict.expect(held < MOST_HELD, f"{name}: an append was held for {held * 1000:.0f} ms")
+            verdict.expect(held < MOST_HELD or not timed, f"{name}: an append was held for {held * 1000:.0f} ms")
             verdict.expect(witness.memory < MOST_MEMORY, f"{name}: it took {witness.memory / MIB:.0f} MiB")
-            verdict.expect(ended < MOST_SECONDS_TO_END, f"{name}: it ended after {ended:.2f} s")
+            verdict.expect(ended < MOST_SECONDS_TO_END or not timed, f"{name}: it ended after {ended:.2f} s")
             ordered = sorted(witness.appends)
             verdict.notes.append(
                 f"{name} ({came_to}): appends p99 {ordered[len(ordered) * 99 // 100] * 1000:.0f} ms,"
