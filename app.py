@@ -698,6 +698,10 @@ def message_too_large(size: int, max_message: int) -> TooLarge:
     )
 
 
+def too_many_chunks() -> TooLarge:
+    return TooLarge(f"There are over {MAX_CHUNKS} chunks in one append; send them in parts.")
+
+
 def cursor_gone() -> CursorGone:
     return CursorGone(
         "This cursor is of a thread that was cleared or expired, or lies beyond its end; read from the start, with no"
@@ -2436,7 +2440,7 @@ class ChunkBuffer:
         if index is not None and not 0 <= index < 2**63:
             raise BadRequest(f"index={index} cannot be; it is the number of the first chunk in its message, from 0.")
         if len(chunks) > MAX_CHUNKS:
-            raise TooLarge(f"There are {len(chunks)} chunks, over {MAX_CHUNKS} in one append; send them in parts.")
+            raise too_many_chunks()
         sizes, refusal = checked_sizes(chunks, self.settings.max_chunk)
         if refusal is not None:
             raise refusal
@@ -3089,7 +3093,9 @@ CHUNKS = msgspec.json.Decoder(Chunk | list[Chunk])
 
 
 def chunks_from_json(body: bytes) -> list[Chunk]:
-    """A chunk, or an array of chunks. Raises InvalidContent."""
+    """A chunk, or an array of chunks. Raises InvalidContent and TooLarge."""
+    if body.count(b'"content"') > 2 * MAX_CHUNKS:  # a name, or perhaps a value: seen without decoding any
+        raise too_many_chunks()
     try:
         chunks = CHUNKS.decode(body)
     except UNDECODABLE as error:
