@@ -92,7 +92,7 @@ from litestar.plugins.problem_details import ProblemDetailsException
 from litestar.response import Stream
 from litestar.response.base import ASGIResponse
 from litestar.response.streaming import ASGIStreamingResponse
-from litestar.types import ASGIApp, ExceptionHandlersMap, Guard, Receive, Scope, Send
+from litestar.types import ASGIApp, ExceptionHandlersMap, Guard, Message, Receive, Scope, Send
 
 __version__ = "0.1.0"
 __all__ = [
@@ -111,23 +111,57 @@ __all__ = [
 ]
 # What the files in extras/ may use besides, and nothing else: who changes one of these looks there.
 FOR_EXTRAS = [
-    *("ABORT", "ADMIN", "APPLICATION_ID", "BUSY_TIMEOUT", "BadRequest", "Body", "Buffer", "Change"),
-    *("Commands", "Conflict", "Forbidden", "Grant", "InvalidContent", "Listener", "NotFound", "PRODUCER_TIMEOUT"),
-    *("Page", "Parts", "Place", "READ", "Record", "SCOPES", "StartupError", "THREAD", "ThreadId", "TooLarge"),
-    *("UNDECODABLE", "Unauthorized", "Unavailable", "UnsupportedMediaType", "WRITE", "__version__", "add_command"),
-    *("answered_early", "body_pieces", "checked_id", "checked_sizes", "database_uri", "decode_body", "encode_json"),
-    *(
-        "granted",
-        "invalid_json",
-        "mark_as_copy",
-        "parse_duration",
-        "problem_document",
-        "renew_generations",
-        "seconds",
-        "sole_owner",
-        "takes",
-        "token_expired",
-    ),
+    "ABORT",
+    "ADMIN",
+    "APPLICATION_ID",
+    "BUSY_TIMEOUT",
+    "BadRequest",
+    "Body",
+    "Buffer",
+    "Change",
+    "Commands",
+    "Conflict",
+    "Forbidden",
+    "Grant",
+    "InvalidContent",
+    "Listener",
+    "NotFound",
+    "PRODUCER_TIMEOUT",
+    "Page",
+    "Parts",
+    "Place",
+    "READ",
+    "Record",
+    "SCOPES",
+    "SMALL_BODY",
+    "StartupError",
+    "THREAD",
+    "ThreadId",
+    "TooLarge",
+    "UNDECODABLE",
+    "Unauthorized",
+    "Unavailable",
+    "UnsupportedMediaType",
+    "WRITE",
+    "__version__",
+    "add_command",
+    "answered_early",
+    "body_pieces",
+    "checked_id",
+    "checked_sizes",
+    "database_uri",
+    "decode_body",
+    "encode_json",
+    "granted",
+    "invalid_json",
+    "mark_as_copy",
+    "parse_duration",
+    "problem_document",
+    "renew_generations",
+    "seconds",
+    "sole_owner",
+    "takes",
+    "token_expired",
     "whole_body",
 ]
 
@@ -613,6 +647,9 @@ class Forbidden(Problem, status=403, kind="Forbidden"): ...
 
 
 class NotFound(Problem, status=404, kind="Not found"): ...
+
+
+class TooSlow(Problem, status=408, kind="Request timeout"): ...
 
 
 class Conflict(Problem, status=409, kind="Conflict"): ...
@@ -2106,6 +2143,9 @@ RETRY_PAUSE, RETRY_PAUSE_MOST = 0.05, 1.0  # seconds between two tries of what t
 AHEAD = 32  # pieces that a source may be ahead of what is committed of it
 CUT = 0.0  # the moment, by the loop's clock, to which an upload is cut short
 LIVE_BYTES = 256 * 1024  # of a thread's newest pages, kept while somebody follows it
+ALL_LIVE_BYTES = 32 * 1024**2  # of all threads
+HELD_BYTES = 64 * 1024**2  # of bodies that are still coming in
+MIN_CLEANUP_INTERVAL = 0.01  # seconds
 
 
 class Listener:
@@ -2122,13 +2162,19 @@ class Listener:
     def expired(self, threads: int) -> None: ...
 
 
+class Live:
+    """About how many bytes the live ends of all threads take together."""
+
+    total = 0
+
+
 class Tail:
     """The live end of one thread, from its making to its clearing: what those who follow it share.
 
     ``generation`` is 0 until the thread is made, ``last_seq`` None until it is known.
     """
 
-    def __init__(self, generation: int) -> None:
+    def __init__(self, generation: int, live: Live) -> None:
         self.generation = generation
         self.last_seq: int | None = None
         self.active = True
@@ -2137,7 +2183,8 @@ class Tail:
         self.followers = 0  # of the users, those who read
         self.uploads: dict[asyncio.Timeout, str] = {}  # of which message
         self._pages: dict[int, Page] = {}  # by the place of their first entry
-        self._cost = 0
+        self._cost = 0  # of these, about how many bytes they take
+        self._live = live
         self._waiting: set[asyncio.Future[None]] = set()
 
     def learn(self, state: State) -> None:
@@ -2180,7 +2227,7 @@ class Tail:
 
     def forget(self) -> None:
         self._pages.clear()
-        self._cost = 0
+        self._weigh(-self._cost)
 
     def cut(self, message_id: str | None = None) -> None:
         """Interrupt the uploads of one message, or all of them."""
@@ -2210,10 +2257,15 @@ class Tail:
         self.generation, self.last_seq, self.active = state.generation, state.last_seq, state.active
 
     def _keep(self, page: Page) -> None:
+        """What is larger is read from the store, a page at a time."""
         self._pages[page.entries[0].seq] = page
-        self._cost += page.cost
-        while self._cost > LIVE_BYTES and len(self._pages) > 1:
-            self._cost -= self._pages.pop(next(iter(self._pages))).cost
+        self._weigh(page.cost)
+        while self._cost > LIVE_BYTES:
+            self._weigh(-self._pages.pop(next(iter(self._pages))).cost)
+
+    def _weigh(self, cost: int) -> None:
+        self._cost += cost
+        self._live.total += cost
 
 
 def wake_up(waiting: asyncio.Future[None]) -> None:
@@ -2344,6 +2396,8 @@ class ChunkBuffer:
         self._store: Store = store or SQLiteStore(settings)
         self._tails: dict[str, Tail] = {}
         self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()  # gone with their streams, be they read or not
+        self._live = Live()
+        self._held = 0  # bytes of bodies that are still coming in
         self._erasure_owed = True
         self._tasks: set[asyncio.Task[None]] = set()
         self._probe: asyncio.Task[None] | None = None
@@ -2393,6 +2447,26 @@ class ChunkBuffer:
         await self._store.room()
         if self.stopping:
             raise Stopping
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[Callable[[int], None]]:
+        """Yields a function to call with the bytes that one holds of what is still coming in.
+
+        It raises Unavailable where all together would hold over 64 MiB.
+        """
+        held = 0
+
+        def hold(size: int) -> None:
+            nonlocal held
+            self._held += size - held
+            held = size
+            if self._held > HELD_BYTES:
+                raise Unavailable("Too much is being sent at the same time; try again, or send it in smaller parts.")
+
+        try:
+            yield hold
+        finally:
+            self._held -= held
 
     async def open_message(self, thread_id: str, message_id: str) -> tuple[Appended, bool]:
         """Open a message before its first chunk, so that readers can wait for it.
@@ -2815,12 +2889,12 @@ class ChunkBuffer:
             self._retire(thread_id, tail)
             tail = None
         if tail is None:
-            tail = self._tails[thread_id] = Tail(generation)
+            tail = self._tails[thread_id] = Tail(generation, self._live)
         elif generation and not tail.generation:
             tail.generation, tail.last_seq = generation, None
             tail.wake()
         elif generation and tail.generation != generation:
-            tail = Tail(generation)
+            tail = Tail(generation, self._live)
             tail.retire()
         return tail
 
@@ -2841,6 +2915,9 @@ class ChunkBuffer:
                 self._retire(change.thread_id, tail)
             else:
                 tail.take(change, asked)
+        if self._live.total > ALL_LIVE_BYTES:
+            for tail in self._tails.values():
+                tail.forget()
 
     async def _watch_other_processes(self) -> None:
         while True:
@@ -2874,7 +2951,9 @@ class ChunkBuffer:
             with logged_problems("clean up"):
                 await self._clean_up()
             interval = self.settings.cleanup_interval
-            await asyncio.sleep(min(interval, BUSY_TIMEOUT) if self._erasure_owed else interval)
+            await asyncio.sleep(
+                max(min(interval, BUSY_TIMEOUT) if self._erasure_owed else interval, MIN_CLEANUP_INTERVAL)
+            )
 
     async def _clean_up(self) -> None:
         untouched_since = now_ms() - round(self.settings.ttl * 1000)
@@ -3115,6 +3194,9 @@ def invalid_json(text: bytes, error: Exception, where: str = "The body") -> Inva
 # The routes
 # ---------------------------------------------------------------------------------------------
 
+BODY_TIMEOUT = 30  # seconds in which a JSON body has to be there
+SMALL_BODY = 16 * 1024  # bytes, of one that has no reason to be larger
+
 READ = frozenset({"read"})
 WRITE = frozenset({"write"})
 ABORT = frozenset({"abort", "write"})
@@ -3214,13 +3296,20 @@ def answered_early() -> Iterator[None]:
         raise
 
 
-async def whole_body(request: Request[Any, Any, Any], limit: int) -> bytes:
+async def whole_body(request: Request[Any, Any, Any], buffer: ChunkBuffer, most: int | None = None) -> bytes:
+    """Up to ``max_body``, or ``most``, bytes, in up to 30 s. Raises TooLarge, TooSlow and Unavailable."""
+    limit = buffer.settings.max_body if most is None else min(most, buffer.settings.max_body)
     body = bytearray()
-    with answered_early():
-        async for piece, _ in body_pieces(request):
-            body += piece
-            if len(body) > limit:
-                raise TooLarge(f"The body has over {limit} bytes; send it in parts, or stream it as NDJSON.")
+    with answered_early(), buffer.holding() as hold:
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT):
+                async for piece, _ in body_pieces(request):
+                    body += piece
+                    hold(len(body))
+                    if len(body) > limit:
+                        raise TooLarge(f"The body has over {limit} bytes; send it in parts, or stream it as NDJSON.")
+        except TimeoutError as error:
+            raise TooSlow(f"The body did not come within {BODY_TIMEOUT} s; stream it as NDJSON.") from error
     return bytes(body)
 
 
@@ -3254,7 +3343,9 @@ async def append_json(body: Body) -> tuple[Appended, bool]:
     """All or nothing; the answer, and whether anything was new."""
     buffer, append = body.buffer, body.append
     await buffer.room()
-    chunks = chunks_from_json(await whole_body(body.request, buffer.settings.max_body))
+    chunks = chunks_from_json(await whole_body(body.request, buffer))
+    if time.time() >= granted(body.request).expires:
+        raise token_expired()
     append = buffer.checked_append(
         append.thread_id, append.message_id, chunks, index=append.index, complete=append.complete
     )
@@ -3370,7 +3461,7 @@ async def abort_message(
     request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId, message_id: MessageId
 ) -> Appended:
     """From either side; the body is `{"reason": "…"}`, or nothing."""
-    body = await whole_body(request, buffer.settings.max_body)
+    body = await whole_body(request, buffer, SMALL_BODY)
     reason = decode_body(body, AbortBody).reason if body else None
     return await buffer.abort_message(thread_id, message_id, reason)
 
@@ -3466,7 +3557,7 @@ async def stream_active_message(
     operation_class=takes(ResumeBody),
 )
 async def resume_stream(request: Request[Any, Any, Any], buffer: Buffer) -> Response[Any]:
-    body = decode_body(await whole_body(request, buffer.settings.max_body), ResumeBody)
+    body = decode_body(await whole_body(request, buffer), ResumeBody)
     if body.known_content is not None and body.after is not None:
         raise BadRequest("known_content and after exclude each other; send the one that you have.")
     quiet, poll = seconds("idle_timeout", body.idle_timeout), seconds("poll_interval", body.poll_interval)
@@ -3543,7 +3634,7 @@ async def ready(buffer: Buffer) -> dict[str, str]:
 # The app
 # ---------------------------------------------------------------------------------------------
 
-EXTRAS = ("logs", "tokens", "metrics", "page", "websocket", "uploads", "operate", "clients")
+EXTRAS = ("logs", "limits", "tokens", "metrics", "page", "websocket", "uploads", "operate", "clients")
 
 
 def found_extras() -> Iterator[ModuleType]:
@@ -3561,7 +3652,8 @@ class Parts:
 
     ``api`` is mounted below ``/api``, ``root`` below ``/``, where ``pages`` are open to everybody.
     ``bodies`` says by content type how the body of an append is taken. What is in ``on_start`` is
-    called once the service listens, what is in ``on_stop`` as soon as it is told to stop.
+    called once the service listens, what is in ``on_stop`` as soon as it is told to stop. ``headers``
+    are those that answers have below a path, unless they say themselves how they may be cached.
     """
 
     def __init__(self, buffer: ChunkBuffer) -> None:
@@ -3584,9 +3676,13 @@ class Parts:
         self.root: list[Any] = [ready]
         self.pages: list[Any] = [live]
         self.bodies: dict[str, Callable[[Body], Awaitable[tuple[Appended, bool]]]] = {"application/json": append_json}
+        self.headers: dict[str, dict[str, str]] = {"/api": API_HEADERS}
         self.guards: list[Guard] = []
-        self.middleware: list[DefineMiddleware] = [DefineMiddleware(Gate, settings=buffer.settings)]
+        self.middleware: list[DefineMiddleware] = [
+            DefineMiddleware(Gate, settings=buffer.settings, headers=self.headers)
+        ]
         self.openapi_pages: list[OpenAPIRenderPlugin] = []
+        self.protocol: type[asyncio.Protocol] | Literal["httptools"] = "httptools"
         self.on_start: list[Callable[[], None]] = []
         self.on_stop: list[Callable[[], None]] = []
         for extra in found_extras():
@@ -3665,7 +3761,18 @@ def answer_http_error(request: Request[Any, Any, Any], error: HTTPException) -> 
     return answer_problem(request, problem)
 
 
-ERROR_ANSWERS: ExceptionHandlersMap = {ProblemDetailsException: answer_problem, HTTPException: answer_http_error}
+def answer_unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
+    """What nobody has thought of: it is in the log, whole, and its answer says nothing of it."""
+    log.error("unexpected: %s", error, exc_info=error)
+    return answer_problem(request, Problem("Something went wrong here; the log of the service says what."))
+
+
+ERROR_ANSWERS: ExceptionHandlersMap = {
+    ProblemDetailsException: answer_problem,
+    HTTPException: answer_http_error,
+    Exception: answer_unexpected,
+}
+API_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
 class Gate:
@@ -3676,8 +3783,12 @@ class Gate:
     has to be a loopback name, and a foreign ``Origin`` has to be among ``cors_origins``.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, headers: Mapping[str, Mapping[str, str]]) -> None:
         self._app = app
+        self._headers = [
+            (path, [(name.lower().encode(), value.encode()) for name, value in of_path.items()])
+            for path, of_path in headers.items()
+        ]
         self._any_host = bool(settings.secret or settings.uds) or not is_loopback(settings.host)
         self._origins = frozenset(settings.cors_origins)
 
@@ -3690,6 +3801,9 @@ class Gate:
                 raise refusal
             if "\ufffd" in scope["path"] and not is_utf8(unquote_to_bytes(scope.get("raw_path", b""))):
                 raise BadRequest("The path is not valid UTF-8; percent-encode ids as UTF-8.")
+            for path, headers in self._headers:
+                if scope["path"].startswith(path):
+                    send = with_headers(send, headers)
         await self._app(scope, receive, send)
 
     def _refusal(self, hosts: Sequence[str], origins: Sequence[str]) -> Forbidden | None:
@@ -3698,6 +3812,17 @@ class Gate:
         if all(origin in self._origins or origin.partition("://")[2] == hosts[0] for origin in origins):
             return None
         return Forbidden(f"Pages of the origin {origins!r:.80} may not connect; name it in cors_origins.")
+
+
+def with_headers(send: Send, headers: Sequence[tuple[bytes, bytes]]) -> Send:
+    async def send_with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            said = list(message["headers"])
+            if all(name.lower() != b"cache-control" for name, _ in said):
+                message["headers"] = [*said, *headers]
+        await send(message)
+
+    return send_with_headers
 
 
 def is_utf8(data: bytes) -> bool:
@@ -3806,12 +3931,14 @@ async def serve(settings: Settings) -> None:
         config = uvicorn.Config(
             app_of(parts),
             uds=settings.uds or None,
+            http=parts.protocol,
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
             proxy_headers=False,
             ws_max_size=settings.max_body,
+            ws_per_message_deflate=False,  # which lets a few bytes become very many
         )
         gc.freeze()  # what is there by now stays: the collector need not walk it, neither now nor at the end
         await Server(config, parts).serve(listening(settings))

@@ -15,6 +15,7 @@ from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
 from resume_stream import (
     SCOPES,
+    SMALL_BODY,
     THREAD,
     WRITE,
     BadRequest,
@@ -96,7 +97,7 @@ async def authorize(secret: str, connection: ASGIConnection[Any, Any, Any, Any],
     An EventSource and a browser's WebSocket cannot send headers, so for what only reads, and for
     a WebSocket, the token may be in the query too. Raises Unauthorized or Forbidden.
     """
-    scopes = handler.opt["scopes"]
+    scopes = handler.opt.get("scopes")  # none for what is open to all, and for Litestar's own answers to OPTIONS
     if scopes is None:
         return
     try:
@@ -143,7 +144,7 @@ class Token(Record, frozen=True):
 )
 async def mint_token(request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId) -> Token:
     """For this thread alone, and no wider than one's own; for up to a day."""
-    body = await whole_body(request, buffer.settings.max_body)
+    body = await whole_body(request, buffer, SMALL_BODY)
     wanted = decode_body(body, TokenBody) if body else TokenBody()
     own = granted(request)
     if not buffer.settings.secret:

@@ -62,27 +62,31 @@ async def append_pieces(body: Body, decoder: Lines | Text) -> tuple[Appended, bo
     request, buffer, append = body
     change: Change | None = None
     changed = False
-    async with (
-        buffer.while_active(append.thread_id, append.message_id, granted(request).expires) as lift,
-        aclosing(body_pieces(request)) as pieces,
-    ):
-        async for piece, is_last in pieces:
-            chunks, problem = decoder.feed(piece, is_last)
-            sizes, refusal = checked_sizes(chunks, buffer.settings.max_chunk)
-            if refusal is not None:
-                refusal.detail = f"{decoder.where(len(sizes))} is refused: {refusal.detail}"
-                chunks, problem = chunks[: len(sizes)], refusal
-            ends = body.append.complete and is_last and problem is None
-            if chunks or (is_last and problem is None and (ends or change is None)):
-                if ends:
-                    lift()
-                await buffer.room()
-                change = await buffer.append(msgspec.structs.replace(append, chunks=chunks, sizes=sizes, complete=ends))
-                changed = changed or change.changed
-                index = None if append.index is None else append.index + len(chunks)
-                append = msgspec.structs.replace(append, index=index, generation=change.state.generation)
-            if problem is not None:
-                raise problem
+    with buffer.holding() as hold:
+        async with (
+            buffer.while_active(append.thread_id, append.message_id, granted(request).expires) as lift,
+            aclosing(body_pieces(request)) as pieces,
+        ):
+            async for piece, is_last in pieces:
+                chunks, problem = decoder.feed(piece, is_last)
+                hold(decoder.kept)
+                sizes, refusal = checked_sizes(chunks, buffer.settings.max_chunk)
+                if refusal is not None:
+                    refusal.detail = f"{decoder.where(len(sizes))} is refused: {refusal.detail}"
+                    chunks, problem = chunks[: len(sizes)], refusal
+                ends = body.append.complete and is_last and problem is None
+                if chunks or (is_last and problem is None and (ends or change is None)):
+                    if ends:
+                        lift()
+                    await buffer.room()
+                    change = await buffer.append(
+                        msgspec.structs.replace(append, chunks=chunks, sizes=sizes, complete=ends)
+                    )
+                    changed = changed or change.changed
+                    index = None if append.index is None else append.index + len(chunks)
+                    append = msgspec.structs.replace(append, index=index, generation=change.state.generation)
+                if problem is not None:
+                    raise problem
     return cast(Change, change).answer, changed
 
 
@@ -112,6 +116,11 @@ class Lines:
                 " in parts."
             )
         return chunks, problem
+
+    @property
+    def kept(self) -> int:
+        """Bytes of a line that is not whole yet."""
+        return len(self._rest)
 
     def where(self, number: int) -> str:
         """The line of a chunk, by its number (from 0) among those that are whole now."""
@@ -156,6 +165,11 @@ class Text:
         text = text[len(known) :]
         step = self._max_characters
         return [Chunk(text[start : start + step]) for start in range(0, len(text), step)], None
+
+    @property
+    def kept(self) -> int:
+        """Bytes of the text that is still to be compared, at the least."""
+        return len(self._known) - self._compared
 
     def where(self, number: int) -> str:
         return "The text"
