@@ -131,6 +131,7 @@ FOR_EXTRAS = [
     "Parts",
     "Place",
     "READ",
+    "Reader",
     "Record",
     "SCOPES",
     "SMALL_BODY",
@@ -682,6 +683,10 @@ class StartupError(Exception):
     """Why the service cannot start, in one line."""
 
 
+class BrokenOff(Exception):
+    """The body is to be broken off, as its end would be taken for a complete answer (RFC 9112, 8)."""
+
+
 def no_thread(thread_id: str) -> NotFound:
     return NotFound(f"There is no thread {thread_id!r}; it was never made, or was cleared or expired.", exists=False)
 
@@ -853,7 +858,7 @@ class Store(Protocol):
         """The text of the message's chunks from number ``index`` on, and the number after them."""
 
     async def status(self, thread_id: str, limit: int, after: int) -> ThreadStatus:
-        """With up to ``limit`` of its messages, those behind the one where a page before ended. Raises NotFound."""
+        """With up to ``limit`` of its messages, those after the first ``after``. Raises NotFound."""
 
     async def threads(
         self, status: Status | None, limit: int, before: int | None, covered: Sequence[str] | None
@@ -1076,30 +1081,41 @@ class Snapshot:
     def status(self, thread_id: str, limit: int, after: int) -> ThreadStatus:
         summary, found = self.summary(thread_id), self.find(thread_id)
         rows = self._connection.execute(
-            "select message, message_id, status, reason, chunk_count, first_seq, last_seq, created_at, updated_at"
-            " from messages where thread = ? and message > ? order by message limit ?",
-            (found.thread, after, limit + 1),
+            "select message_id, status, reason, chunk_count, first_seq, last_seq, created_at, updated_at"
+            " from messages where thread = ? order by message limit ? offset ?",
+            (found.thread, limit + 1, after),
         ).fetchall()
         return ThreadStatus(
             **msgspec.structs.asdict(summary),
             cursor=found.cursor,
-            messages=[MessageStatus(*row[1:]) for row in rows[:limit]],
-            messages_cursor=str(rows[limit - 1][0]) if len(rows) > limit else None,
+            messages=[MessageStatus(*row) for row in rows[:limit]],
+            messages_cursor=str(after + limit) if len(rows) > limit else None,
         )
 
     def threads(
         self, status: Status | None, limit: int, before: int | None, covered: Sequence[str] | None
     ) -> ThreadPage:
-        found: list[tuple[int, ThreadSummary]] = []
-        for thread in self._candidates(status, sys.maxsize if before is None else before, covered):
+        found: list[ThreadSummary] = []
+        for thread in self._candidates(status, self._first_since(before), covered):
             summary = self._summary(thread)
             if summary and status in (None, summary.status):
-                found.append((thread, summary))
+                found.append(summary)
             if len(found) > limit:
-                break
-        return ThreadPage(
-            [summary for _, summary in found[:limit]], str(found[limit - 1][0]) if len(found) > limit else None
-        )
+                # By its generation, which is a time: a number would tell how many threads were ever made.
+                last = self.find(found[limit - 1].thread_id)
+                return ThreadPage(found[:limit], str(last.generation))
+        return ThreadPage(found, None)
+
+    def _first_since(self, generation: int | None) -> int:
+        """The lowest number of the threads of this generation or a later one, as both only grow."""
+        low, high = 0, self._connection.execute("select coalesce(max(thread), 0) + 1 from threads").fetchone()[0]
+        while generation is not None and low < high:
+            middle = (low + high) // 2
+            thread, found = self._connection.execute(
+                "select thread, generation from threads where thread >= ? order by thread limit 1", (middle,)
+            ).fetchone() or (high, generation)
+            low, high = (low, middle) if found >= generation else (thread + 1, high)
+        return cast(int, high)
 
     def _candidates(self, status: Status | None, before: int, covered: Sequence[str] | None) -> Iterator[int]:
         """The numbers of threads that may be of a status and are covered, the newest first."""
@@ -2142,6 +2158,7 @@ CLOCK_STEP_MS = 2_000  # more than a clock drifts between two looks
 RETRY_PAUSE, RETRY_PAUSE_MOST = 0.05, 1.0  # seconds between two tries of what the store refuses for now
 AHEAD = 32  # pieces that a source may be ahead of what is committed of it
 CUT = 0.0  # the moment, by the loop's clock, to which an upload is cut short
+LONG_TEXT = 1024**2  # bytes, past which a text is read in pieces
 LIVE_BYTES = 256 * 1024  # of a thread's newest pages, kept while somebody follows it
 ALL_LIVE_BYTES = 32 * 1024**2  # of all threads
 HELD_BYTES = 64 * 1024**2  # of bodies that are still coming in
@@ -2705,6 +2722,43 @@ class ChunkBuffer:
         check_ids(thread_id, message_id)
         return await self._store.content(thread_id, message_id)
 
+    async def get_long_content(
+        self, thread_id: str, message_id: str | None = None
+    ) -> tuple[AccumulatedContent, AsyncGenerator[str, None]] | None:
+        """The same where the text is over 1 MiB: without it, and it in pieces; None where it is not.
+
+        Raises NotFound, BadRequest. The generator raises BrokenOff where the thread is cleared meanwhile.
+        """
+        check_ids(thread_id, message_id)
+        whole = await self._store.status(thread_id, 1, 0)
+        size, status = whole.size, whole.status
+        if message_id is not None:
+            found = await self._store.find(thread_id, message_id)
+            if found.status is None:
+                raise no_message(thread_id, message_id)
+            size, status = found.size, found.status
+        if size <= LONG_TEXT:
+            return None
+        pieces = self._content_pieces(thread_id, message_id, Cursor.parse(whole.cursor))
+        return AccumulatedContent("", whole.cursor, status), pieces
+
+    async def _content_pieces(self, thread_id: str, message_id: str | None, up_to: Cursor) -> AsyncGenerator[str, None]:
+        messages: list[str] = [] if message_id is None else [message_id]
+        places: int | None = 0 if message_id is None else None
+        while messages or places is not None:
+            if not messages:
+                status = await self._store.status(thread_id, MESSAGES, cast(int, places))
+                messages = [message.message_id for message in status.messages]
+                places = list_place(status.messages_cursor)
+                continue
+            name, seq = messages.pop(0), 0
+            while seq < up_to.seq:
+                found, page = await self._store.page(thread_id, name, seq, PAGE_ROWS)
+                if found.generation != up_to.generation:
+                    raise BrokenOff
+                seq = page.last_seq
+                yield "".join(e.content for e in page.entries if isinstance(e, StoredChunk) and e.seq <= up_to.seq)
+
     async def get_thread_status(self, thread_id: str, limit: int = MESSAGES, cursor: str | None = None) -> ThreadStatus:
         """A thread with up to ``limit`` (1 to 1,000) of its messages, those after ``cursor``.
 
@@ -2798,20 +2852,18 @@ class ChunkBuffer:
         self.listener.resumed(kind, place)
         return place
 
-    def follow(
+    def seat(
         self,
-        place: Place,
         *,
         idle_timeout: float | None = None,
         heartbeat: float | None = None,
-        poll_interval: float | None = None,
         expires: float = math.inf,
         limited: bool = True,
-    ) -> AsyncGenerator[Page | Signal, None]:
-        """What comes after a place, as it is committed. Times are as for a Reader.
+    ) -> Reader:
+        """A place among those who follow, taken before any work is done for them. Times are as for a Reader.
 
-        No transaction is open while the consumer has a page. Raises Unavailable if there are
-        ``max_readers`` already, unless it is not ``limited``.
+        It is free again once the reader is gone. Raises Unavailable if there are ``max_readers``
+        already, unless it is not ``limited``.
         """
         if self.stopping:
             raise Stopping
@@ -2819,7 +2871,16 @@ class ChunkBuffer:
             raise Unavailable(f"There are {self.readers} readers, as many as max_readers allows; try again later.")
         reader = Reader(self.settings, idle_timeout, heartbeat, expires)
         self._readers.add(reader)
-        return self._read(reader, place, poll_interval)
+        return reader
+
+    def follow(
+        self, place: Place, reader: Reader | None = None, *, poll_interval: float | None = None, **times: Any
+    ) -> AsyncGenerator[Page | Signal, None]:
+        """What comes after a place, as it is committed, for one who has a seat, or else gets one as with ``seat``.
+
+        No transaction is open while the consumer has a page.
+        """
+        return self._read(reader or self.seat(**times), place, poll_interval)
 
     async def _read(
         self, reader: Reader, place: Place, poll_interval: float | None
@@ -3136,10 +3197,6 @@ SERVER_SENT = ServerSentEvents()
 RAW = RawEvents()
 
 
-class BrokenOff(Exception):
-    """The body is to be broken off, as its end would be taken for a complete answer (RFC 9112, 8)."""
-
-
 async def sent(
     items: AsyncGenerator[Page | Signal, None], form: Format, listener: Listener
 ) -> AsyncGenerator[bytes, None]:
@@ -3354,18 +3411,18 @@ async def append_json(body: Body) -> tuple[Appended, bool]:
     return change.answer, change.changed
 
 
-class EventStream(Response[Any]):
-    """Server-sent events, of which the body is broken off where their iterator raises BrokenOff."""
+class Streamed(Response[Any]):
+    """A body in pieces, which is broken off where their iterator raises BrokenOff."""
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, pieces: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
         super().__init__(None)
-        self._events = events
+        self._pieces, self._all_headers = pieces, headers
 
     def to_asgi_response(self, *args: Any, **kwargs: Any) -> ASGIResponse:
-        return StreamedEvents(iterator=self._events, headers=SSE_HEADERS, status_code=200)
+        return StreamedBody(iterator=self._pieces, headers=self._all_headers, status_code=200)
 
 
-class StreamedEvents(ASGIStreamingResponse):
+class StreamedBody(ASGIStreamingResponse):
     async def send_body(self, send: Send, receive: Receive) -> None:
         try:
             await super().send_body(send, receive)
@@ -3377,7 +3434,7 @@ def event_stream(buffer: ChunkBuffer, place: Place, form: Format = SERVER_SENT, 
     """204 where nothing more will come, which tells an EventSource to stop reconnecting (HTML, 9.2.3)."""
     if place.finished:
         return Response(None, status_code=204)
-    return EventStream(sent(buffer.follow(place, **options), form, buffer.listener))
+    return Streamed(sent(buffer.follow(place, **options), form, buffer.listener), SSE_HEADERS)
 
 
 Buffer = NamedDependency[ChunkBuffer]
@@ -3589,10 +3646,27 @@ async def get_chunks(
 async def get_accumulated_content(
     request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId, message_id: FromQuery[str | None] = None
 ) -> Response[Any]:
+    is_text = request.accept.best_match(["application/json", "text/plain"]) == "text/plain"
+    headers = {"Vary": "Accept"}
+    if long := await buffer.get_long_content(thread_id, message_id):
+        kind = "text/plain; charset=utf-8" if is_text else "application/json"
+        return Streamed(content_in_pieces(*long, is_text), {**API_HEADERS, **headers, "Content-Type": kind})
     content = await buffer.get_accumulated_content(thread_id, message_id)
-    if request.accept.best_match(["application/json", "text/plain"]) == "text/plain":
-        return Response(content.content, media_type=MediaType.TEXT)
-    return Response(content)
+    if is_text:
+        return Response(content.content, media_type=MediaType.TEXT, headers=headers)
+    return Response(content, headers=headers)
+
+
+async def content_in_pieces(
+    content: AccumulatedContent, pieces: AsyncGenerator[str, None], is_text: bool
+) -> AsyncGenerator[bytes, None]:
+    """The text, or an AccumulatedContent with it, which is never whole in memory."""
+    before, after = encode_json(content).split(b'""', 1)
+    yield b"" if is_text else before + b'"'
+    async with aclosing(pieces):
+        async for piece in pieces:
+            yield piece.encode() if is_text else encode_json(piece)[1:-1]
+    yield b"" if is_text else b'"' + after
 
 
 @get(THREAD, summary="A thread and its messages", scopes=READ, token_in_query=True)

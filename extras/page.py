@@ -24,10 +24,18 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
+SWAGGER_HEADERS = {
+    **PAGE_HEADERS,
+    # Its page has a script and styles inside, and its pictures too.
+    "Content-Security-Policy": "default-src 'self'; script-src 'self' 'unsafe-inline';"
+    " style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'",
+}
+
 
 def mount(parts: Parts) -> None:
     files = create_static_files_router("/static", [STATIC], after_request=with_page_headers)
     parts.pages += [page, files, swagger_file]
+    parts.headers["/schema"] = SWAGGER_HEADERS
     parts.openapi_pages.append(
         SwaggerRenderPlugin(
             path="/swagger",

@@ -6,12 +6,12 @@ Browsers allow six connections to a host over HTTP/1.1, and a stream takes one o
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import logging
+import re
+from collections import Counter as Multiset
 from collections.abc import Awaitable
 from contextlib import aclosing
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import msgspec
 from litestar import WebSocket, websocket
@@ -31,12 +31,14 @@ from resume_stream import (
     Chunk,
     ChunkBuffer,
     Conflict,
+    Grant,
     InvalidContent,
     MessageEnd,
     NotFound,
     Page,
     Parts,
     Problem,
+    Reader,
     Record,
     Signal,
     Unavailable,
@@ -50,6 +52,9 @@ from resume_stream import (
 log = logging.getLogger("resume_stream")
 
 UNREAD_ANSWERS = 32  # of appends on one WebSocket, past which it is not read on
+MOST_SUBSCRIPTIONS = 250  # of one connection
+MOST_FOR_A_TOKEN = 2_500  # of all connections with one token
+MOST_LOOKED_THROUGH = 4096  # characters of a frame that is wrong, for its id
 
 
 def mount(parts: Parts) -> None:
@@ -113,6 +118,8 @@ SOCKET_FRAMES = SocketFrames()
 class Conversation:
     """One WebSocket: many subscriptions, each a reader of its own, and appends in their order."""
 
+    of_tokens: ClassVar[Multiset[Grant]] = Multiset()  # subscriptions, by what their tokens allow
+
     def __init__(self, socket: WebSocket[Any, Any, Any], buffer: ChunkBuffer) -> None:
         self._socket = socket
         self._buffer = buffer
@@ -161,7 +168,16 @@ class Conversation:
             raise Conflict(f"The id {frame.id!r} has a subscription already; unsubscribe it, or use another id.")
         if frame.known_content is not None and (frame.message_id is None or frame.after is not None):
             raise BadRequest("known_content goes with a message_id, and not with after.")
-        self._subscriptions[frame.id] = asyncio.create_task(self._follow(frame))
+        if len(self._subscriptions) >= MOST_SUBSCRIPTIONS:
+            raise Unavailable(f"This connection has {MOST_SUBSCRIPTIONS} subscriptions; end one, or open another.")
+        if self._grant.threads is not None and self.of_tokens[self._grant] >= MOST_FOR_A_TOKEN:
+            raise Unavailable(f"There are {MOST_FOR_A_TOKEN} subscriptions with this token; end one, or get another.")
+        reader = self._buffer.seat(
+            heartbeat=0,  # WebSocket has pings
+            idle_timeout=seconds("idle_timeout", frame.idle_timeout),
+            expires=self._grant.expires,
+        )
+        self._subscriptions[frame.id] = asyncio.create_task(self._follow(frame, reader))
 
     async def _unsubscribe(self, frame: Unsubscribe) -> None:
         if (task := self._subscriptions.pop(frame.id, None)) is None:
@@ -187,28 +203,27 @@ class Conversation:
         except Problem as problem:
             await self._send("error", identity, problem_document(problem))
 
-    async def _follow(self, frame: Subscribe) -> None:
+    async def _follow(self, frame: Subscribe, reader: Reader) -> None:
+        self.of_tokens[self._grant] += 1
         try:
-            await self._deliver(frame)
+            await self._deliver(frame, reader)
         except Problem as problem:
             await self._send_text(b'{"id":%s,' % encode_json(frame.id) + SOCKET_FRAMES.signal(Signal.ERROR, problem))
+        finally:
+            self.of_tokens[self._grant] -= 1
+            if not self.of_tokens[self._grant]:
+                del self.of_tokens[self._grant]
         del self._subscriptions[frame.id]
         if not self._buffer.stopping:  # then the client is to come back, and go on
             await self._send("unsubscribed", frame.id)
 
-    async def _deliver(self, frame: Subscribe) -> None:
+    async def _deliver(self, frame: Subscribe, reader: Reader) -> None:
         place = await self._buffer.locate(
             frame.thread_id, frame.message_id, after=frame.after, known_content=frame.known_content, follow=frame.follow
         )
         if place.finished:
             return
-        items = self._buffer.follow(
-            place,
-            heartbeat=0,  # WebSocket has pings
-            idle_timeout=seconds("idle_timeout", frame.idle_timeout),
-            poll_interval=seconds("poll_interval", frame.poll_interval),
-            expires=self._grant.expires,
-        )
+        items = self._buffer.follow(place, reader, poll_interval=seconds("poll_interval", frame.poll_interval))
         start = b'{"id":%s,' % encode_json(frame.id)
         async with aclosing(items):
             async for item in items:
@@ -234,13 +249,19 @@ class Conversation:
                 self._closed = True
 
 
+IDENTITY = re.compile(r'"id"\s*:\s*("(?:[^"\\\\]|\\\\.){0,200}"|-?\d{1,18})')
+
+
 def identity_of(text: str | bytes) -> str | int | None:
-    """The id of a frame, if it has one, however wrong the rest is."""
-    with contextlib.suppress(ValueError, RecursionError):  # of the standard library, as it takes lone surrogates
-        frame = json.loads(text)
-        if isinstance(frame, dict) and isinstance(identity := frame.get("id"), (str, int)):
-            return identity.encode(errors="replace").decode() if isinstance(identity, str) else identity
-    return None
+    """The id of a frame, where it can be seen however wrong the rest is, without reading all of that again."""
+    start = text[:MOST_LOOKED_THROUGH]
+    found = IDENTITY.search(start if isinstance(start, str) else start.decode(errors="replace"))
+    if found is None:
+        return None
+    try:
+        return msgspec.json.decode(found[1].encode(errors="replace"), type=str | int)
+    except UNDECODABLE:
+        return None
 
 
 def decode_frame(text: str | bytes) -> Frame:

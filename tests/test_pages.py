@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -339,3 +340,23 @@ def test_a_listed_thread_has_what_a_list_shows(listed: httpx.Client) -> None:
 )
 def test_a_bad_request_for_a_list_is_refused(client: httpx.Client, query: dict[str, Any]) -> None:
     assert problem(client.get("/threads", params=query))[0] == 400
+
+
+# A long text
+
+
+@pytest.mark.parametrize("of", [{}, {"message_id": "m"}])
+def test_a_long_text_comes_in_pieces_and_is_the_same(client: httpx.Client, thread: str, of: dict[str, str]) -> None:
+    texts = [('é"\n\u2028' + str(number)) * 20_000 for number in range(12)]
+    for number, text in enumerate(texts):
+        append(client, thread, "m" if number % 4 else "n", text).raise_for_status()
+    wanted = "".join([text for number, text in enumerate(texts) if number % 4 == 0] if not of else [])
+    wanted += "".join(text for number, text in enumerate(texts) if number % 4)
+    with client.stream("GET", f"/threads/{thread}/content", params=of) as answer:
+        assert answer.headers["content-type"] == "application/json"
+        assert "content-length" not in answer.headers
+        document = json.loads(answer.read())
+    assert document["content"] == wanted
+    assert (document["cursor"].partition("-")[2], document["status"]) == ("12", "active")
+    plain = client.get(f"/threads/{thread}/content", params=of, headers={"Accept": "text/plain"})
+    assert (plain.text, plain.headers["vary"]) == (wanted, "Accept")
