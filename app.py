@@ -2161,7 +2161,7 @@ CUT = 0.0  # the moment, by the loop's clock, to which an upload is cut short
 LONG_TEXT = 1024**2  # bytes, past which a text is read in pieces
 LIVE_BYTES = 256 * 1024  # of a thread's newest pages, kept while somebody follows it
 ALL_LIVE_BYTES = 32 * 1024**2  # of all threads
-HELD_BYTES = 64 * 1024**2  # of bodies that are still coming in
+HELD_BYTES = 32 * 1024**2  # of bodies that are still coming in
 MIN_CLEANUP_INTERVAL = 0.01  # seconds
 
 
@@ -2469,7 +2469,7 @@ class ChunkBuffer:
     def holding(self) -> Iterator[Callable[[int], None]]:
         """Yields a function to call with the bytes that one holds of what is still coming in.
 
-        It raises Unavailable where all together would hold over 64 MiB.
+        It raises Unavailable where all together would hold over 32 MiB.
         """
         held = 0
 
@@ -3228,7 +3228,7 @@ async def sent(
 CHUNKS = msgspec.json.Decoder(Chunk | list[Chunk])
 
 
-def chunks_from_json(body: bytes) -> list[Chunk]:
+def chunks_from_json(body: bytes | bytearray) -> list[Chunk]:
     """A chunk, or an array of chunks. Raises InvalidContent and TooLarge."""
     if body.count(b'"content"') > 2 * MAX_CHUNKS:  # a name, or perhaps a value: seen without decoding any
         raise too_many_chunks()
@@ -3239,7 +3239,7 @@ def chunks_from_json(body: bytes) -> list[Chunk]:
     return chunks if isinstance(chunks, list) else [chunks]
 
 
-def invalid_json(text: bytes, error: Exception, where: str = "The body") -> InvalidContent:
+def invalid_json(text: bytes | bytearray, error: Exception, where: str = "The body") -> InvalidContent:
     if not isinstance(error, msgspec.ValidationError) and re.search(rb"\\u[dD][89a-fA-F]", text):
         return InvalidContent(
             f"{where} has a lone surrogate, which is not valid Unicode; send both halves of the pair in one chunk."
@@ -3325,7 +3325,7 @@ def seconds(name: str, value: str | float | None) -> float | None:
     return parsed
 
 
-def decode_body(body: bytes, kind: type[T]) -> T:
+def decode_body(body: bytes | bytearray, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=kind)
     except UNDECODABLE as error:
@@ -3353,7 +3353,7 @@ def answered_early() -> Iterator[None]:
         raise
 
 
-async def whole_body(request: Request[Any, Any, Any], buffer: ChunkBuffer, most: int | None = None) -> bytes:
+async def whole_body(request: Request[Any, Any, Any], buffer: ChunkBuffer, most: int | None = None) -> bytearray:
     """Up to ``max_body``, or ``most``, bytes, in up to 30 s. Raises TooLarge, TooSlow and Unavailable."""
     limit = buffer.settings.max_body if most is None else min(most, buffer.settings.max_body)
     body = bytearray()
@@ -3367,7 +3367,7 @@ async def whole_body(request: Request[Any, Any, Any], buffer: ChunkBuffer, most:
                         raise TooLarge(f"The body has over {limit} bytes; send it in parts, or stream it as NDJSON.")
         except TimeoutError as error:
             raise TooSlow(f"The body did not come within {BODY_TIMEOUT} s; stream it as NDJSON.") from error
-    return bytes(body)
+    return body
 
 
 async def while_connected(request: Request[Any, Any, Any], reading: Coroutine[Any, Any, T]) -> T:

@@ -1,4 +1,4 @@
-"""One client asks for what takes long or is much, and what the others see of it meanwhile.
+"""One client asks for what takes long or is much, or takes without asking; what the others see of it meanwhile.
 
 A witness appends, follows what it appends, and asks whether the service lives. No attack may hold its
 appends, fill the memory, or keep the service from ending; and nothing acknowledged is lost.
@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import resource
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from conftest import Service
+from websockets.asyncio.client import connect
 
-from .base import Link, Verdict, append, call, eventually, message_path, piece, thread_path
+from .base import BROKEN_LINK, Link, Verdict, append, call, eventually, message_path, piece, thread_path
 
 MIB = 1024**2
 MOST_HELD = 0.25  # seconds that an append may be held by somebody else's work
@@ -36,6 +38,7 @@ class Witness:
         self.appends: list[float] = []
         self.lives: list[float] = []
         self.pieces: list[str] = []
+        self.acknowledged = 0  # of these
         self.seen = ""
         self.memory = 0
 
@@ -48,7 +51,7 @@ class Witness:
         self.memory = 0
         try:
             yield
-            await eventually(lambda: self.seen.count("~") >= len(self.pieces), "the follower has all")
+            await eventually(lambda: self.seen.count("~") >= self.acknowledged, "the follower has all")
         finally:
             for task in tasks:
                 task.cancel()
@@ -58,13 +61,14 @@ class Witness:
         async with Link.to(self.service.port) as link:
             while True:
                 text = piece(len(self.pieces), 20)
+                self.pieces.append(text)
                 began = time.perf_counter()
                 body = json.dumps({"content": text}).encode()
                 answer = await link.ask("POST", message_path("witness", "m"), body, JSON)
                 if answer.status != 201:
                     raise RuntimeError(f"an append of the witness was answered {answer.status}: {answer.body!r}")
                 self.appends.append(time.perf_counter() - began)
-                self.pieces.append(text)
+                self.acknowledged = len(self.pieces)
                 await asyncio.sleep(0.002)
 
     async def _follow(self) -> None:
@@ -169,7 +173,90 @@ async def clear_what_is_large(port: int, mebibytes: int) -> str:
     return f"{mebibytes} MiB"
 
 
+async def headers_without_end(port: int, mebibytes: int) -> str:
+    """Forty connections that send headers and more headers."""
+
+    async def send() -> int:
+        async with Link.to(port) as link:
+            link.writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n")
+            with contextlib.suppress(OSError):
+                for _ in range(10 * mebibytes):
+                    link.writer.write(b"X-Junk: " + b"x" * 100_000 + b"\r\n")
+                    await link.writer.drain()
+            with contextlib.suppress(*BROKEN_LINK):
+                return await link.read_head()
+            return 0
+
+    statuses = await asyncio.gather(*(send() for _ in range(40)))
+    return f"{sum(status in (0, 431) for status in statuses)} of 40 refused"
+
+
+async def sockets_that_say_nothing(port: int, mebibytes: int) -> str:
+    """As many as this process may open, up to 5,000."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    count = min(5_000, soft - 200)
+    async with contextlib.AsyncExitStack() as links:
+        for _ in range(count):
+            await links.enter_async_context(Link.to(port))
+        await asyncio.sleep(1)  # in which they are there
+    return f"{count} sockets"
+
+
+async def bodies_without_end(port: int, mebibytes: int) -> str:
+    """Forty bodies of nearly 10 MiB, and forty unfinished lines, all at the same time."""
+
+    async def send(path: str, kind: dict[str, str], text: bytes) -> None:
+        async with Link.to(port) as link:
+            link.send_head("POST", path, {**kind, "Content-Length": str(10 * MIB)})
+            with contextlib.suppress(OSError):
+                for _ in range(9 * 16):
+                    link.writer.write(text * 64 * 1024)
+                    await link.writer.drain()
+            await asyncio.sleep(1)  # in which they are held
+
+    bodies = [send(message_path("bodies", f"m{n}"), JSON, b" ") for n in range(40)]
+    lines = [send(message_path("lines", f"m{n}"), NDJSON, b"x") for n in range(40)]
+    aborts = [send(message_path("lines", f"m{n}", "abort"), JSON, b" ") for n in range(40)]
+    await asyncio.gather(*bodies, *lines, *aborts)
+    return "120 bodies"
+
+
+async def readers_that_never_read(port: int, mebibytes: int) -> str:
+    """A hundred of them, of a thread to which much is appended."""
+    async with contextlib.AsyncExitStack() as links:
+        for _ in range(100):
+            link = await links.enter_async_context(Link.to(port))
+            link.send_head("GET", thread_path("deaf", "/stream?follow=true"))
+            await link.read_head()
+            link.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await fill(port, "deaf", min(mebibytes, 40))
+    return "100 readers"
+
+
+async def junk_on_a_websocket(port: int, mebibytes: int) -> str:
+    """Frames that are none, of nearly 10 MiB, and as many subscriptions as it takes."""
+    async with connect(f"ws://127.0.0.1:{port}/api/ws", max_size=None) as socket:
+        for _ in range(10):
+            await socket.send("[" * (9 * MIB))
+            await socket.recv()
+        for number in range(1_000):
+            await socket.send(
+                json.dumps({"type": "subscribe", "id": number, "thread_id": f"t{number}", "follow": True})
+            )
+        refused = 0
+        with contextlib.suppress(TimeoutError):
+            while True:
+                async with asyncio.timeout(1):
+                    refused += json.loads(await socket.recv())["type"] == "error"
+    return f"{refused} of 1,000 subscriptions refused"
+
+
 ATTACKS: list[Attack] = [
+    headers_without_end,
+    sockets_that_say_nothing,
+    bodies_without_end,
+    readers_that_never_read,
+    junk_on_a_websocket,
     known_text_and_hang_up,
     chunks_without_text,
     text_again_in_small_pieces,
@@ -202,7 +289,7 @@ async def survive_heavy_work(
                 if service.process is not None:
                     service.kill()
             held, lived = max(witness.appends), max(witness.lives, default=0.0)
-            verdict.compare(name, witness.seen, witness.pieces, len(witness.pieces))
+            verdict.compare(name, witness.seen, witness.pieces, witness.acknowledged)
             verdict.expect(code == 0, f"{name}: it ended with {code}")
             verdict.expect(held < MOST_HELD or not timed, f"{name}: an append was held for {held * 1000:.0f} ms")
             verdict.expect(witness.memory < MOST_MEMORY, f"{name}: it took {witness.memory / MIB:.0f} MiB")
