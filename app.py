@@ -131,7 +131,6 @@ FOR_EXTRAS = [
     "Parts",
     "Place",
     "READ",
-    "Reader",
     "Record",
     "SCOPES",
     "SMALL_BODY",

@@ -38,7 +38,6 @@ from resume_stream import (
     Page,
     Parts,
     Problem,
-    Reader,
     Record,
     Signal,
     Unavailable,
@@ -172,12 +171,7 @@ class Conversation:
             raise Unavailable(f"This connection has {MOST_SUBSCRIPTIONS} subscriptions; end one, or open another.")
         if self._grant.threads is not None and self.of_tokens[self._grant] >= MOST_FOR_A_TOKEN:
             raise Unavailable(f"There are {MOST_FOR_A_TOKEN} subscriptions with this token; end one, or get another.")
-        reader = self._buffer.seat(
-            heartbeat=0,  # WebSocket has pings
-            idle_timeout=seconds("idle_timeout", frame.idle_timeout),
-            expires=self._grant.expires,
-        )
-        self._subscriptions[frame.id] = asyncio.create_task(self._follow(frame, reader))
+        self._subscriptions[frame.id] = asyncio.create_task(self._follow(frame))
 
     async def _unsubscribe(self, frame: Unsubscribe) -> None:
         if (task := self._subscriptions.pop(frame.id, None)) is None:
@@ -203,10 +197,10 @@ class Conversation:
         except Problem as problem:
             await self._send("error", identity, problem_document(problem))
 
-    async def _follow(self, frame: Subscribe, reader: Reader) -> None:
+    async def _follow(self, frame: Subscribe) -> None:
         self.of_tokens[self._grant] += 1
         try:
-            await self._deliver(frame, reader)
+            await self._deliver(frame)
         except Problem as problem:
             await self._send_text(b'{"id":%s,' % encode_json(frame.id) + SOCKET_FRAMES.signal(Signal.ERROR, problem))
         finally:
@@ -217,7 +211,12 @@ class Conversation:
         if not self._buffer.stopping:  # then the client is to come back, and go on
             await self._send("unsubscribed", frame.id)
 
-    async def _deliver(self, frame: Subscribe, reader: Reader) -> None:
+    async def _deliver(self, frame: Subscribe) -> None:
+        reader = self._buffer.seat(
+            heartbeat=0,  # WebSocket has pings
+            idle_timeout=seconds("idle_timeout", frame.idle_timeout),
+            expires=self._grant.expires,
+        )
         place = await self._buffer.locate(
             frame.thread_id, frame.message_id, after=frame.after, known_content=frame.known_content, follow=frame.follow
         )
