@@ -43,13 +43,13 @@ from collections.abc import (
     Awaitable,
     Callable,
     Coroutine,
+    Iterable,
     Iterator,
     Mapping,
     Sequence,
 )
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, aclosing
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from http import HTTPStatus
 from pathlib import Path
@@ -84,8 +84,7 @@ from litestar.exceptions import HTTPException, ValidationException
 from litestar.middleware import DefineMiddleware
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin, OpenAPIRenderPlugin
-from litestar.openapi.spec import Components, OpenAPIMediaType, RequestBody, SecurityScheme
-from litestar.openapi.spec import Operation as OpenAPIOperation
+from litestar.openapi.spec import Components, SecurityScheme
 from litestar.params import FromQuery, PathParameter, QueryParameter
 from litestar.plugins.problem_details import ProblemDetailsException
 from litestar.response import Stream
@@ -115,8 +114,8 @@ FOR_EXTRAS = [
     *("Page", "Parts", "Place", "READ", "Record", "SCOPES", "StartupError", "THREAD", "ThreadId", "TooLarge"),
     *("UNDECODABLE", "Unauthorized", "Unavailable", "UnsupportedMediaType", "WRITE", "__version__", "add_command"),
     *("answered_early", "body_pieces", "checked_id", "checked_sizes", "database_uri", "decode_body", "encode_json"),
-    *("granted", "invalid_json", "parse_duration", "problem_document", "seconds", "takes", "token_expired"),
-    "whole_body",
+    *("granted", "invalid_json", "parse_duration", "problem_document", "seconds", "token_expired"),
+    *("ChunkPage", "ThreadPage", "whole_body"),
 ]
 
 # This file is the package resume_stream, also where it is run as it is, and extras/ beside it is part of that.
@@ -2806,7 +2805,17 @@ def seconds(name: str, value: str | float | None) -> float | None:
     return parsed
 
 
-def decode_body(body: bytes, kind: type[T]) -> T:
+def refused_type(request: Request[Any, Any, Any], kinds: Iterable[str]) -> UnsupportedMediaType:
+    kind = request.headers.get("content-type", "no content type")
+    return UnsupportedMediaType(
+        f"{kind!r:.80} is not what this call takes; send Content-Type: {' or '.join(kinds)} (curl -d says another one"
+        " unless -H names it)."
+    )
+
+
+def decode_body(request: Request[Any, Any, Any], body: bytes, kind: type[T]) -> T:
+    if request.content_type[0] != "application/json":
+        raise refused_type(request, ["application/json"])
     try:
         return msgspec.json.decode(body, type=kind)
     except UNDECODABLE as error:
@@ -2904,24 +2913,6 @@ FormatName = Annotated[
     QueryParameter(name="format", description="raw: each chunk's content is the data, and no events of our own"),
 ]
 
-BODY_COMPONENTS: dict[str, Any] = {}
-STREAMED = {"type": "string", "format": "binary"}
-
-
-def takes(body: Any, *streamed: str, required: bool = True) -> type[OpenAPIOperation]:
-    """For a handler that reads its body itself: what the OpenAPI document says of it."""
-    (schema,), components = msgspec.json.schema_components((body,), ref_template="#/components/schemas/{name}")
-    BODY_COMPONENTS.update(components)
-    schemas = {"application/json": schema, **dict.fromkeys(streamed, STREAMED)}
-    content = {kind: OpenAPIMediaType(schema=cast(Any, schema)) for kind, schema in schemas.items()}
-
-    @dataclass
-    class Takes(OpenAPIOperation):
-        def __post_init__(self) -> None:
-            self.request_body = RequestBody(content, required=required)
-
-    return Takes
-
 
 @put(MESSAGE, summary="Open a message before its first chunk", scopes=WRITE)
 async def open_message(buffer: Buffer, thread_id: ThreadId, message_id: MessageId) -> Response[Appended]:
@@ -2929,12 +2920,7 @@ async def open_message(buffer: Buffer, thread_id: ThreadId, message_id: MessageI
     return Response(answer, status_code=201 if is_new else 200)
 
 
-@post(
-    MESSAGE + "/chunks",
-    summary="Append chunks",
-    scopes=WRITE,
-    operation_class=takes(Chunk | list[Chunk], "application/x-ndjson", "text/plain"),
-)
+@post(MESSAGE + "/chunks", summary="Append chunks", scopes=WRITE, body=Chunk | list[Chunk])
 async def append_chunks(
     request: Request[Any, Any, Any],
     buffer: Buffer,
@@ -2949,8 +2935,7 @@ async def append_chunks(
         raise UnsupportedMediaType("The body is compressed; send it as it is.")
     kinds = request.route_handler.opt["bodies"]
     if (take := kinds.get(request.content_type[0])) is None:
-        kind = request.headers.get("content-type", "no content type")
-        raise UnsupportedMediaType(f"{kind!r:.80} cannot be appended; send {' or '.join(kinds)}.")
+        raise refused_type(request, kinds)
     append = buffer.checked_append(thread_id, message_id, index=index, complete=complete)
     answer, is_new = await take(Body(request, buffer, append))
     return Response(answer, status_code=201 if is_new else 200)
@@ -2961,19 +2946,13 @@ async def complete_message(buffer: Buffer, thread_id: ThreadId, message_id: Mess
     return await buffer.complete_message(thread_id, message_id)
 
 
-@post(
-    MESSAGE + "/abort",
-    status_code=200,
-    summary="Abort a message",
-    scopes=ABORT,
-    operation_class=takes(AbortBody, required=False),
-)
+@post(MESSAGE + "/abort", status_code=200, summary="Abort a message", scopes=ABORT, body=AbortBody | None)
 async def abort_message(
     request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId, message_id: MessageId
 ) -> Appended:
     """From either side; the body is `{"reason": "…"}`, or nothing."""
     body = await whole_body(request, buffer.settings.max_body)
-    reason = decode_body(body, AbortBody).reason if body else None
+    reason = decode_body(request, body, AbortBody).reason if body else None
     return await buffer.abort_message(thread_id, message_id, reason)
 
 
@@ -3065,10 +3044,10 @@ async def stream_active_message(
     summary="Resume a message by the text one has (SSE)",
     scopes=READ,
     token_in_query=True,
-    operation_class=takes(ResumeBody),
+    body=ResumeBody,
 )
 async def resume_stream(request: Request[Any, Any, Any], buffer: Buffer) -> Response[Any]:
-    body = decode_body(await whole_body(request, buffer.settings.max_body), ResumeBody)
+    body = decode_body(request, await whole_body(request, buffer.settings.max_body), ResumeBody)
     if body.known_content is not None and body.after is not None:
         raise BadRequest("known_content and after exclude each other; send the one that you have.")
     quiet, poll = seconds("idle_timeout", body.idle_timeout), seconds("poll_interval", body.poll_interval)
@@ -3140,7 +3119,7 @@ async def ready(buffer: Buffer) -> dict[str, str]:
 # The app
 # ---------------------------------------------------------------------------------------------
 
-EXTRAS = ("logs", "tokens", "metrics", "page", "websocket", "uploads", "operate", "clients")
+EXTRAS = ("logs", "tokens", "metrics", "page", "websocket", "uploads", "operate", "clients", "openapi")
 
 
 def found_extras() -> Iterator[ModuleType]:
@@ -3183,6 +3162,7 @@ class Parts:
         self.bodies: dict[str, Callable[[Body], Awaitable[tuple[Appended, bool]]]] = {"application/json": append_json}
         self.guards: list[Guard] = []
         self.middleware: list[DefineMiddleware] = [DefineMiddleware(Gate, settings=buffer.settings)]
+        self.openapi: Callable[..., OpenAPIConfig] = OpenAPIConfig
         self.openapi_pages: list[OpenAPIRenderPlugin] = []
         self.on_start: list[Callable[[], None]] = []
         self.on_stop: list[Callable[[], None]] = []
@@ -3230,10 +3210,10 @@ def app_of(parts: Parts, lifespan: Sequence[AbstractAsyncContextManager[Any]] = 
         lifespan=list(lifespan),
         middleware=parts.middleware,
         cors_config=CORSConfig(allow_origins=list(settings.cors_origins)) if settings.cors_origins else None,
-        openapi_config=OpenAPIConfig(
+        openapi_config=parts.openapi(
             title="resume-stream",
             version=__version__,
-            components=Components(schemas=BODY_COMPONENTS, security_schemes={"bearerAuth": bearer}),
+            components=Components(security_schemes={"bearerAuth": bearer}),
             security=[{"bearerAuth": []}],
             render_plugins=parts.openapi_pages or [JsonRenderPlugin()],
         ),

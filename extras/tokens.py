@@ -36,7 +36,6 @@ from resume_stream import (
     granted,
     parse_duration,
     seconds,
-    takes,
     token_expired,
     whole_body,
 )
@@ -135,16 +134,11 @@ class Token(Record, frozen=True):
     expires_at: int
 
 
-@post(
-    THREAD + "/tokens",
-    summary="Mint a short-lived token for a browser",
-    scopes=WRITE,
-    operation_class=takes(TokenBody, required=False),
-)
+@post(THREAD + "/tokens", summary="Mint a short-lived token for a browser", scopes=WRITE, body=TokenBody | None)
 async def mint_token(request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId) -> Token:
     """For this thread alone, and no wider than one's own; for up to a day."""
     body = await whole_body(request, buffer.settings.max_body)
-    wanted = decode_body(body, TokenBody) if body else TokenBody()
+    wanted = decode_body(request, body, TokenBody) if body else TokenBody()
     own = granted(request)
     if not buffer.settings.secret:
         raise BadRequest("Authentication is off, so there are no tokens; start the service with a secret.")
