@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import difflib
 import enum
 import fcntl
 import gc
@@ -136,6 +137,7 @@ Size = NewType("Size", int)
 
 DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 SIZE_UNITS = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
+SECRET_BYTES = 32
 
 
 def parse_duration(text: str) -> Duration:
@@ -167,10 +169,10 @@ def described(text: str) -> msgspec.Meta:
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """How the service runs. Durations are seconds, sizes are bytes.
+    """How the service runs. Durations are seconds or like ``"30s"``, sizes are bytes or like ``"64KiB"``.
 
     Each is also an environment variable (``RESUME_STREAM_IDLE_TIMEOUT``) and a flag of
-    ``resume-stream serve`` (``--idle-timeout``); the flag wins.
+    ``resume-stream serve`` (``--idle-timeout``); the flag wins. Raises ValueError for what cannot be.
     """
 
     host: Annotated[str, described("address to listen on")] = "127.0.0.1"
@@ -204,10 +206,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         "auto"
     )
 
+    def __post_init__(self) -> None:
+        for name in SETTING_TYPES:
+            msgspec.structs.force_setattr(self, name, checked_setting(name, getattr(self, name)))
+
 
 SETTING_HINTS: dict[str, Any] = get_type_hints(Settings, include_extras=True)
 SETTING_TYPES: dict[str, Any] = {name: get_args(hint)[0] for name, hint in SETTING_HINTS.items()}
 SETTING_DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(Settings)}
+SETTING_METAVARS: dict[Any, str] = {
+    str: "TEXT",
+    int: "NUMBER",
+    bool: "true|false",
+    Duration: "DURATION",
+    Size: "SIZE",
+    tuple[str, ...]: "ORIGINS",
+}
 SETTING_PARSERS: dict[Any, Callable[[str], Any]] = {
     Duration: parse_duration,
     Size: parse_size,
@@ -227,6 +241,25 @@ def parse_setting(name: str, text: str) -> Any:
     except msgspec.ValidationError as error:
         choices = " or ".join(map(str, get_args(kind))) or kind.__name__
         raise ValueError(f"{text!r} is not {choices}") from error
+
+
+def checked_setting(name: str, value: Any) -> Any:
+    """The value, also of its text (``"1s"``). Raises ValueError with one sentence for a person."""
+    kind = SETTING_TYPES[name]
+    if isinstance(value, str) and kind in SETTING_PARSERS:
+        value = parse_setting(name, value)
+    try:
+        value = msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{name}={value!r:.80} cannot be: {error}") from error
+    if isinstance(value, float | int) and not 0 <= value < math.inf:
+        raise ValueError(f"{name}={value} cannot be; it is 0 or more")
+    if name == "secret" and 0 < len(value.encode()) < SECRET_BYTES:
+        raise ValueError(
+            f"the secret has {len(value.encode())} bytes, and HS256 asks for {SECRET_BYTES} or more (RFC 7518, 3.2);"
+            " make one with: openssl rand -hex 32"
+        )
+    return value
 
 
 # ---------------------------------------------------------------------------------------------
@@ -624,6 +657,14 @@ class Stopping(Unavailable, status=503, kind="Unavailable", headers={"Retry-Afte
         super().__init__("The service is stopping; try again when it is back.")
 
 
+class NotEntered(Problem, status=500, kind="Not entered"):
+    def __init__(self) -> None:
+        super().__init__(
+            "The buffer was not entered: write 'async with ChunkBuffer(…) as buffer', or give it to the lifespan of the"
+            " app. An app that is mounted in another one gets no lifespan of its own; enter its buffer in the other's."
+        )
+
+
 class StartupError(Exception):
     """Why the service cannot start, in one line."""
 
@@ -662,6 +703,14 @@ def another_is_stored(message_id: str, index: int, state: State) -> Conflict:
     return Conflict(
         f"Another chunk is stored as index {index} of the message {message_id!r}: another producer writes to it, or"
         " this one sent something else before. Stop, or begin a new message.",
+        expectedIndex=state.chunk_count,
+    )
+
+
+def has_chunks(message_id: str, state: State) -> Conflict:
+    return Conflict(
+        f"The message {message_id!r} has {state.chunk_count} chunks already, and a whole stream would be stored after"
+        " them; begin a new message.",
         expectedIndex=state.chunk_count,
     )
 
@@ -1989,7 +2038,8 @@ class ChunkBuffer:
         self.settings = settings = settings or Settings()
         self.listener = Listener()
         self.stopping = False
-        self._store: Store = store or SQLiteStore(settings)
+        self._threads: Store = store or SQLiteStore(settings)
+        self._entered = False
         self._tails: dict[str, Tail] = {}
         self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()  # gone with their streams, be they read or not
         self._erasure_owed = True
@@ -1998,7 +2048,8 @@ class ChunkBuffer:
 
     async def __aenter__(self) -> Self:
         """Raises StartupError where the store cannot be served."""
-        await self._store.open(self._take)
+        await self._threads.open(self._take)
+        self._entered = True
         self._started_ms = now_ms()
         self._clock_offset, self._clock_set_ms = now_ms() - ms_since_boot(), 0
         for work in (self._watch_other_processes, self._clean_up_forever, self._abort_idle_messages_forever):
@@ -2025,6 +2076,13 @@ class ChunkBuffer:
     @property
     def readers(self) -> int:
         return len(self._readers)
+
+    @property
+    def _store(self) -> Store:
+        """Raises NotEntered, as what is asked of a store that is not open would never be answered."""
+        if not self._entered:
+            raise NotEntered
+        return self._threads
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """What goes on by itself, until the buffer is left."""
@@ -2138,8 +2196,15 @@ class ChunkBuffer:
         The message is completed when ``source`` ends, and aborted when it fails, with the name
         of the exception as its reason; the exception is raised here too. When the message is
         ended from outside, ``source`` is closed and the iteration ends.
+
+        Raises Conflict where the message has ended or has chunks already; then nothing is asked of
+        ``source``, which is closed.
         """
         opened, _ = await self.open_message(thread_id, message_id)
+        if opened.status != "active" or opened.chunk_count:
+            await close(source)
+            found = await self._store.find(thread_id, message_id)
+            raise message_ended(message_id, found) if found.ended else has_chunks(message_id, found)
         place = await self.locate(thread_id, message_id, after=str(opened.seq))
         recording = self.record(thread_id, message_id, source)
         # Not limited to max_readers, as an agent's stream is no reader's.
@@ -2575,8 +2640,12 @@ async def gathered(source: AsyncIterable[T], ahead: int) -> AsyncGenerator[list[
         await asyncio.wait([pulling])
         if not pulling.cancelled():
             pulling.exception()  # looked at, whether or not anybody is there to be told
-        if aclose := getattr(source, "aclose", None):
-            await aclose()
+        await close(source)
+
+
+async def close(source: AsyncIterable[Any]) -> None:
+    if aclose := getattr(source, "aclose", None):
+        await aclose()
 
 
 def page_for(message_id: str | None, pages: Sequence[Page], skip: int) -> Page | None:
@@ -3197,8 +3266,14 @@ def router(buffer: ChunkBuffer, path: str = "/api") -> Router:
     return parts.router(path, parts.api)
 
 
-def create_app(settings: Settings | None = None) -> Litestar:
-    """The service as an ASGI app that opens its own database."""
+def create_app(settings: Settings | None = None, *, buffer: ChunkBuffer | None = None) -> Litestar:
+    """The service as an ASGI app that opens its own database.
+
+    With a ``buffer`` it opens nothing, and whoever made the buffer enters it: that is how it is
+    mounted in another app, since a mounted app gets no lifespan of its own.
+    """
+    if buffer is not None:
+        return app_of(Parts(buffer))
     buffer = ChunkBuffer(settings)
     return app_of(Parts(buffer), lifespan=[buffer])
 
@@ -3307,7 +3382,7 @@ def is_loopback(name: str) -> bool:
 # Serve
 # ---------------------------------------------------------------------------------------------
 
-SECRET_BYTES = 32
+LONGEST_UDS = 107  # bytes (unix(7))
 STUCK_AFTER = 0.2  # seconds after which a connection whose reader does not read is cut on shutdown
 
 
@@ -3360,10 +3435,16 @@ def start_line(settings: Settings, where: str) -> str:
     )
 
 
-def listening(settings: Settings) -> list[socket.socket] | None:
-    """None where uvicorn makes the Unix socket. Raises StartupError."""
+def listening(settings: Settings) -> list[socket.socket]:
+    """None of them where uvicorn makes the Unix socket. Raises StartupError."""
     if settings.uds:
-        return None
+        folder = Path(settings.uds).absolute().parent
+        if not os.access(folder, os.W_OK | os.X_OK) or len(os.fsencode(settings.uds)) > LONGEST_UDS:
+            raise StartupError(
+                f"cannot listen on {settings.uds}: {folder} is no folder that can be written, or the path has over"
+                f" {LONGEST_UDS} bytes"
+            )
+        return []
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         return [socket.create_server((settings.host, settings.port), family=family, backlog=2048)]
@@ -3376,10 +3457,10 @@ async def serve(settings: Settings) -> None:
         raise StartupError(
             f"{settings.host} can be reached from other machines; set a secret, or say --allow-anonymous"
         )
-    if 0 < len(settings.secret.encode()) < SECRET_BYTES:
-        log.warning("the secret is shorter than the %d bytes that RFC 7518 (3.2) asks for", SECRET_BYTES)
-    async with ChunkBuffer(settings) as buffer:
-        parts = Parts(buffer)
+    async with contextlib.AsyncExitStack() as exits:
+        # First, as a port that is taken is to leave no database behind.
+        sockets = [exits.enter_context(listener) for listener in listening(settings)]
+        parts = Parts(await exits.enter_async_context(ChunkBuffer(settings)))
         config = uvicorn.Config(
             app_of(parts),
             uds=settings.uds or None,
@@ -3391,11 +3472,12 @@ async def serve(settings: Settings) -> None:
             ws_max_size=settings.max_body,
         )
         gc.freeze()  # what is there by now stays: the collector need not walk it, neither now nor at the end
-        await Server(config, parts).serve(listening(settings))
+        await Server(config, parts).serve(sockets or None)
 
 
 def settings_from(environment: Mapping[str, str], flags: Mapping[str, Any]) -> Settings:
     """Raises StartupError."""
+    check_variables(environment)
     values = {}
     for name in SETTING_TYPES:
         variable = f"RESUME_STREAM_{name.upper()}"
@@ -3407,12 +3489,25 @@ def settings_from(environment: Mapping[str, str], flags: Mapping[str, Any]) -> S
         else:
             continue
         try:
-            values[name] = parse_setting(name, text)
+            values[name] = checked_setting(name, parse_setting(name, text))
         except ValueError as error:
             raise StartupError(f"{source}: {error}") from error
     return Settings(**values)
 
 
+def check_variables(environment: Mapping[str, str]) -> None:
+    """Raises StartupError for a variable that would be a setting if it were spelled right."""
+    known = [name.upper() for name in SETTING_TYPES]
+    for variable in environment:
+        name = variable.removeprefix("RESUME_STREAM_")
+        if variable.startswith("RESUME_STREAM_") and name not in known and not OTHER_VARIABLES.fullmatch(name):
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"perhaps RESUME_STREAM_{near[0]} is meant" if near else "see resume-stream serve --help"
+            raise StartupError(f"{variable} is no setting; {hint}")
+
+
+# Those of the client, and what a relay adds to its requests.
+OTHER_VARIABLES = re.compile("URL|TOKEN|UPSTREAM_.+_HEADERS")
 Commands = Any  # argparse keeps the type of what add_subparsers returns to itself
 Command = Callable[[Settings, dict[str, Any]], int | None]
 
@@ -3424,13 +3519,24 @@ def add_command(commands: Commands, name: str, summary: str, run: Command, *sett
     )
     added.set_defaults(run=lambda flags: run(settings_from(os.environ, flags), flags))
     for setting in settings:
-        hint, default = SETTING_HINTS[setting], SETTING_DEFAULTS[setting]
-        flag, text = f"--{setting.replace('_', '-')}", f"{get_args(hint)[1].description} (default: {default!r})"
-        if SETTING_TYPES[setting] is bool:
-            added.add_argument(flag, help=text, nargs="?", const="true")
+        kind, default = SETTING_TYPES[setting], SETTING_DEFAULTS[setting]
+        flag = f"--{setting.replace('_', '-')}"
+        text = f"{get_args(SETTING_HINTS[setting])[1].description} (default: {setting_text(kind, default)})"
+        metavar = SETTING_METAVARS.get(kind) or "|".join(get_args(kind))
+        if kind is bool:
+            added.add_argument(flag, help=text, nargs="?", const="true", metavar=metavar)
         else:
-            added.add_argument(flag, help=text)
+            added.add_argument(flag, help=text, metavar=metavar)
     return added
+
+
+def setting_text(kind: Any, value: Any) -> str:
+    """The value as one would write it: the other way round than parse_setting."""
+    if kind in (Duration, Size) and value:
+        units = DURATION_UNITS if kind is Duration else SIZE_UNITS
+        unit, factor = next((unit, factor) for unit, factor in reversed(units.items()) if round(value / factor, 9) >= 1)
+        return f"{value / factor:g}{unit}"
+    return {"": "none", "()": "none", "False": "off"}.get(str(value), str(value))
 
 
 def run_serve(settings: Settings, flags: dict[str, Any]) -> None:
@@ -3445,12 +3551,16 @@ def run_serve(settings: Settings, flags: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("resume-stream", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     add_command(commands, "serve", "run the service", run_serve, *SETTING_TYPES)
     for extra in found_extras():
         if hasattr(extra, "add_commands"):
             extra.add_commands(commands)
-    flags = vars(parser.parse_args(arguments))
+    parsed, unknown = parser.parse_known_args(arguments)
+    flags = vars(parsed)
+    if unknown:
+        commands.choices[flags["command"]].error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return flags["run"](flags) or 0
     except StartupError as error:

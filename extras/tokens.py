@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
@@ -40,13 +39,10 @@ from resume_stream import (
     whole_body,
 )
 
-LEAST_SECRET = 32  # bytes
-
 
 def mount(parts: Parts) -> None:
     parts.api.append(mint_token)
     if secret := parts.buffer.settings.secret:
-        warnings.filterwarnings("ignore", f"The HMAC key is .* bytes long.*{LEAST_SECRET}")  # said once, at the start
         parts.guards.append(partial(authorize, secret))
 
 
@@ -167,5 +163,4 @@ def make_token(settings: Settings, flags: dict[str, Any]) -> None:
         expires = time.time() + parse_duration(flags["expires_in"])
     except ValueError as error:
         raise StartupError(f"--expires-in: {error}") from error
-    warnings.filterwarnings("ignore", "The HMAC key is")
     print(token_for(settings.secret, Grant(words, tuple(threads) or None, expires)))

@@ -36,8 +36,7 @@ def served(installed: metadata.Distribution, tmp_path: Path) -> Iterator[str]:
 def test_the_package_has_every_file_as_it_is_checked_out(installed: metadata.Distribution) -> None:
     folders = [ROOT / "extras", ROOT / "static", ROOT / "client"]
     sources = [
-        ROOT / "app.py",
-        ROOT / "schema.sql",
+        *(ROOT / name for name in ("app.py", "__main__.py", "schema.sql", "py.typed")),
         *(file for folder in folders for file in folder.rglob("*.*") if file.suffix != ".pyc"),
     ]
     for source in sources:
@@ -59,3 +58,9 @@ def test_the_installed_module_has_what_the_design_promises(installed: metadata.D
     code = "from resume_stream import ChunkBuffer, Settings, create_app, router"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_installed_package_is_run_as_a_module_too(installed: metadata.Distribution, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "resume_stream", "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"resume-stream {installed.version}\n", "")
