@@ -62,7 +62,8 @@ def package() -> Path:
     """The package as the wheel has it, and a script that starts it, in a folder of their own; the script."""
     folder = BUILD / "package"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(ROOT / "extras", folder / "resume_stream" / "extras")
+    for part in ("extras", "client"):
+        shutil.copytree(ROOT / part, folder / "resume_stream" / part)
     shutil.copy(ROOT / "app.py", folder / "resume_stream" / "__init__.py")
     script = folder / "start.py"
     script.write_text("import sys\n\nimport resume_stream\n\nsys.exit(resume_stream.main())\n")
