@@ -605,11 +605,10 @@ async def test_a_source_that_fails_while_the_service_is_away_is_heard_when_it_is
         source = Source("text")
         storing = asyncio.create_task(client.store(thread, "run", source))
         await come_true(lambda: stored(client, thread, "text"))
-        port = service.port
         service.kill()
         source.give(" and more", ZeroDivisionError())
         await come_true(lambda: wire.appends()[-1] == [" and more"])
-        await asyncio.to_thread(service.start, port)
+        await asyncio.to_thread(service.start)
         with pytest.raises(ZeroDivisionError):
             await storing
         assert await ending(client, thread) == ("aborted", "ZeroDivisionError")
