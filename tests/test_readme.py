@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import resume_stream
 from conftest import ROOT, TIMEOUT, Service, api_client, append
 
 README = (ROOT / "README.md").read_text()
@@ -141,6 +142,26 @@ def test_what_is_linked_to_is_there() -> None:
         assert anchor in [
             heading.lower().replace(" ", "-") for heading in re.findall("^#+ (.*)$", README, re.MULTILINE)
         ]
+
+
+def test_the_reference_has_every_setting_with_its_default_and_every_call() -> None:
+    settings = (ROOT / "docs" / "settings.md").read_text()
+    rows = [[cell.strip() for cell in row.split("|")] for row in settings.splitlines() if row.startswith("| `")]
+    said = {
+        name: default
+        for row in rows
+        for name, default in zip(re.findall(r"`(\w+)`", row[1]), row[2].split(", "), strict=True)
+    }
+    assert said.keys() == set(resume_stream.SETTING_TYPES)
+    for name, default in resume_stream.SETTING_DEFAULTS.items():
+        shown = resume_stream.setting_text(resume_stream.SETTING_TYPES[name], default)
+        assert said[name] == ("none" if (name, shown) == ("max_db", "0") else shown), name
+    calls = (ROOT / "docs" / "calls.md").read_text()
+    described = resume_stream.create_app().openapi_schema.to_schema()["paths"]
+    for method, path in [(method, path) for path, methods in described.items() for method in methods]:
+        short = re.sub(r"^/api/threads/{thread_id}/messages/{message_id}", "…", path).replace("{thread_id}", "{t}")
+        call = short if path.startswith(("/health", "/metrics")) else f"{method.upper()} {short}"
+        assert f"`{call}`" in calls
 
 
 def test_every_snippet_is_of_a_kind_that_is_run_here() -> None:
