@@ -63,6 +63,19 @@ async def test_a_recipe_serves_the_buffer_beside_ones_own_routes(
     assert "answers.db" in os.listdir(tmp_path)
 
 
+async def test_the_buffer_alone_stores_and_is_read_behind_the_known_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_agent.py").write_text(RECIPES[0])
+    await importlib.import_module("my_agent").main()
+    told, _, items = capsys.readouterr().out.partition("StoredChunk(")
+    assert told == "Once upon a time."
+    assert "content=' a'" in items
+    assert "status='completed'" in items
+
+
 async def test_a_mounted_app_that_nobody_enters_says_so(tmp_path: Path) -> None:
     starlette = pytest.importorskip("starlette.applications", reason="starlette is not installed")
     app = starlette.Starlette()

@@ -42,7 +42,8 @@ class Upstream(BaseHTTPRequestHandler):
         self.send_response(200 if good else 401)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
-        for text in ["A ", "story", "."] if good else []:
+        begins = "Another " if asked["model"] == "other" else "A "
+        for text in [begins, "story", "."] if good else []:
             self.wfile.write(b"data: %s\n\n" % json.dumps({"choices": [{"delta": {"content": text}}]}).encode())
         if asked["model"] != "breaks":
             self.wfile.write(b"data: [DONE]\n\n")
@@ -246,9 +247,9 @@ def test_a_provider_that_fails_is_seen_and_the_message_is_no_whole_answer(
 def test_a_second_answer_into_the_same_message_is_refused_aloud(reader: Reader) -> None:
     once = snippets("python")[0].replace("run-3", "twice")
     assert reader.python(once).returncode == 0
-    again = reader.python(once.replace("Tell me", "Tell me again"))
-    if again.returncode == 0:  # the same words again are a retry
-        assert text_of(reader, "twice") == ("A story.", "completed")
+    refused = reader.python(once, MODEL="other")
+    assert (refused.returncode, text_of(reader, "twice")) == (1, ("A story.", "completed"))
+    assert "resume_stream.client" in refused.stderr.splitlines()[-1]
     library = snippets("python")[1]
     refused = reader.python(library)
     assert refused.returncode == 1
