@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import difflib
 import enum
 import fcntl
 import gc
@@ -43,13 +44,13 @@ from collections.abc import (
     Awaitable,
     Callable,
     Coroutine,
+    Iterable,
     Iterator,
     Mapping,
     Sequence,
 )
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, aclosing
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from http import HTTPStatus
 from operator import itemgetter
@@ -85,8 +86,7 @@ from litestar.exceptions import HTTPException, ValidationException
 from litestar.middleware import DefineMiddleware
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin, OpenAPIRenderPlugin
-from litestar.openapi.spec import Components, OpenAPIMediaType, RequestBody, SecurityScheme
-from litestar.openapi.spec import Operation as OpenAPIOperation
+from litestar.openapi.spec import Components, SecurityScheme
 from litestar.params import FromQuery, PathParameter, QueryParameter
 from litestar.plugins.problem_details import ProblemDetailsException
 from litestar.response import Stream
@@ -119,6 +119,7 @@ FOR_EXTRAS = [
     "Body",
     "Buffer",
     "Change",
+    "ChunkPage",
     "Commands",
     "Conflict",
     "Forbidden",
@@ -137,6 +138,7 @@ FOR_EXTRAS = [
     "StartupError",
     "THREAD",
     "ThreadId",
+    "ThreadPage",
     "TooLarge",
     "UNDECODABLE",
     "Unauthorized",
@@ -160,7 +162,6 @@ FOR_EXTRAS = [
     "renew_generations",
     "seconds",
     "sole_owner",
-    "takes",
     "token_expired",
     "whole_body",
 ]
@@ -183,6 +184,7 @@ Size = NewType("Size", int)
 
 DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 SIZE_UNITS = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
+SECRET_BYTES = 32
 
 
 def parse_duration(text: str) -> Duration:
@@ -214,10 +216,10 @@ def described(text: str) -> msgspec.Meta:
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """How the service runs. Durations are seconds, sizes are bytes.
+    """How the service runs. Durations are seconds or like ``"30s"``, sizes are bytes or like ``"64KiB"``.
 
     Each is also an environment variable (``RESUME_STREAM_IDLE_TIMEOUT``) and a flag of
-    ``resume-stream serve`` (``--idle-timeout``); the flag wins.
+    ``resume-stream serve`` (``--idle-timeout``); the flag wins. Raises ValueError for what cannot be.
     """
 
     host: Annotated[str, described("address to listen on")] = "127.0.0.1"
@@ -251,10 +253,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         "auto"
     )
 
+    def __post_init__(self) -> None:
+        for name in SETTING_TYPES:
+            msgspec.structs.force_setattr(self, name, checked_setting(name, getattr(self, name)))
+
 
 SETTING_HINTS: dict[str, Any] = get_type_hints(Settings, include_extras=True)
 SETTING_TYPES: dict[str, Any] = {name: get_args(hint)[0] for name, hint in SETTING_HINTS.items()}
 SETTING_DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(Settings)}
+SETTING_METAVARS: dict[Any, str] = {
+    str: "TEXT",
+    int: "NUMBER",
+    bool: "true|false",
+    Duration: "DURATION",
+    Size: "SIZE",
+    tuple[str, ...]: "ORIGINS",
+}
 SETTING_PARSERS: dict[Any, Callable[[str], Any]] = {
     Duration: parse_duration,
     Size: parse_size,
@@ -274,6 +288,25 @@ def parse_setting(name: str, text: str) -> Any:
     except msgspec.ValidationError as error:
         choices = " or ".join(map(str, get_args(kind))) or kind.__name__
         raise ValueError(f"{text!r} is not {choices}") from error
+
+
+def checked_setting(name: str, value: Any) -> Any:
+    """The value, also of its text (``"1s"``). Raises ValueError with one sentence for a person."""
+    kind = SETTING_TYPES[name]
+    if isinstance(value, str) and kind in SETTING_PARSERS:
+        value = parse_setting(name, value)
+    try:
+        value = msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{name}={value!r:.80} cannot be: {error}") from error
+    if isinstance(value, float | int) and not 0 <= value < math.inf:
+        raise ValueError(f"{name}={value} cannot be; it is 0 or more")
+    if name == "secret" and 0 < len(value.encode()) < SECRET_BYTES:
+        raise ValueError(
+            f"the secret has {len(value.encode())} bytes, and HS256 asks for {SECRET_BYTES} or more (RFC 7518, 3.2);"
+            " make one with: openssl rand -hex 32"
+        )
+    return value
 
 
 # ---------------------------------------------------------------------------------------------
@@ -678,6 +711,14 @@ class Stopping(Unavailable, status=503, kind="Unavailable", headers={"Retry-Afte
         super().__init__("The service is stopping; try again when it is back.")
 
 
+class NotEntered(Problem, status=500, kind="Not entered"):
+    def __init__(self) -> None:
+        super().__init__(
+            "The buffer was not entered: write 'async with ChunkBuffer(…) as buffer', or give it to the lifespan of the"
+            " app. An app that is mounted in another one gets no lifespan of its own; enter its buffer in the other's."
+        )
+
+
 class StartupError(Exception):
     """Why the service cannot start, in one line."""
 
@@ -720,6 +761,14 @@ def another_is_stored(message_id: str, index: int, state: State) -> Conflict:
     return Conflict(
         f"Another chunk is stored as index {index} of the message {message_id!r}: another producer writes to it, or"
         " this one sent something else before. Stop, or begin a new message.",
+        expectedIndex=state.chunk_count,
+    )
+
+
+def has_chunks(message_id: str, state: State) -> Conflict:
+    return Conflict(
+        f"The message {message_id!r} has {state.chunk_count} chunks already, and a whole stream would be stored after"
+        " them; begin a new message.",
         expectedIndex=state.chunk_count,
     )
 
@@ -2409,7 +2458,8 @@ class ChunkBuffer:
         self.settings = settings = settings or Settings()
         self.listener = Listener()
         self.stopping = False
-        self._store: Store = store or SQLiteStore(settings)
+        self._threads: Store = store or SQLiteStore(settings)
+        self._entered = False
         self._tails: dict[str, Tail] = {}
         self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()  # gone with their streams, be they read or not
         self._live = Live()
@@ -2420,7 +2470,8 @@ class ChunkBuffer:
 
     async def __aenter__(self) -> Self:
         """Raises StartupError where the store cannot be served."""
-        await self._store.open(self._take)
+        await self._threads.open(self._take)
+        self._entered = True
         self._started_ms = now_ms()
         self._clock_offset, self._clock_set_ms = now_ms() - ms_since_boot(), 0
         for work in (self._watch_other_processes, self._clean_up_forever, self._abort_idle_messages_forever):
@@ -2448,6 +2499,13 @@ class ChunkBuffer:
     @property
     def readers(self) -> int:
         return len(self._readers)
+
+    @property
+    def _store(self) -> Store:
+        """Raises NotEntered, as what is asked of a store that is not open would never be answered."""
+        if not self._entered:
+            raise NotEntered
+        return self._threads
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """What goes on by itself, until the buffer is left."""
@@ -2582,8 +2640,15 @@ class ChunkBuffer:
         The message is completed when ``source`` ends, and aborted when it fails, with the name
         of the exception as its reason; the exception is raised here too. When the message is
         ended from outside, ``source`` is closed and the iteration ends.
+
+        Raises Conflict where the message has ended or has chunks already; then nothing is asked of
+        ``source``, which is closed.
         """
         opened, _ = await self.open_message(thread_id, message_id)
+        if opened.status != "active" or opened.chunk_count:
+            await close(source)
+            found = await self._store.find(thread_id, message_id)
+            raise message_ended(message_id, found) if found.ended else has_chunks(message_id, found)
         place = await self.locate(thread_id, message_id, after=str(opened.seq))
         recording = self.record(thread_id, message_id, source, index=opened.chunk_count)
         # Not limited to max_readers, as an agent's stream is no reader's.
@@ -3093,8 +3158,12 @@ async def gathered(source: AsyncIterable[T], ahead: int) -> AsyncGenerator[list[
         await asyncio.wait([pulling])
         if not pulling.cancelled():
             pulling.exception()  # looked at, whether or not anybody is there to be told
-        if aclose := getattr(source, "aclose", None):
-            await aclose()
+        await close(source)
+
+
+async def close(source: AsyncIterable[Any]) -> None:
+    if aclose := getattr(source, "aclose", None):
+        await aclose()
 
 
 def page_for(message_id: str | None, pages: Sequence[Page], skip: int) -> Page | None:
@@ -3324,7 +3393,17 @@ def seconds(name: str, value: str | float | None) -> float | None:
     return parsed
 
 
-def decode_body(body: bytes | bytearray, kind: type[T]) -> T:
+def refused_type(request: Request[Any, Any, Any], kinds: Iterable[str]) -> UnsupportedMediaType:
+    kind = request.headers.get("content-type", "no content type")
+    return UnsupportedMediaType(
+        f"{kind!r:.80} is not what this call takes; send Content-Type: {' or '.join(kinds)} (curl -d says another one"
+        " unless -H names it)."
+    )
+
+
+def decode_body(request: Request[Any, Any, Any], body: bytes | bytearray, kind: type[T]) -> T:
+    if request.content_type[0] != "application/json":
+        raise refused_type(request, ["application/json"])
     try:
         return msgspec.json.decode(body, type=kind)
     except UNDECODABLE as error:
@@ -3449,24 +3528,6 @@ FormatName = Annotated[
     QueryParameter(name="format", description="raw: each chunk's content is the data, and no events of our own"),
 ]
 
-BODY_COMPONENTS: dict[str, Any] = {}
-STREAMED = {"type": "string", "format": "binary"}
-
-
-def takes(body: Any, *streamed: str, required: bool = True) -> type[OpenAPIOperation]:
-    """For a handler that reads its body itself: what the OpenAPI document says of it."""
-    (schema,), components = msgspec.json.schema_components((body,), ref_template="#/components/schemas/{name}")
-    BODY_COMPONENTS.update(components)
-    schemas = {"application/json": schema, **dict.fromkeys(streamed, STREAMED)}
-    content = {kind: OpenAPIMediaType(schema=cast(Any, schema)) for kind, schema in schemas.items()}
-
-    @dataclass
-    class Takes(OpenAPIOperation):
-        def __post_init__(self) -> None:
-            self.request_body = RequestBody(content, required=required)
-
-    return Takes
-
 
 @put(MESSAGE, summary="Open a message before its first chunk", scopes=WRITE)
 async def open_message(buffer: Buffer, thread_id: ThreadId, message_id: MessageId) -> Response[Appended]:
@@ -3474,12 +3535,7 @@ async def open_message(buffer: Buffer, thread_id: ThreadId, message_id: MessageI
     return Response(answer, status_code=201 if is_new else 200)
 
 
-@post(
-    MESSAGE + "/chunks",
-    summary="Append chunks",
-    scopes=WRITE,
-    operation_class=takes(Chunk | list[Chunk], "application/x-ndjson", "text/plain"),
-)
+@post(MESSAGE + "/chunks", summary="Append chunks", scopes=WRITE, body=Chunk | list[Chunk])
 async def append_chunks(
     request: Request[Any, Any, Any],
     buffer: Buffer,
@@ -3494,8 +3550,7 @@ async def append_chunks(
         raise UnsupportedMediaType("The body is compressed; send it as it is.")
     kinds = request.route_handler.opt["bodies"]
     if (take := kinds.get(request.content_type[0])) is None:
-        kind = request.headers.get("content-type", "no content type")
-        raise UnsupportedMediaType(f"{kind!r:.80} cannot be appended; send {' or '.join(kinds)}.")
+        raise refused_type(request, kinds)
     append = buffer.checked_append(thread_id, message_id, index=index, complete=complete)
     answer, is_new = await take(Body(request, buffer, append))
     return Response(answer, status_code=201 if is_new else 200)
@@ -3506,19 +3561,13 @@ async def complete_message(buffer: Buffer, thread_id: ThreadId, message_id: Mess
     return await buffer.complete_message(thread_id, message_id)
 
 
-@post(
-    MESSAGE + "/abort",
-    status_code=200,
-    summary="Abort a message",
-    scopes=ABORT,
-    operation_class=takes(AbortBody, required=False),
-)
+@post(MESSAGE + "/abort", status_code=200, summary="Abort a message", scopes=ABORT, body=AbortBody | None)
 async def abort_message(
     request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId, message_id: MessageId
 ) -> Appended:
     """From either side; the body is `{"reason": "…"}`, or nothing."""
     body = await whole_body(request, buffer, SMALL_BODY)
-    reason = decode_body(body, AbortBody).reason if body else None
+    reason = decode_body(request, body, AbortBody).reason if body else None
     return await buffer.abort_message(thread_id, message_id, reason)
 
 
@@ -3610,10 +3659,10 @@ async def stream_active_message(
     summary="Resume a message by the text one has (SSE)",
     scopes=READ,
     token_in_query=True,
-    operation_class=takes(ResumeBody),
+    body=ResumeBody,
 )
 async def resume_stream(request: Request[Any, Any, Any], buffer: Buffer) -> Response[Any]:
-    body = decode_body(await whole_body(request, buffer), ResumeBody)
+    body = decode_body(request, await whole_body(request, buffer), ResumeBody)
     if body.known_content is not None and body.after is not None:
         raise BadRequest("known_content and after exclude each other; send the one that you have.")
     quiet, poll = seconds("idle_timeout", body.idle_timeout), seconds("poll_interval", body.poll_interval)
@@ -3707,7 +3756,7 @@ async def ready(buffer: Buffer) -> dict[str, str]:
 # The app
 # ---------------------------------------------------------------------------------------------
 
-EXTRAS = ("logs", "limits", "tokens", "metrics", "page", "websocket", "uploads", "operate", "clients")
+EXTRAS = ("logs", "limits", "tokens", "metrics", "page", "websocket", "uploads", "operate", "clients", "openapi")
 
 
 def found_extras() -> Iterator[ModuleType]:
@@ -3754,6 +3803,7 @@ class Parts:
         self.middleware: list[DefineMiddleware] = [
             DefineMiddleware(Gate, settings=buffer.settings, headers=self.headers)
         ]
+        self.openapi: Callable[..., OpenAPIConfig] = OpenAPIConfig
         self.openapi_pages: list[OpenAPIRenderPlugin] = []
         self.protocol: type[asyncio.Protocol] | Literal["httptools"] = "httptools"
         self.on_start: list[Callable[[], None]] = []
@@ -3789,8 +3839,14 @@ def router(buffer: ChunkBuffer, path: str = "/api") -> Router:
     return parts.router(path, parts.api)
 
 
-def create_app(settings: Settings | None = None) -> Litestar:
-    """The service as an ASGI app that opens its own database."""
+def create_app(settings: Settings | None = None, *, buffer: ChunkBuffer | None = None) -> Litestar:
+    """The service as an ASGI app that opens its own database.
+
+    With a ``buffer`` it opens nothing, and whoever made the buffer enters it: that is how it is
+    mounted in another app, since a mounted app gets no lifespan of its own.
+    """
+    if buffer is not None:
+        return app_of(Parts(buffer))
     buffer = ChunkBuffer(settings)
     return app_of(Parts(buffer), lifespan=[buffer])
 
@@ -3802,10 +3858,10 @@ def app_of(parts: Parts, lifespan: Sequence[AbstractAsyncContextManager[Any]] = 
         lifespan=list(lifespan),
         middleware=parts.middleware,
         cors_config=CORSConfig(allow_origins=list(settings.cors_origins)) if settings.cors_origins else None,
-        openapi_config=OpenAPIConfig(
+        openapi_config=parts.openapi(
             title="resume-stream",
             version=__version__,
-            components=Components(schemas=BODY_COMPONENTS, security_schemes={"bearerAuth": bearer}),
+            components=Components(security_schemes={"bearerAuth": bearer}),
             security=[{"bearerAuth": []}],
             render_plugins=parts.openapi_pages or [JsonRenderPlugin()],
         ),
@@ -3928,7 +3984,7 @@ def is_loopback(name: str) -> bool:
 # Serve
 # ---------------------------------------------------------------------------------------------
 
-SECRET_BYTES = 32
+LONGEST_UDS = 107  # bytes (unix(7))
 STUCK_AFTER = 0.2  # seconds after which a connection whose reader does not read is cut on shutdown
 
 
@@ -3981,10 +4037,16 @@ def start_line(settings: Settings, where: str) -> str:
     )
 
 
-def listening(settings: Settings) -> list[socket.socket] | None:
-    """None where uvicorn makes the Unix socket. Raises StartupError."""
+def listening(settings: Settings) -> list[socket.socket]:
+    """None of them where uvicorn makes the Unix socket. Raises StartupError."""
     if settings.uds:
-        return None
+        folder = Path(settings.uds).absolute().parent
+        if not os.access(folder, os.W_OK | os.X_OK) or len(os.fsencode(settings.uds)) > LONGEST_UDS:
+            raise StartupError(
+                f"cannot listen on {settings.uds}: {folder} is no folder that can be written, or the path has over"
+                f" {LONGEST_UDS} bytes"
+            )
+        return []
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         return [socket.create_server((settings.host, settings.port), family=family, backlog=2048)]
@@ -3997,10 +4059,10 @@ async def serve(settings: Settings) -> None:
         raise StartupError(
             f"{settings.host} can be reached from other machines; set a secret, or say --allow-anonymous"
         )
-    if 0 < len(settings.secret.encode()) < SECRET_BYTES:
-        log.warning("the secret is shorter than the %d bytes that RFC 7518 (3.2) asks for", SECRET_BYTES)
-    async with ChunkBuffer(settings) as buffer:
-        parts = Parts(buffer)
+    async with contextlib.AsyncExitStack() as exits:
+        # First, as a port that is taken is to leave no database behind.
+        sockets = [exits.enter_context(listener) for listener in listening(settings)]
+        parts = Parts(await exits.enter_async_context(ChunkBuffer(settings)))
         config = uvicorn.Config(
             app_of(parts),
             uds=settings.uds or None,
@@ -4014,11 +4076,12 @@ async def serve(settings: Settings) -> None:
             ws_per_message_deflate=False,  # which lets a few bytes become very many
         )
         gc.freeze()  # what is there by now stays: the collector need not walk it, neither now nor at the end
-        await Server(config, parts).serve(listening(settings))
+        await Server(config, parts).serve(sockets or None)
 
 
 def settings_from(environment: Mapping[str, str], flags: Mapping[str, Any]) -> Settings:
     """Raises StartupError."""
+    check_variables(environment)
     values = {}
     for name in SETTING_TYPES:
         variable = f"RESUME_STREAM_{name.upper()}"
@@ -4030,12 +4093,25 @@ def settings_from(environment: Mapping[str, str], flags: Mapping[str, Any]) -> S
         else:
             continue
         try:
-            values[name] = parse_setting(name, text)
+            values[name] = checked_setting(name, parse_setting(name, text))
         except ValueError as error:
             raise StartupError(f"{source}: {error}") from error
     return Settings(**values)
 
 
+def check_variables(environment: Mapping[str, str]) -> None:
+    """Raises StartupError for a variable that would be a setting if it were spelled right."""
+    known = [name.upper() for name in SETTING_TYPES]
+    for variable in environment:
+        name = variable.removeprefix("RESUME_STREAM_")
+        if variable.startswith("RESUME_STREAM_") and name not in known and not OTHER_VARIABLES.fullmatch(name):
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"perhaps RESUME_STREAM_{near[0]} is meant" if near else "see resume-stream serve --help"
+            raise StartupError(f"{variable} is no setting; {hint}")
+
+
+# Those of the client, and what a relay adds to its requests.
+OTHER_VARIABLES = re.compile("URL|TOKEN|UPSTREAM_.+_HEADERS")
 Commands = Any  # argparse keeps the type of what add_subparsers returns to itself
 Command = Callable[[Settings, dict[str, Any]], int | None]
 
@@ -4047,13 +4123,24 @@ def add_command(commands: Commands, name: str, summary: str, run: Command, *sett
     )
     added.set_defaults(run=lambda flags: run(settings_from(os.environ, flags), flags))
     for setting in settings:
-        hint, default = SETTING_HINTS[setting], SETTING_DEFAULTS[setting]
-        flag, text = f"--{setting.replace('_', '-')}", f"{get_args(hint)[1].description} (default: {default!r})"
-        if SETTING_TYPES[setting] is bool:
-            added.add_argument(flag, help=text, nargs="?", const="true")
+        kind, default = SETTING_TYPES[setting], SETTING_DEFAULTS[setting]
+        flag = f"--{setting.replace('_', '-')}"
+        text = f"{get_args(SETTING_HINTS[setting])[1].description} (default: {setting_text(kind, default)})"
+        metavar = SETTING_METAVARS.get(kind) or "|".join(get_args(kind))
+        if kind is bool:
+            added.add_argument(flag, help=text, nargs="?", const="true", metavar=metavar)
         else:
-            added.add_argument(flag, help=text)
+            added.add_argument(flag, help=text, metavar=metavar)
     return added
+
+
+def setting_text(kind: Any, value: Any) -> str:
+    """The value as one would write it: the other way round than parse_setting."""
+    if kind in (Duration, Size) and value:
+        units = DURATION_UNITS if kind is Duration else SIZE_UNITS
+        unit, factor = next((unit, factor) for unit, factor in reversed(units.items()) if round(value / factor, 9) >= 1)
+        return f"{value / factor:g}{unit}"
+    return {"": "none", "()": "none", "False": "off"}.get(str(value), str(value))
 
 
 def run_serve(settings: Settings, flags: dict[str, Any]) -> None:
@@ -4068,12 +4155,16 @@ def run_serve(settings: Settings, flags: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("resume-stream", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     add_command(commands, "serve", "run the service", run_serve, *SETTING_TYPES)
     for extra in found_extras():
         if hasattr(extra, "add_commands"):
             extra.add_commands(commands)
-    flags = vars(parser.parse_args(arguments))
+    parsed, unknown = parser.parse_known_args(arguments)
+    flags = vars(parsed)
+    if unknown:
+        commands.choices[flags["command"]].error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return flags["run"](flags) or 0
     except StartupError as error:

@@ -109,7 +109,7 @@ def imports(number: int) -> float:
 
 def cold_start(plan: Plan) -> Row:
     """From the start of the process to its first answer."""
-    binary = Path(os.environ.get("RESUME_STREAM_BINARY", ROOT / "dist" / "resume-stream")).resolve()
+    binary = Path(os.environ.get("BINARY", ROOT / "dist" / "resume-stream")).resolve()
     measures: dict[str, Callable[[int], float]] = {
         "script": partial(first_answer, plan, "script", [sys.executable, ROOT / "app.py"]),
         "imports": imports,

@@ -11,6 +11,7 @@ from litestar import MediaType, Response, get
 from litestar.openapi.plugins import SwaggerRenderPlugin
 from litestar.params import FromPath
 from litestar.response import File
+from litestar.response.file import ASGIFileResponse
 from litestar.static_files import create_static_files_router
 from resume_stream import NotFound, Parts
 
@@ -55,6 +56,8 @@ async def page() -> Response[bytes]:
 def with_page_headers(response: Response[Any]) -> Response[Any]:
     """Asked for again each time, as a new version of the service has new files under the same names."""
     response.headers.update(PAGE_HEADERS)
+    if isinstance(response, ASGIFileResponse) and str(response.file_path).endswith(".d.ts"):
+        response.headers["Content-Type"] = "text/plain; charset=utf-8"  # which others take for video
     return response
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
@@ -37,18 +36,14 @@ from resume_stream import (
     granted,
     parse_duration,
     seconds,
-    takes,
     token_expired,
     whole_body,
 )
-
-LEAST_SECRET = 32  # bytes
 
 
 def mount(parts: Parts) -> None:
     parts.api.append(mint_token)
     if secret := parts.buffer.settings.secret:
-        warnings.filterwarnings("ignore", f"The HMAC key is .* bytes long.*{LEAST_SECRET}")  # said once, at the start
         parts.guards.append(partial(authorize, secret))
 
 
@@ -136,16 +131,11 @@ class Token(Record, frozen=True):
     expires_at: int
 
 
-@post(
-    THREAD + "/tokens",
-    summary="Mint a short-lived token for a browser",
-    scopes=WRITE,
-    operation_class=takes(TokenBody, required=False),
-)
+@post(THREAD + "/tokens", summary="Mint a short-lived token for a browser", scopes=WRITE, body=TokenBody | None)
 async def mint_token(request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId) -> Token:
     """For this thread alone, and no wider than one's own; for up to a day."""
     body = await whole_body(request, buffer, SMALL_BODY)
-    wanted = decode_body(body, TokenBody) if body else TokenBody()
+    wanted = decode_body(request, body, TokenBody) if body else TokenBody()
     own = granted(request)
     if not buffer.settings.secret:
         raise BadRequest("Authentication is off, so there are no tokens; start the service with a secret.")
@@ -174,5 +164,4 @@ def make_token(settings: Settings, flags: dict[str, Any]) -> None:
         expires = time.time() + parse_duration(flags["expires_in"])
     except ValueError as error:
         raise StartupError(f"--expires-in: {error}") from error
-    warnings.filterwarnings("ignore", "The HMAC key is")
     print(token_for(settings.secret, Grant(words, tuple(threads) or None, expires)))

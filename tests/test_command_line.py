@@ -159,6 +159,8 @@ def test_a_setting_is_a_variable_and_a_flag_and_the_flag_wins(settings_of: Calla
         (["--max-readers", "1.5"], {}, "--max-readers: '1.5' is not int"),
         (["--synchronous", "OFF"], {}, "--synchronous: 'OFF' is not FULL or NORMAL"),
         (["--log-format", "xml"], {}, "--log-format: 'xml' is not "),
+        (["--secret", "s" * 31], {}, "--secret: the secret has 31 bytes, and HS256 asks for 32 or more"),
+        ([], {"RESUME_STREAM_SECRET": "short"}, "RESUME_STREAM_SECRET: the secret has 5 bytes"),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_the_flag_or_variable(
@@ -175,6 +177,66 @@ def test_a_bad_value_is_one_line_that_names_the_flag_or_variable(
     assert out == ""
     assert err.startswith(f"resume-stream: {says}")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "near"),
+    [
+        ("RESUME_STREAM_IDLETIMEOUT", "RESUME_STREAM_IDLE_TIMEOUT"),
+        ("RESUME_STREAM_MAX_CHUNKS", "RESUME_STREAM_MAX_CHUNK"),
+        ("RESUME_STREAM_X", "--help"),
+    ],
+)
+def test_a_variable_that_is_no_setting_is_refused_and_the_near_one_named(
+    variable: str, near: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, "1")
+    assert resume_stream.main(["serve"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"resume-stream: {variable} is no setting; ")
+    assert near in error
+
+
+def test_the_variables_of_the_client_and_of_upstreams_are_no_settings(settings_of: Callable[..., Settings]) -> None:
+    others = {"RESUME_STREAM_URL": "x", "RESUME_STREAM_TOKEN": "x", "RESUME_STREAM_UPSTREAM_OPENAI_HEADERS": "x"}
+    assert settings_of(**others) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("settings", "value"),
+    [
+        ({"ttl": "1s"}, 1),
+        ({"ttl": 1}, 1),
+        ({"max_chunk": "64KiB"}, 65536),
+        ({"cors_origins": ["https://a"]}, ("https://a",)),
+    ],
+    ids=str,
+)
+def test_settings_of_a_library_read_as_those_of_the_command_line(settings: dict[str, Any], value: Any) -> None:
+    ((name, _),) = settings.items()
+    assert getattr(Settings(**settings), name) == value
+    assert type(getattr(Settings(**settings), name)) is type(getattr(Settings(), name))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"ttl": "soon"}, "'soon' is not a duration"),
+        ({"ttl": -1}, "ttl=-1.0 cannot be; it is 0 or more"),
+        ({"heartbeat": float("nan")}, "heartbeat=nan cannot be"),
+        ({"idle_timeout": None}, "idle_timeout=None cannot be"),
+        ({"max_message": 1.5}, "max_message=1.5 cannot be"),
+        ({"max_readers": "5"}, "max_readers='5' cannot be"),
+        ({"synchronous": "OFF"}, "synchronous='OFF' cannot be"),
+        ({"db": 5}, "db=5 cannot be"),
+        ({"secret": "too short"}, "the secret has 9 bytes, and HS256 asks for 32 or more"),
+        ({"secret": "é" * 15}, "the secret has 30 bytes"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_are_refused_where_they_are_made(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        Settings(**settings)
 
 
 def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
@@ -198,6 +260,37 @@ def refusal(*arguments: Any) -> str:
 def test_the_version_is_that_of_the_module() -> None:
     done = run("version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{resume_stream.__version__}\n", "")
+    done = run("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"resume-stream {resume_stream.__version__}\n", "")
+
+
+def test_help_shows_values_as_one_writes_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        resume_stream.main(["serve", "--help"])
+    assert left.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for default in ("1h", "5m", "30s", "100ms", "1MiB", "64MiB", "10000", "none", "off", "FULL"):
+        assert f"(default: {default})" in shown
+    for flag in ("--ttl DURATION", "--max-chunk SIZE", "--synchronous FULL|NORMAL", "--log-format auto|console|json"):
+        assert f"[{flag}]" in shown
+    values = re.findall(r"--([a-z-]+) (?:DURATION|SIZE) .*?\(default: (\w+)\)", shown.partition("options:")[2])
+    assert len(values) == 10
+    for name, text in values:
+        setting = name.replace("-", "_")
+        assert resume_stream.parse_setting(setting, text) == getattr(Settings(), setting)
+
+
+@pytest.mark.parametrize("command", ["serve", "check", "tail"])
+def test_a_flag_that_is_none_exits_2_with_the_usage_of_its_command(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [command, *(["thread"] if command == "tail" else []), "--bogus", "1"]
+    with pytest.raises(SystemExit) as left:
+        resume_stream.main(arguments)
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"usage: resume-stream {command} ")
+    assert error.endswith(f"resume-stream {command}: error: unrecognized arguments: --bogus 1\n")
 
 
 def test_a_bad_value_ends_the_real_process_too(tmp_path: Path) -> None:
@@ -208,6 +301,13 @@ def test_a_bad_value_ends_the_real_process_too(tmp_path: Path) -> None:
 
 def test_a_port_that_is_none_is_refused(tmp_path: Path) -> None:
     assert "70000" in refusal("serve", "--db", tmp_path / "chunks.db", "--port=70000")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("uds", ["missing/a.sock", "x" * 120])
+def test_a_unix_socket_that_cannot_be_is_refused(tmp_path: Path, uds: str) -> None:
+    assert uds in refusal("serve", "--db", tmp_path / "chunks.db", "--uds", tmp_path / uds)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_port_that_is_taken_is_refused(tmp_path: Path) -> None:
@@ -216,6 +316,7 @@ def test_a_port_that_is_taken_is_refused(tmp_path: Path) -> None:
         line = refusal("serve", "--db", tmp_path / "chunks.db", "--port", port)
     assert str(port) in line
     assert "in use" in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_port_0_is_a_free_one_which_is_printed(service: Service) -> None:

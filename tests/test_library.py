@@ -308,6 +308,31 @@ async def test_a_call_after_the_buffer_was_left_is_refused_with_the_reason(make_
         await call(buffer)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda buffer: buffer.add_chunks("t", "m", ["text"]),
+        lambda buffer: buffer.open_message("t", "m"),
+        lambda buffer: buffer.complete_message("t", "m"),
+        lambda buffer: buffer.get_thread_status("t"),
+        lambda buffer: buffer.get_active_threads(),
+        lambda buffer: buffer.clear_thread_buffer("t"),
+        lambda buffer: take(buffer.resume_stream("t", "m")),
+        lambda buffer: anext(buffer.agent_stream("t", "m", Source("x")())),
+        lambda buffer: buffer.record("t", "m", Source("x")()),
+        lambda buffer: buffer.check_ready(),
+    ],
+)
+async def test_a_call_before_the_buffer_was_entered_says_how_that_is_done(make_buffer: Any, call: Any) -> None:
+    buffer = make_buffer()
+    with pytest.raises(Problem, match="async with ChunkBuffer"):
+        async with asyncio.timeout(5):
+            await call(buffer)
+    async with buffer:
+        await buffer.add_chunks("t", "m", ["text"])
+        assert await text_of(buffer) == "text"
+
+
 async def test_threads_and_their_messages_are_listed(buffer: ChunkBuffer) -> None:
     for number in range(5):
         await buffer.add_chunks(f"t{number}", "m", ["é"] * number, complete=number % 2 == 0)
@@ -381,11 +406,39 @@ async def test_what_an_agents_stream_yields_is_committed_and_comes_while_the_sou
         assert (await buffer.get_thread_status("t")).status == "active"
 
 
-async def test_an_agents_stream_goes_on_in_a_message_that_has_text_already(buffer: ChunkBuffer) -> None:
+class Unasked:
+    """A source that must not be asked for anything."""
+
+    closed = False
+
+    def __aiter__(self) -> Any:
+        raise AssertionError("it was asked")
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize(
+    ("stored", "ended", "says"),
+    [(["text"], True, "was completed, and an end is final"), (["text"], False, "has 1 chunks already")],
+    ids=["ended", "begun"],
+)
+async def test_an_agents_stream_is_refused_where_it_would_be_lost_or_stored_twice(
+    buffer: ChunkBuffer, stored: list[str], ended: bool, says: str
+) -> None:
+    await buffer.add_chunks("t", "m", stored, complete=ended)
+    source = Unasked()
+    with pytest.raises(resume_stream.Conflict, match=says):
+        await anext(buffer.agent_stream("t", "m", source))
+    assert source.closed
+    assert await text_of(buffer) == "text"
+
+
+async def test_an_agents_stream_goes_into_a_message_that_was_opened_for_its_readers(buffer: ChunkBuffer) -> None:
     await buffer.add_chunks("t", "other", ["x"])
-    await buffer.add_chunks("t", "m", ["before "])
-    assert [piece async for piece in buffer.agent_stream("t", "m", Source("after", None)())] == ["after"]
-    assert await text_of(buffer) == "before after"
+    await buffer.open_message("t", "m")
+    assert [piece async for piece in buffer.agent_stream("t", "m", Source("text", None)())] == ["text"]
+    assert await text_of(buffer) == "text"
 
 
 async def test_a_source_that_fails_aborts_the_message_and_its_error_is_raised(buffer: ChunkBuffer) -> None:
@@ -447,19 +500,6 @@ async def test_an_end_from_outside_closes_the_source_at_once_even_while_it_is_bl
     else:
         with pytest.raises(resume_stream.NotFound):
             await buffer.get_thread_status("t")
-
-
-async def test_a_source_for_a_message_that_has_ended_is_closed_and_stores_nothing(buffer: ChunkBuffer) -> None:
-    await buffer.add_chunks("t", "m", ["done"], complete=True)
-    source, got = Source("more"), []
-    try:
-        async with asyncio.timeout(5):
-            got = [piece async for piece in buffer.agent_stream("t", "m", source())]
-    except resume_stream.Conflict:
-        pass  # telling is fine too
-    await until(source.closed.is_set)
-    assert got == []
-    assert await text_of(buffer) == "done"
 
 
 async def test_leaving_the_buffer_closes_the_source_and_leaves_the_message_active(make_buffer: Any) -> None:

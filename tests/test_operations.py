@@ -366,6 +366,14 @@ def test_a_page_and_its_files_are_asked_for_again_and_run_nothing_of_others(serv
     assert headers["content-security-policy"] == "default-src 'self'; frame-ancestors 'none'"
 
 
+def test_the_types_of_the_client_are_shown_as_text(shared: Service) -> None:
+    answer = httpx.get(f"{shared.url}/static/resume-stream.d.ts")
+    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+    assert "export" in answer.text
+    script = httpx.get(f"{shared.url}/static/resume-stream.js")
+    assert script.headers["content-type"].partition(";")[0] == "text/javascript"
+
+
 # The schema
 
 

@@ -19,7 +19,7 @@ import wire
 from conftest import ROOT, TIMEOUT, Service, api_client, append, wait_until
 from websockets.sync.client import connect
 
-BINARY = Path(os.environ.get("RESUME_STREAM_BINARY", ROOT / "dist" / "resume-stream"))
+BINARY = Path(os.environ.get("BINARY", ROOT / "dist" / "resume-stream"))
 SECRET = "a secret of more than thirty-two bytes"
 MB = 1_000_000
 

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from conftest import Service
-from wire import masked
+from wire import JSON, masked
 
 from .base import BROKEN_LINK, TIMEOUT, Link, Verdict, append, call, eventually, message_path, piece, thread_path
 
@@ -89,7 +89,7 @@ async def leave_before_answer(link: Link, thread: str) -> None:
 
 async def leave_known_content(link: Link, thread: str) -> None:
     body = json.dumps({"thread_id": thread, "message_id": "m", "known_content": "0~"}).encode()
-    link.send_head("POST", "/api/resume-stream", {"Content-Length": str(len(body))})
+    link.send_head("POST", "/api/resume-stream", {**JSON, "Content-Length": str(len(body))})
     link.writer.write(body)
     await asyncio.sleep(0.005)
 

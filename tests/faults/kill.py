@@ -17,6 +17,7 @@ from urllib.parse import urlencode
 from conftest import Service
 from websockets.asyncio.client import connect
 from websockets.exceptions import WebSocketException
+from wire import JSON
 
 from .base import BROKEN_LINK, TIMEOUT, Answer, Link, Verdict, append, call, message_path, piece, thread_path
 
@@ -163,7 +164,7 @@ class Reader:
         known = self.producers[self.message].text[:read]
         async with Link.to(self.service.port) as link:
             body = json.dumps({"thread_id": self.thread, "message_id": self.message, "known_content": known}).encode()
-            link.send_head("POST", "/api/resume-stream", {"Content-Length": str(len(body))})
+            link.send_head("POST", "/api/resume-stream", {**JSON, "Content-Length": str(len(body))})
             link.writer.write(body)
             self.seq = 0
             async for entry in self._entries(link):

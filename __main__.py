@@ -1,0 +1,7 @@
+"""``python -m resume_stream`` is ``resume-stream``."""
+
+import sys
+
+from resume_stream import main
+
+sys.exit(main())
