@@ -2937,6 +2937,10 @@ class ChunkBuffer:
         self._readers.add(reader)
         return reader
 
+    def leave(self, reader: Reader) -> None:
+        """Free a seat at once, and not only when nothing knows of its reader any more."""
+        self._readers.discard(reader)
+
     def follow(
         self, place: Place, reader: Reader | None = None, *, poll_interval: float | None = None, **times: Any
     ) -> AsyncGenerator[Page | Signal, None]:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import re
 from collections import Counter as Multiset
-from collections.abc import Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from typing import Any, ClassVar, cast
 
@@ -217,12 +217,21 @@ class Conversation:
             idle_timeout=seconds("idle_timeout", frame.idle_timeout),
             expires=self._grant.expires,
         )
-        place = await self._buffer.locate(
-            frame.thread_id, frame.message_id, after=frame.after, known_content=frame.known_content, follow=frame.follow
-        )
-        if place.finished:
-            return
-        items = self._buffer.follow(place, reader, poll_interval=seconds("poll_interval", frame.poll_interval))
+        try:
+            place = await self._buffer.locate(
+                frame.thread_id,
+                frame.message_id,
+                after=frame.after,
+                known_content=frame.known_content,
+                follow=frame.follow,
+            )
+            if not place.finished:
+                poll_interval = seconds("poll_interval", frame.poll_interval)
+                await self._pass_on(frame, self._buffer.follow(place, reader, poll_interval=poll_interval))
+        finally:
+            self._buffer.leave(reader)
+
+    async def _pass_on(self, frame: Subscribe, items: AsyncGenerator[Page | Signal, None]) -> None:
         start = b'{"id":%s,' % encode_json(frame.id)
         async with aclosing(items):
             async for item in items:
