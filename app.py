@@ -184,6 +184,7 @@ Size = NewType("Size", int)
 
 DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 SIZE_UNITS = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
+MIN_CLEANUP_INTERVAL = 0.01  # seconds
 SECRET_BYTES = 32
 
 
@@ -301,6 +302,8 @@ def checked_setting(name: str, value: Any) -> Any:
         raise ValueError(f"{name}={value!r:.80} cannot be: {error}") from error
     if isinstance(value, float | int) and not 0 <= value < math.inf:
         raise ValueError(f"{name}={value} cannot be; it is 0 or more")
+    if name == "cleanup_interval" and value < MIN_CLEANUP_INTERVAL:
+        raise ValueError(f"cleanup_interval={value} cannot be; it would never pause; give it 1s or more")
     if name == "secret" and 0 < len(value.encode()) < SECRET_BYTES:
         raise ValueError(
             f"the secret has {len(value.encode())} bytes, and HS256 asks for {SECRET_BYTES} or more (RFC 7518, 3.2);"
@@ -2210,7 +2213,6 @@ LONG_TEXT = 1024**2  # bytes, past which a text is read in pieces
 LIVE_BYTES = 256 * 1024  # of a thread's newest pages, kept while somebody follows it
 ALL_LIVE_BYTES = 32 * 1024**2  # of all threads
 HELD_BYTES = 32 * 1024**2  # of bodies that are still coming in
-MIN_CLEANUP_INTERVAL = 0.01  # seconds
 
 
 class Listener:
@@ -3080,9 +3082,7 @@ class ChunkBuffer:
             with logged_problems("clean up"):
                 await self._clean_up()
             interval = self.settings.cleanup_interval
-            await asyncio.sleep(
-                max(min(interval, BUSY_TIMEOUT) if self._erasure_owed else interval, MIN_CLEANUP_INTERVAL)
-            )
+            await asyncio.sleep(min(interval, BUSY_TIMEOUT) if self._erasure_owed else interval)
 
     async def _clean_up(self) -> None:
         untouched_since = now_ms() - round(self.settings.ttl * 1000)
@@ -4108,14 +4108,14 @@ def check_variables(environment: Mapping[str, str]) -> None:
     known = [name.upper() for name in SETTING_TYPES]
     for variable in environment:
         name = variable.removeprefix("RESUME_STREAM_")
-        if variable.startswith("RESUME_STREAM_") and name not in known and not OTHER_VARIABLES.fullmatch(name):
+        if variable.startswith("RESUME_STREAM_") and name not in known and name not in OTHER_VARIABLES:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"perhaps RESUME_STREAM_{near[0]} is meant" if near else "see resume-stream serve --help"
             raise StartupError(f"{variable} is no setting; {hint}")
 
 
-# Those of the client, and what a relay adds to its requests.
-OTHER_VARIABLES = re.compile("URL|TOKEN|UPSTREAM_.+_HEADERS")
+# Those of the client.
+OTHER_VARIABLES = {"URL", "TOKEN"}
 Commands = Any  # argparse keeps the type of what add_subparsers returns to itself
 Command = Callable[[Settings, dict[str, Any]], int | None]
 

@@ -198,7 +198,7 @@ def test_a_variable_that_is_no_setting_is_refused_and_the_near_one_named(
 
 
 def test_the_variables_of_the_client_and_of_upstreams_are_no_settings(settings_of: Callable[..., Settings]) -> None:
-    others = {"RESUME_STREAM_URL": "x", "RESUME_STREAM_TOKEN": "x", "RESUME_STREAM_UPSTREAM_OPENAI_HEADERS": "x"}
+    others = {"RESUME_STREAM_URL": "x", "RESUME_STREAM_TOKEN": "x"}
     assert settings_of(**others) == Settings()
 
 
@@ -361,3 +361,8 @@ def start_process() -> Any:
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def test_a_clean_up_that_would_never_pause_is_refused() -> None:
+    with pytest.raises(ValueError, match="never pause"):
+        Settings(cleanup_interval=resume_stream.Duration(0))
