@@ -245,6 +245,8 @@ export class ThreadView {
 
   /** @param {() => void} write  what changes how long the thread is */
   stick(write) {
+    // The event of a scroll comes a frame later than the scroll, and the reader's is not to be undone before it.
+    if (!this.#isClosed) this.scrolled();
     write();
     if (this.#isClosed) return;
     if (this.isFollowing) {

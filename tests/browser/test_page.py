@@ -532,6 +532,21 @@ def test_follows_the_end_until_the_reader_scrolls(
     wait_until(lambda: gap(page) < 2, "the very end")
 
 
+def test_what_is_drawn_before_the_event_of_a_scroll_does_not_undo_the_scroll(
+    page: Page, service: Service, client: httpx.Client
+) -> None:
+    append(client, "t", "m", *WORDS)
+    page.goto(f"{service.url}/#/t")
+    expect(page.locator(".text")).to_contain_text("word-599")
+    wait_until(lambda: gap(page) < 2, "the end")
+    page.evaluate("addEventListener('scroll', (event) => event.stopImmediatePropagation(), true)")
+    scroll(page, 50)
+    append(client, "t", "m", "\n\n\nmore")
+    expect(page.locator(".text")).to_contain_text("more")
+    expect(page.locator("#to-end")).to_be_visible()
+    assert gap(page) > 300
+
+
 def test_messages_that_are_not_shown_are_counted(page: Page, service: Service, client: httpx.Client) -> None:
     for number in range(1, 32):
         append(client, "t", f"run-{number}", f"text {number}", complete=number < 31)
