@@ -1244,10 +1244,10 @@ class Snapshot:
 
     def thread_of(self, generation: int) -> str | None:
         row = self._connection.execute(
-            "select thread_id from threads where thread = ? and generation = ?",
-            (self._first_since(generation), generation),
+            "select generation, thread_id from threads where thread >= ? order by thread limit 1",
+            (self._first_since(generation),),
         ).fetchone()
-        return row[0] if row else None
+        return row[1] if row and row[0] == generation else None
 
     def active_messages(self) -> int:
         (count,) = self._connection.execute("select count(*) from messages where status = 'active'").fetchone()

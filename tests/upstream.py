@@ -8,7 +8,9 @@ It runs in a thread of the test's process, so that clients in other processes (N
         upstream.go_on()                           # … for this, once for each pause
         upstream.asked, upstream.left              # what it was asked, and how often its client went too early
 
-A recording has its own path (``CHAT.path``), so that a test can be the same for all of them.
+A recording has its own path (``CHAT.path``), so that a test can be the same for all of them. A test file has
+``upstream, service = shared_upstream(), relaying()``: both for all of its tests, and the relay's URL is
+``relay_url(service)``.
 """
 
 from __future__ import annotations
@@ -17,8 +19,13 @@ import asyncio
 import dataclasses
 import json
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
+
+import pytest
+from conftest import Service
 
 PAUSE = b""  # among pieces: wait for go_on()
 EVENTS = {"Content-Type": "text/event-stream; charset=utf-8"}
@@ -105,6 +112,13 @@ class Upstream:
         """To every request, or to those whose target begins so."""
         self._answers[at] = recording
 
+    def forget(self) -> None:
+        """All of it, before another test."""
+        self._answers.clear()
+        self.asked.clear()
+        self.left = 0
+        self._going_on = asyncio.Semaphore(0)
+
     def go_on(self, times: int = 1) -> None:
         for _ in range(times):
             self._loop.call_soon_threadsafe(self._going_on.release)
@@ -185,6 +199,7 @@ class Upstream:
             self.paused -= 1
             released.cancel()
             gone.cancel()
+            await asyncio.wait([released, gone])
 
 
 def frames(*events: Any, named: bool = False) -> tuple[bytes, ...]:
@@ -367,3 +382,31 @@ ERRORS = {
     "ag-ui": frames({"type": "RUN_ERROR", "message": "overloaded"})[0],
     "langgraph": b'event: error\ndata: {"error":"ValueError","message":"overloaded"}\n\n',
 }
+
+
+def shared_upstream() -> Any:
+    """The fixture ``upstream`` of a file."""
+
+    @pytest.fixture(scope="module")
+    def upstream() -> Iterator[Upstream]:
+        with Upstream() as upstream:
+            yield upstream
+
+    return upstream
+
+
+def relaying(*flags: str, environment: dict[str, str] | None = None, base: str = "") -> Any:
+    """The fixture ``service`` of a file: one with its upstream, by the name of ``up``."""
+
+    @pytest.fixture(scope="module")
+    def service(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> Iterator[Service]:
+        folder: Path = tmp_path_factory.mktemp("relaying")
+        named = ("--upstream", f"up={upstream.url}{base}")
+        with Service(folder / "chunks.db", *named, *flags, environment=environment) as service:
+            yield service
+
+    return service
+
+
+def relay_url(service: Service, name: str = "up") -> str:
+    return f"{service.url}/relay/{name}"
