@@ -185,7 +185,7 @@ DIALECTS = (
     ),
     Dialect(
         name="ag-ui",
-        openings=frozenset({"RUN_STARTED"}),  # a stream may have one run after the other
+        openings=frozenset({"RUN_STARTED", "RUN_ERROR"}),  # a stream may have one run after the other
         completes=frozenset({"RUN_FINISHED"}),
         aborts=frozenset({"RUN_ERROR"}),
         last=frozenset({DONE}),

@@ -388,8 +388,6 @@ def test_the_upstreams_own_error_ends_the_message_with_its_words(
 
 @WITH_ERRORS
 def test_an_error_as_the_first_event_is_one_all_the_same(relay: Relay, upstream: Upstream, dialect: str) -> None:
-    if dialect == "ag-ui":
-        pytest.skip("which is known by another first event")
     recording = RECORDINGS[dialect]
     upstream.answer(recording.ended(0, ERRORS[dialect]))
     relay.ask(recording, Resume_Thread=f"first-{dialect}", Resume_Message="m")

@@ -180,7 +180,11 @@ class Upstream:
                     return False
             else:
                 writer.write(b"%x\r\n%s\r\n" % (len(piece), piece))
-                await writer.drain()
+                try:
+                    await writer.drain()
+                except ConnectionError:
+                    self.left += 1
+                    return False
         if answer.is_broken:
             return False
         if method != "HEAD":
