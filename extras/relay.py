@@ -122,7 +122,7 @@ def mount(parts: Parts) -> None:
         raise StartupError("there is an upstream, and nothing that knows of streams; put extras/dialects.py in place")
     relay = Relay(parts.buffer, parts.dialects, [Target(upstream, secrets[upstream.name]) for upstream in upstreams])
 
-    @asgi("/relay", is_mount=True, copy_scope=True, scopes=ANY_SCOPE, token_in_query=True, token_header="x-api-key")
+    @asgi("/relay", is_mount=True, copy_scope=False, scopes=ANY_SCOPE, token_in_query=True, token_header="x-api-key")
     async def relayed(scope: Scope, receive: Receive, send: Send) -> None:
         await relay.serve(scope, receive, send)
 
@@ -355,8 +355,8 @@ class Relay:
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != ScopeType.HTTP:
-            await send({"type": "websocket.close", "code": 1003, "reason": "Only HTTP is relayed."})
-            return
+            cast(Any, scope)["refusal"] = refusal = Forbidden("Only HTTP is relayed; ask without an Upgrade.")
+            raise refusal
         self.begin()
         answer = await self._answer(Call(scope, receive, self._targets, bool(self.buffer.settings.secret)))
         try:
