@@ -1,0 +1,103 @@
+"""What a relay stands between, and a relay that stores nothing: ``python -m bench.relay_apps PORT [UPSTREAM_PORT]``.
+
+Without an upstream it is one: ``GET /COUNT`` streams so many events as fast as it can, ``GET /COUNT/MS`` one in so
+many milliseconds. An event is the size of a provider's, and has the time at which it was written (the clock is one
+for the machine). With an upstream it is a Litestar handler that passes its answers on with httpx.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import httpx
+import uvicorn
+import uvloop
+from litestar import Litestar, Request, get
+from litestar.response import Stream
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+AT_ONCE = 16  # events that an upstream in a hurry writes before it looks at its connection
+
+
+def event(number: int) -> bytes:
+    """About as long as those of recorded answers are (240 bytes)."""
+    choice = {"index": 0, "delta": {"content": " tok"}, "logprobs": None, "finish_reason": None}
+    data = {
+        "id": "chatcmpl-D8Z5oo6uDh67AD85p73ksdT1KxhE0",
+        "object": "chat.completion.chunk",
+        "created": 1770933892,
+        "model": f"bench-{number:06d}",
+        "choices": [choice],
+        "at": f"{time.monotonic():.6f}",
+    }
+    text = b"data: %s\n\n" % json.dumps(data, separators=(",", ":")).encode()
+    return b"%x\r\n%s\r\n" % (len(text), text)
+
+
+async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            count, _, pause = head.split(b" ")[1].strip(b"/").partition(b"/")
+            writer.write(HEAD)
+            began = time.monotonic()
+            for number in range(int(count)):
+                if pause:
+                    await asyncio.sleep(max(0.0, began + number * int(pause) / 1000 - time.monotonic()))
+                writer.write(event(number))
+                if number % AT_ONCE == 0:
+                    await writer.drain()
+            done = b"data: [DONE]\n\n"
+            writer.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(done), done))
+            await writer.drain()
+    except (asyncio.IncompleteReadError, ConnectionError):
+        pass  # its client has gone
+    finally:
+        writer.close()
+
+
+async def stream_events(port: int) -> None:
+    server = await asyncio.start_server(answer, "127.0.0.1", port, backlog=1024)
+    await server.serve_forever()
+
+
+def passing_on(port: int) -> Litestar:
+    client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=None)
+
+    async def passed(path: str) -> AsyncGenerator[bytes, None]:
+        async with client.stream("GET", path) as response:
+            async for piece in response.aiter_raw():
+                yield piece
+
+    @get("/relay/bench/{path:path}")
+    async def relay(request: Request[Any, Any, Any], path: str) -> Stream:
+        return Stream(passed(path), headers={"Content-Type": "text/event-stream"})
+
+    return Litestar([relay], openapi_config=None)
+
+
+def main(port: int, upstream: int | None = None) -> None:
+    if upstream is None:
+        uvloop.run(stream_events(port))
+        return
+    uvicorn.run(
+        passing_on(upstream),
+        host="127.0.0.1",
+        port=port,
+        loop="uvloop",
+        http="httptools",
+        lifespan="off",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        log_level="warning",
+        backlog=2048,
+    )
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
