@@ -1,8 +1,9 @@
 """What a relay stands between, and a relay that stores nothing: ``python -m bench.relay_apps PORT [UPSTREAM_PORT]``.
 
-Without an upstream it is one: ``GET /COUNT`` streams so many events as fast as it can, ``GET /COUNT/MS`` one in so
-many milliseconds. An event is the size of a provider's, and has the time at which it was written (the clock is one
-for the machine). With an upstream it is a Litestar handler that passes its answers on with httpx.
+Without an upstream it is one: ``GET /COUNT`` streams so many events as fast as it can, ``GET /COUNT/MS/LATER``
+one in so many milliseconds, from so many after it was asked on. An event is the size of a provider's, and has the
+time at which it was written (the clock is one for the machine). With an upstream it is a Litestar handler that
+passes its answers on with httpx.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ def event(number: int) -> bytes:
 async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     try:
         while head := await reader.readuntil(b"\r\n\r\n"):
-            count, _, pause = head.split(b" ")[1].strip(b"/").partition(b"/")
+            count, pause, later = (*head.split(b" ")[1].strip(b"/").split(b"/"), b"", b"0")[:3]
             writer.write(HEAD)
-            began = time.monotonic()
+            began = time.monotonic() + float(later or 0) / 1000
             for number in range(int(count)):
                 if pause:
                     await asyncio.sleep(max(0.0, began + number * int(pause) / 1000 - time.monotonic()))
@@ -66,7 +67,8 @@ async def stream_events(port: int) -> None:
 
 
 def passing_on(port: int) -> Litestar:
-    client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=None)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
+    client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=None, limits=limits)
 
     async def passed(path: str) -> AsyncGenerator[bytes, None]:
         async with client.stream("GET", path) as response:

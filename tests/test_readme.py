@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import pytest
 import resume_stream
 from conftest import ROOT, TIMEOUT, Service, api_client, append
+from upstream import RESPONSES
+from upstream import Upstream as RelayedUpstream
 
 README = (ROOT / "README.md").read_text()
 FAILED = "trap 'echo \"failed ($?): $BASH_COMMAND\" >&2' ERR\n"
@@ -168,16 +170,16 @@ def test_the_reference_has_every_setting_with_its_default_and_every_call() -> No
 def test_every_snippet_is_of_a_kind_that_is_run_here() -> None:
     kinds = [snippet.language for snippet in SNIPPETS]
     assert {kind: kinds.count(kind) for kind in kinds if kind != "console"} == {
-        "sh": 6,
+        "sh": 7,
         "": 1,
-        "python": 2,
+        "python": 3,
         "html": 2,
         "jsx": 1,
     }
 
 
 def test_the_lines_do_what_they_say_one_after_the_other(reader: Reader) -> None:
-    run_it, _, tour, by_text, pipe, look_inside = snippets("sh")
+    run_it, _, tour, by_text, _, pipe, look_inside = snippets("sh")
     assert run_it.strip().endswith("resume-stream serve")
 
     done = reader.shell(tour)
@@ -205,7 +207,7 @@ def test_the_lines_do_what_they_say_one_after_the_other(reader: Reader) -> None:
     done = reader.shell(pipe)
     assert (done.returncode, done.stdout, done.stderr) == (0, "Once\nupon\na\ntime.\n", "")
 
-    from_provider, in_process = snippets("python")
+    _, from_provider, in_process = snippets("python")
     done = reader.python(from_provider)
     assert (done.returncode, done.stderr) == (0, "")
     assert text_of(reader, "run-3") == ("A story.", "completed")
@@ -238,19 +240,35 @@ def test_a_provider_that_fails_is_seen_and_the_message_is_no_whole_answer(
     reader: Reader, environment: dict[str, str], says: str
 ) -> None:
     message = f"failed-{says[:3]}"
-    done = reader.python(snippets("python")[0].replace("run-3", message), **environment)
+    done = reader.python(snippets("python")[1].replace("run-3", message), **environment)
     assert done.returncode == 1
     assert says in done.stderr
     assert text_of(reader, message)[1] == "aborted"
 
 
 def test_a_second_answer_into_the_same_message_is_refused_aloud(reader: Reader) -> None:
-    once = snippets("python")[0].replace("run-3", "twice")
+    once = snippets("python")[1].replace("run-3", "twice")
     assert reader.python(once).returncode == 0
     refused = reader.python(once, MODEL="other")
     assert (refused.returncode, text_of(reader, "twice")) == (1, ("A story.", "completed"))
     assert "resume_stream.client" in refused.stderr.splitlines()[-1]
-    library = snippets("python")[1]
+    library = snippets("python")[2]
     refused = reader.python(library)
     assert refused.returncode == 1
     assert "an end is final" in refused.stderr
+
+
+def test_the_relay_does_what_its_lines_say(tmp_path: Path, upstream: str) -> None:
+    pytest.importorskip("openai")
+    command, in_python = snippets("sh")[4].split(), snippets("python")[0]
+    assert command == ["resume-stream", "serve", "--upstream", "openai=https://api.openai.com"]
+    with (
+        RelayedUpstream() as relayed,
+        Service(tmp_path / "chunks.db", "--upstream", f"openai={relayed.url}") as service,
+    ):
+        relayed.answer(RESPONSES)
+        done = Reader(tmp_path, service, upstream).python(in_python)
+    assert (done.returncode, done.stderr) == (0, "")
+    rest = [piece.partition(b"\n")[0].removeprefix(b"event: ").decode() for piece in RESPONSES.pieces[5:]]
+    assert done.stdout.splitlines() == [f"{number} {name}" for number, name in enumerate(rest, 5)]
+    assert len(relayed.asked) == 1
