@@ -179,7 +179,7 @@ DIALECTS = (
         headers={"x-vercel-ai-ui-message-stream": "v1"},
         error=lambda code, words, last: (None, {"type": "error", "errorText": words}),
         stop=lambda reason: (None, {"type": "abort", "reason": reason}),
-        resume=("GET", r"/(?P<thread>[^/]+)/stream"),
+        resume=("GET", r"(?<!/runs)/(?P<thread>[^/]+)/stream"),
         cancel=("POST", r"/(?P<thread>[^/]+)/stop", 200),
         absent_is_204=True,
     ),

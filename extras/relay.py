@@ -75,6 +75,7 @@ CONNECT_TIMEOUT = 10.0  # seconds
 KEPT_CONNECTIONS, KEPT_FOR = 100, 5.0  # that are idle, and for how many seconds
 AHEAD = 256 * 1024  # bytes of an answer that may have come and are not committed yet
 EVENTS_AT_ONCE = 1_000  # in one append
+DECODED = 3  # times that a path is decoded, to see where it leads
 LAST_WORDS = 1.0  # seconds for a body to end once its stream has, so that the connection can be used again
 
 LOST, RESTARTED, CANCELLED = "upstream_lost", "service_restarted", "cancelled"
@@ -214,7 +215,7 @@ NOTHING = Answer(204, [])
 
 
 class Call:
-    """A request to the relay. Raises NotFound for an unknown upstream, BadRequest where it would leave its path."""
+    """A request to the relay. Raises NotFound, Forbidden, and BadRequest where it could leave the upstream's path."""
 
     def __init__(self, scope: Scope, receive: Receive, targets: Mapping[str, Target], has_secret: bool) -> None:
         self.request: Request[Any, Any, Any] = Request(scope, receive)
@@ -231,6 +232,8 @@ class Call:
         target = targets.get(name.decode("latin-1"))
         if target is None:
             raise NotFound(f"There is no upstream {name.decode('latin-1')!r:.80}; there are {', '.join(targets)}.")
+        if self.header(b"sec-fetch-site") in ("cross-site", "same-site") and not self.header(b"origin"):
+            raise Forbidden("A page of elsewhere may not have this asked, as for an image or a link.")
         self.target = target
         self.path = slash + path
         check_path(self.path)
@@ -256,12 +259,13 @@ class Call:
 
 
 def check_path(path: bytes) -> None:
-    """Not out of the upstream's base path, however often it is decoded on the way. Raises BadRequest."""
+    """Not out of the upstream's base path, though it may be decoded more than once on the way. Raises BadRequest."""
     decoded = path
-    while (once_more := unquote_to_bytes(decoded)) != decoded:
-        decoded = once_more
-    segments = re.split(rb"[/\\]", decoded)
-    if path.startswith(b"//") or b".." in segments or b"." in segments or re.search(rb"[\x00-\x20\x7f]", path):
+    for _ in range(DECODED):
+        decoded = unquote_to_bytes(decoded)
+    segments = {segment.partition(b";")[0] for segment in re.split(rb"[/\\]", decoded)}
+    leads_out = segments & {b".", b".."} or path.startswith(b"//") or unquote_to_bytes(decoded) != decoded
+    if leads_out or re.search(rb"[\x00-\x20\x7f]", path):
         raise BadRequest("The path could lead out of the upstream's base path; write it without '.', '..' and '//'.")
 
 
@@ -358,10 +362,12 @@ class Relay:
             cast(Any, scope)["refusal"] = refusal = Forbidden("Only HTTP is relayed; ask without an Upgrade.")
             raise refusal
         self.begin()
-        answer = await self._answer(Call(scope, receive, self._targets, bool(self.buffer.settings.secret)))
+        call = Call(scope, receive, self._targets, bool(self.buffer.settings.secret))
+        answer = await self._answer(call)
+        pieces = None if call.method == "HEAD" else answer.pieces
         try:
             await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
-            await StreamedBody(iterator=answer.pieces or ()).send_body(send, receive)
+            await StreamedBody(iterator=pieces or ()).send_body(send, receive)
         finally:
             if answer.close is not None:
                 await answer.close()
@@ -596,7 +602,7 @@ class Relay:
 
     async def _record(self, asked: Asked, body: bytearray) -> None:
         """From the question to the end of its answer, whoever waits for it."""
-        call, outcome = asked.call, "refused"
+        call, outcome = asked.call, "interrupted"
         try:
             if asked.message_id is not None:
                 there = await self.taken(asked, call.thread_id or asked.message_id, asked.message_id)

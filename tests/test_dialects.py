@@ -332,6 +332,11 @@ def test_a_cancelled_run_ends_here_and_there(relay: Relay, upstream: Upstream) -
     wait_until(lambda: upstream.left == 1, "the upstream's connection is closed")
 
 
+def test_a_run_that_nobody_knows_is_404(relay: Relay, upstream: Upstream) -> None:
+    upstream.answer(plain(404, {"detail": "no"}))
+    assert relay.ask(Recording((), "/threads/t/runs/nobodys/stream", "GET", b"")).status_code == 404
+
+
 def test_what_is_no_stream_of_a_run_is_asked_for(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(of_run("run-status"), at="/threads/t-1/runs/stream")
     upstream.answer(plain(200, {"status": "success"}), at="/threads/t/runs/run-status")

@@ -75,7 +75,8 @@ def raw(service: Service, line: str, *headers: str) -> bytes:
         "/a/..",
         "/./a",
         "//evil.example/a",
-        "/..;/secret/..",
+        "/..;a=b/secret",
+        "/%25252525252e%2e/secret",
     ],
 )
 def test_no_path_leads_out_of_the_base(service: Service, upstream: Upstream, path: str) -> None:
@@ -138,6 +139,8 @@ def test_pages_of_elsewhere_are_refused(upstream: Upstream, tmp_path: Path) -> N
     ):
         assert problem(relay.ask(CHAT, Origin="https://evil.example"))[0] == 403
         assert problem(relay.ask(CHAT, Host="evil.example"))[0] == 403
+        image = Recording((), "/v1/paid", "GET", b"")
+        assert problem(relay.ask(image, Sec_Fetch_Site="cross-site"))[0] == 403
         assert not upstream.asked
 
 
