@@ -3898,9 +3898,15 @@ class Parts:
         self.protocol: type[asyncio.Protocol] | Literal["httptools"] = "httptools"
         self.on_start: list[Callable[[], None]] = []
         self.on_stop: list[Callable[[], None]] = []
+        mounted = set()
         for extra in found_extras():
+            mounted.add(extra.__name__.rpartition(".")[2])
             if hasattr(extra, "mount"):
                 extra.mount(self)
+        if buffer.settings.upstream and not {"dialects", "relay"} <= mounted:
+            raise StartupError(
+                "there is an upstream, and nothing here that relays; put extras/relay.py and dialects.py in place"
+            )
         if buffer.settings.secret and not self.guards:
             raise StartupError(
                 "there is a secret, and nothing here that knows of tokens; put extras/tokens.py in place"

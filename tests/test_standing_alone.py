@@ -113,3 +113,11 @@ def test_it_refuses_pages_of_elsewhere(start_alone: Callable[..., Alone], foreig
             assert "access-control-allow-origin" not in answer.headers
         assert contents(client, "t") == ["x"]
         assert len(client.get("/threads/t").json()["messages"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "file"), [(("--upstream", "a=http://127.0.0.1:1"), "relay.py"), (("--secret", "s" * 32), "tokens.py")]
+)
+def test_it_says_what_it_cannot_do_alone(start_alone: Callable[..., Alone], flags: tuple[str, str], file: str) -> None:
+    with pytest.raises(RuntimeError, match=f"put extras/{file}"):
+        start_alone(*flags)
