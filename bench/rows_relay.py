@@ -42,6 +42,9 @@ def app(folder: Path, *arguments: int) -> contextlib.AbstractContextManager[Serv
     return running([sys.executable, "-m", "bench.relay_apps", *map(str, (port, *arguments))], folder, port)
 
 
+Start = Callable[[Path], contextlib.AbstractContextManager[Server]]
+
+
 @dataclass
 class Read:
     """One answer: when its request was sent, and how old each event was when it came (ms)."""
@@ -142,14 +145,16 @@ def ages(server: Server, prefix: str, count: int, number: int) -> Taken:
 class Crowd:
     p50: float
     p99: float
-    memory: float  # KiB for each answer
+    memory: float  # KiB for each answer, once all have begun
 
 
-def crowd(server: Server, prefix: str, count: int, number: int) -> Crowd:
-    """Many answers at once, as models write them."""
-    before, during = resident(server.pid), list[int]()
-    paths = [f"{prefix}/{count}/{MANY_PACE}/{MANY_PACE * place / MANY}" for place in range(MANY)]
-    reads = checked(read(server.port, paths, lambda: during.append(resident(server.pid))), count)
+def crowd(start: Start, prefix: str, folder: Path, count: int, number: int) -> Crowd:
+    """Many answers at once, as models write them, of a server that has just started."""
+    with start(folder / f"crowd-{number}") as server:
+        checked(read(server.port, [f"{prefix}/{count}"]), count)
+        before, during = resident(server.pid), list[int]()
+        paths = [f"{prefix}/{count}/{MANY_PACE}/{MANY_PACE * place / MANY}" for place in range(MANY)]
+        reads = checked(read(server.port, paths, lambda: during.append(resident(server.pid))), count)
     found = [age for one in reads for age in one.ages]
     return Crowd(percentile(found, 50), percentile(found, 99), max(0, during[0] - before) / MANY / KIB)
 
@@ -160,14 +165,24 @@ def relay(plan: Plan) -> Row:
     with Stage(plan, "relay") as stage:
         upstream = stage.enter_context(app(stage.folder / "upstream"))
         named = ("--upstream", f"bench=http://127.0.0.1:{upstream.port}", "--max-message", "1GiB")
-        stage.start(OURS, partial(service, flags=named))
-        stage.start(HTTPX, lambda folder: app(folder, upstream.port))
-        stage.start(NGINX, partial(nginx, locations=LOCATION.format(port=upstream.port)))
+        starts: dict[str, Start] = {
+            OURS: partial(service, flags=named),
+            HTTPX: lambda folder: app(folder, upstream.port),
+            NGINX: partial(nginx, locations=LOCATION.format(port=upstream.port)),
+        }
+        for name, start in starts.items():
+            stage.start(name, start)
         servers = {name: (server, "/relay/bench") for name, server in stage.servers.items()}
         servers[DIRECT] = (upstream, "")
         rates = stage.sample({name: partial(rate, *server, burst) for name, server in servers.items()})
         old = interleave(plan.rounds, {name: partial(ages, *server, paced) for name, server in servers.items()})
-        together = interleave(plan.rounds, {name: partial(crowd, *server, many) for name, server in servers.items()})
+        crowds = {
+            name: partial(crowd, start, "/relay/bench", plan.place(f"relay-{place}"), many)
+            for place, (name, start) in enumerate(starts.items())
+            if name in stage.servers
+        }
+        crowds[DIRECT] = partial(crowd, lambda _: contextlib.nullcontext(upstream), "", plan.folder, many)
+        together = interleave(plan.rounds, crowds)
 
     def samples(taken: dict[str, list[Taken]] | dict[str, list[Crowd]], name: str, of: str, less: str = "") -> Figure:
         if name in stage.missing:
