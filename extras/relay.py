@@ -72,7 +72,7 @@ from resume_stream import (
 log = logging.getLogger("resume_stream")
 
 CONNECT_TIMEOUT = 10.0  # seconds
-KEPT_CONNECTIONS, KEPT_FOR = 100, 5.0  # that are idle, and for how many seconds
+KEPT_CONNECTIONS, KEPT_FOR = 10, 5.0  # idle ones, each of which is looked at by every request, and for how many seconds
 AHEAD = 256 * 1024  # bytes of an answer that may have come and are not committed yet
 EVENTS_AT_ONCE = 1_000  # in one append
 DECODED = 3  # times that a path is decoded, to see where it leads

@@ -17,6 +17,8 @@ import pytest
 import resume_stream
 import wire
 from conftest import ROOT, TIMEOUT, Service, api_client, append, wait_until
+from relayed import Relay
+from upstream import CHAT, Upstream
 from websockets.sync.client import connect
 
 BINARY = Path(os.environ.get("BINARY", ROOT / "dist" / "resume-stream"))
@@ -215,3 +217,11 @@ def test_first_answer_and_memory_when_idle(
     record_property("idle_memory_bytes", memory)
     assert took < 5  # below 1 s on a quiet machine
     assert memory < 80 * MB
+
+
+def test_it_relays(start_binary: Callable[..., Binary]) -> None:
+    with Upstream() as upstream:
+        upstream.answer(CHAT)
+        binary = start_binary("--upstream", f"up={upstream.url}")
+        with Relay(binary) as relay:
+            assert relay.ask(CHAT).content.endswith(b"data: [DONE]\n\n")
