@@ -302,6 +302,28 @@ def test_a_cleared_answer_is_gone(relay: Relay, upstream: Upstream, client: http
     assert problem(relay.ask(CHAT, Last_Event_ID=f"{of}-2"))[0] == 410
 
 
+def test_of_two_answers_in_one_thread_each_goes_on_alone(relay: Relay, upstream: Upstream) -> None:
+    upstream.answer(CHAT.held(2), at="/base/v1/chat")
+    upstream.answer(AI_SDK.held(3), at="/base/api/chat")
+    with relay.reading(CHAT, Resume_Thread="two") as chat, relay.reading(AI_SDK, Resume_Thread="two") as sdk:
+        had = chat.events(2)[-1], sdk.events(3)[-1]
+        upstream.go_on(2)
+        rests = chat.rest(), sdk.rest()
+    for last, rest in zip(had, rests, strict=True):
+        cursor = last.partition(b"id: ")[2].partition(b"\n")[0].decode()
+        assert rest.count(b"id: ") == 4 + (last is had[1]) * 2
+        assert relay.ask(CHAT, Last_Event_ID=cursor).content == RETRY + rest
+
+
+def test_large_events_and_many_at_once_come_whole(relay: Relay, upstream: Upstream) -> None:
+    events = [b"data: %d\n\n" % number for number in range(20_000)]
+    large = b"data: %s\n\n" % (b"x" * (1024**2))
+    upstream.answer(OTHER.ended(0, b"".join(events), large[:1000], large[1000:], events[0]))
+    answer = relay.ask(OTHER)
+    found = answer.content.removeprefix(RETRY).split(b"\n\n")[:-1]
+    assert [event.partition(b"\n")[2] + b"\n\n" for event in found] == [*events, large, events[0]]
+
+
 # Joining
 
 
@@ -422,6 +444,15 @@ def test_an_abort_reaches_the_upstream_and_every_reader(relay: Relay, upstream: 
             client.post(f"/threads/{thread}/messages/{message}/abort", json={"reason": "enough"}).raise_for_status()
             assert said in reading.rest()
         wait_until(lambda upstream=upstream: upstream.left == 1, "the upstream's connection is closed")
+
+
+def test_a_cleared_thread_lets_the_upstream_go(relay: Relay, upstream: Upstream, client: httpx.Client) -> None:
+    upstream.answer(CHAT.held(3))
+    with relay.reading(CHAT) as reading:
+        reading.events(3)
+        client.delete(f"/threads/{reading.ids[0]}").raise_for_status()
+        reading.broken_rest()
+    wait_until(lambda: upstream.left == 1, "the upstream's connection is closed")
 
 
 # Death and silence
