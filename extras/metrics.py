@@ -26,6 +26,7 @@ def mount(parts: Parts) -> None:
 class Metrics(Listener):
     def __init__(self, buffer: ChunkBuffer) -> None:
         self._buffer = buffer
+        self._entries = self._bytes = 0  # sent since the last scrape, as a Counter takes a lock for each
         self.registry = registry = CollectorRegistry()
         self.chunks_in = Counter("resume_stream_chunks_in", "Chunks committed", registry=registry)
         self.bytes_in = Counter("resume_stream_bytes_in", "Text committed, in bytes of UTF-8", registry=registry)
@@ -68,14 +69,21 @@ class Metrics(Listener):
                 self.aborts.labels(PRODUCER_TIMEOUT if by_us else "requested").inc()
 
     def delivered(self, page: Page) -> None:
-        self.entries_out.inc(len(page.entries))
-        for part in page.parts:
-            if part.asked is not None:
-                self.delivery_seconds.observe(time.perf_counter() - part.asked)
-                part.asked = None
+        self._entries += len(page.entries)
+        if page.unread:
+            page.unread = False
+            for part in page.parts:
+                if part.asked is not None:
+                    self.delivery_seconds.observe(time.perf_counter() - part.asked)
+                    part.asked = None
 
     def sent(self, size: int) -> None:
-        self.bytes_out.inc(size)
+        self._bytes += size
+
+    def _settle(self) -> None:
+        self.entries_out.inc(self._entries)
+        self.bytes_out.inc(self._bytes)
+        self._entries = self._bytes = 0
 
     def expired(self, threads: int) -> None:
         self.expiries.inc(threads)
@@ -83,6 +91,7 @@ class Metrics(Listener):
     async def scrape(self) -> bytes:
         """In Prometheus' text format."""
         database_bytes, wal_bytes, active_messages = await self._buffer.measure()
+        self._settle()
         self.readers.set(self._buffer.readers)
         self.active_messages.set(active_messages)
         self.database_bytes.set(database_bytes)

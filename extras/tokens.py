@@ -49,6 +49,7 @@ def mount(parts: Parts) -> None:
     if secret := parts.buffer.settings.secret:
         warnings.filterwarnings("ignore", f"The HMAC key is .* bytes long.*{LEAST_SECRET}")  # said once, at the start
         parts.guards.append(partial(authorize, secret))
+        parts.grant_of = partial(grant_of, secret=secret)
 
 
 def add_commands(commands: Commands) -> None:

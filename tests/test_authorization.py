@@ -33,6 +33,8 @@ from wire import (
     websocket_address,
 )
 
+BOTH_WAYS = True
+
 SECRET = "correct horse battery staple, 32+"
 HOUR = 3600
 EVERY_SCOPE = "read write abort admin"

@@ -16,6 +16,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 from wire import JSON, NDJSON, TEXT, Stream, contents, message_path, problem, serving, shared_service, websocket_address
 
+BOTH_WAYS = True
+
 CHUNK, BODY, MESSAGE = 100, 1024, 500
 WEIGHT = 16  # of a chunk, besides its text
 

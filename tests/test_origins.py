@@ -16,6 +16,8 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 from wire import serving, websocket_address
 
+BOTH_WAYS = True
+
 ALLOWED, FOREIGN = "https://chat.example", "https://evil.example"
 SECRET = "correct horse battery staple, 32+"
 

@@ -12,6 +12,8 @@ import pytest
 from conftest import api_client, append
 from wire import JSON, NDJSON, TEXT, contents, message_path, problem, serving, shared_service
 
+BOTH_WAYS = True
+
 service = shared_service()
 
 
