@@ -2193,6 +2193,7 @@ class Reader:
     ) -> None:
         settings = buffer.settings
         self._buffer, self.place, self.poll_interval = buffer, place, poll_interval
+        self._idle = self._beat = math.inf
         self.seq, self._skip, self._reset = place.after, place.skip, place.reset
         self.tail: Tail
         self._loaded: Page | None = None
@@ -2774,7 +2775,7 @@ class ChunkBuffer:
                 else:
                     if isinstance(step, Page):
                         self.listener.delivered(step)
-                    yield cast(Page | Signal, step)
+                    yield step
 
     async def load(self, reader: Reader) -> None:
         """What the store has for it; nothing, if meanwhile its tail is known to be of another thread."""
@@ -3287,7 +3288,7 @@ class StreamedEvents(ASGIStreamingResponse):
         super().__init__(iterator=events, headers=SSE_HEADERS, status_code=200)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        take = (scope.get("extensions") or {}).get(TAKES_READER)
+        take: Any = (scope.get("extensions") or {}).get(TAKES_READER)
         if take is None or not await take(scope, partial(self.start_response, send), self._reader, self._form):
             await super().__call__(scope, receive, send)
 

@@ -20,7 +20,6 @@ from resume_stream import (
     RETRY,
     TAKES_READER,
     WRITE,
-    Append,
     Change,
     ChunkBuffer,
     Format,
@@ -159,13 +158,9 @@ class ExpressAppend(Taken):
             self.hand_on()  # and be told of it there
             return
         if buffer.has_room:
-            self._commit(append)
+            asyncio.ensure_future(buffer.append(append)).add_done_callback(self._answer)
         else:
-            self.hand_on()
-
-    def _commit(self, append: Append) -> None:
-        asked = cast("asyncio.Future[Change]", self.connection.buffer.append(append))
-        asked.add_done_callback(self._answer)
+            self.hand_on()  # and wait for it there
 
     def _answer(self, asked: asyncio.Future[Change]) -> None:
         connection = self.connection
@@ -250,7 +245,7 @@ class Detached(Taken):
             elif isinstance(step, Page):
                 self._deliver(step)
             else:
-                self._write(word_for(cast(Signal, step), self._form))
+                self._write(word_for(step, self._form))
 
     def set(self) -> None:
         if self.disconnected:

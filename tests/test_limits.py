@@ -258,7 +258,7 @@ def test_a_size_that_holds_no_database_is_refused(start_service: Callable[..., S
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def few(tmp_path_factory: pytest.TempPathFactory, way: str) -> Iterator[Service]:
     with serving(tmp_path_factory.mktemp("few"), "--max-readers", "2") as service:
         with api_client(service) as client:
             append(client, "t", "run", "x").raise_for_status()
