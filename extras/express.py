@@ -13,9 +13,9 @@ import re
 import weakref
 from collections.abc import Awaitable, Callable
 from functools import lru_cache, partial
-from importlib.metadata import version
 from typing import Any, cast
 
+import uvicorn
 from resume_stream import (
     RETRY,
     TAKES_READER,
@@ -51,7 +51,7 @@ UNCOMMON = frozenset({b"origin", b"x-request-id", b"content-encoding", b"transfe
 
 
 def mount(parts: Parts) -> None:
-    installed = version("uvicorn")
+    installed = uvicorn.__version__
     if TESTED[0] <= tuple(map(int, installed.split(".")[:2])) < TESTED[1]:
         parts.protocol = express(parts.protocol, parts)
     else:
