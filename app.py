@@ -2230,10 +2230,11 @@ RETRY_PAUSE, RETRY_PAUSE_MOST = 0.05, 1.0  # seconds between two tries of what t
 AHEAD = 32  # pieces that a source may be ahead of what is committed of it
 CUT = 0.0  # the moment, by the loop's clock, to which an upload is cut short
 LONG_TEXT = 1024**2  # bytes, past which a text is read in pieces
-LIVE_BYTES = 256 * 1024  # of a thread's newest pages, kept while somebody follows it
+LIVE_BYTES = 1024**2  # of a thread's newest pages, kept while somebody follows it
 ALL_LIVE_BYTES = 32 * 1024**2  # of all threads
 HELD_BYTES = 32 * 1024**2  # of bodies that are still coming in
 CALLED_AT_ONCE = 16  # readers of a thread, in one turn of the loop
+MUCH_TO_SEND = LIVE_BYTES // 4  # for which all are called at once, or it would be let go before they are
 JOINED = 4  # what readers at as many different places have before them, kept for those who are at the same
 
 
@@ -2278,6 +2279,7 @@ class Tail:
         self._waiting: dict[Callable[[], None], None] = {}
         self._woken: deque[Callable[[], None]] = deque()
         self._is_calling = False
+        self._to_send = 0  # about how many bytes came since the last of them was called
 
     def learn(self, state: State) -> None:
         """Take what a reader found, if it is newer: a change may have been told of since that takes no place."""
@@ -2348,8 +2350,9 @@ class Tail:
             asyncio.get_running_loop().call_soon(self._call_some)
 
     def _call_some(self) -> None:
+        count = len(self._woken)
         try:
-            for _ in range(min(CALLED_AT_ONCE, len(self._woken))):
+            for _ in range(count if self._to_send > MUCH_TO_SEND else min(CALLED_AT_ONCE, count)):
                 self._woken.popleft()()
         finally:
             self._is_calling = bool(self._woken)
@@ -2357,6 +2360,7 @@ class Tail:
                 asyncio.get_running_loop().call_soon(self._call_some)
             else:
                 self._joined.clear()
+                self._to_send = 0
 
     async def wait(self, until: float) -> None:
         """Until something happens, or the loop's clock shows ``until``."""
@@ -2376,11 +2380,12 @@ class Tail:
         self.generation, self.last_seq, self.active = state.generation, state.last_seq, state.active
 
     def _keep(self, page: Page) -> None:
-        """What is larger is read from the store, a page at a time."""
+        """The newest stays, whatever its size: all who follow are about to be sent it."""
         self._joined.clear()
         self._pages[page.entries[0].seq] = page
+        self._to_send += page.cost
         self._weigh(page.cost)
-        while self._cost > LIVE_BYTES:
+        while self._cost > LIVE_BYTES and len(self._pages) > 1:
             self._weigh(-self._pages.pop(next(iter(self._pages))).cost)
 
     def _weigh(self, cost: int) -> None:
