@@ -20,7 +20,8 @@ from .servers import ROOT
 PATIENCE = 600.0  # seconds for what is done to a hundred thousand threads
 AT_ONCE = 500  # threads in one commit
 ACTIVE = 100  # of so many threads one has an active message
-GOES = 15
+GOES = 50
+LISTED = 10  # threads in a list
 ASKED = 100  # threads whose state is asked for at once
 PACE = 0.001  # seconds from one append to the next
 LONG_AGO = 0  # ms since 1970
@@ -86,9 +87,9 @@ async def measured(library: Any, path: Path) -> dict[str, float]:
         all_threads = await threads_of(buffer)
         asked = [(thread, None) for thread in all_threads[:: max(1, len(all_threads) // ASKED)][:ASKED]]
         found = {
-            "active": await median_of(lambda: buffer.get_threads("active")),
-            "no status": await median_of(lambda: buffer.get_threads("aborted")),
-            "not covered": await median_of(lambda: buffer.get_threads(covered=["other-*", "another"])),
+            "active": await median_of(lambda: buffer.get_threads("active", limit=LISTED)),
+            "no status": await median_of(lambda: buffer.get_threads("aborted", limit=LISTED)),
+            "not covered": await median_of(lambda: buffer.get_threads(covered=["other-*", "another"], limit=LISTED)),
             "idle messages": await median_of(lambda: store.idle_messages(LONG_AGO)),
             "idle threads": await median_of(lambda: store.expire(LONG_AGO)),
             "refresh": await median_of(lambda: store.states(asked)),

@@ -106,14 +106,22 @@ async def asgi(scope: Any, receive: Callable[[], Any], send: Callable[[Any], Any
     if scope["method"] == "GET":
         headers = [(b"content-type", b"text/event-stream")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        async for frame in CROWD.frames():
-            await send({"type": "http.response.body", "body": frame, "more_body": True})
+        sending = asyncio.ensure_future(send_frames(send))
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        sending.cancel()
+        return
     while (await receive())["more_body"]:
         pass
     CROWD.publish()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(ANSWER))]
     await send({"type": "http.response.start", "status": 201, "headers": headers})
     await send({"type": "http.response.body", "body": ANSWER})
+
+
+async def send_frames(send: Callable[[Any], Any]) -> None:
+    async for frame in CROWD.frames():
+        await send({"type": "http.response.body", "body": frame, "more_body": True})
 
 
 @post(CHUNKS)

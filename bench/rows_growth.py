@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from .library import ACTIVE, ASKED, GOES, filled, upkeep
+from .library import ACTIVE, ASKED, GOES, LISTED, filled, upkeep
 from .plan import Plan
 from .results import Line, Row, Samples, at_most_times, interleave, under
 
@@ -49,10 +49,10 @@ def growth(plan: Plan) -> Row:
     return Row(
         "What is done to many threads",
         f"The library in a process of its own, synchronous=NORMAL, on a copy of a database of so many threads with a"
-        f" chunk each, of which one in {ACTIVE} is active; the median of {GOES} goes a round. Lists are of up to 100"
-        " threads. Then all of them expire: from the first look for them until no trace is left, for each thread;"
-        " meanwhile one more thread is appended to, with 1 ms between two appends, and the longest of these is set"
-        " beside the longest within 2 s without.",
+        f" chunk each, of which one in {ACTIVE} is active; the median of {GOES} goes a round. Lists are of up to"
+        f" {LISTED} threads. Then all of them expire: from the first look for them until no trace is left, for each"
+        " thread; meanwhile one more thread is appended to, with 1 ms between two appends, and the longest of these is"
+        " set beside the longest within 2 s without.",
         [
             *(line(name, title) for name, title in MEASURES.items()),
             Line(

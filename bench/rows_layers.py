@@ -95,10 +95,14 @@ def layer(name: str, folder: Path) -> contextlib.AbstractContextManager[Server]:
 
 
 def parts(totals: list[float], service: Samples, others: Samples) -> dict[str, float]:
-    """What each layer adds to those before it; the last are the service's own."""
+    """What each layer adds to those before it, if anything; the last are the service's own, and make up the whole."""
     names = [*list(LAYERS.values())[: len(totals)], ON_THE_LOOP, OTHER_THREADS]
     ends = [*totals, service.median - others.median, service.median]
-    return {name: max(0.0, end - start) for name, start, end in zip(names, [0.0, *ends], ends, strict=False)}
+    found, start = {}, 0.0
+    for name, total in zip(names, ends, strict=True):
+        end = min(max(start, total), service.median)
+        found[name], start = end - start, end
+    return found
 
 
 def layers(plan: Plan) -> Row:
