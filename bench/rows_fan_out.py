@@ -118,7 +118,7 @@ class Crowd:
     """A number of readers; the warm-up finds how many frames make a round of the right length."""
 
     def __init__(self, plan: Plan, readers: int, block: int, deliver: Callable[[int, str, int], float]) -> None:
-        self._seconds = 1.0 if plan.quick else 2.0
+        self._seconds = 1.0 if plan.quick else 1.5
         self._readers = readers
         self._block = self._frames = block
         self._deliver = deliver
@@ -127,7 +127,7 @@ class Crowd:
         rate = self._deliver(self._readers, f"crowd-{self._readers}-{self._block}-{number}", self._frames)
         if number == 0:
             blocks = int(rate * self._seconds / self._readers / self._block)
-            self._frames = self._block * max(2, min(blocks, 100_000 // self._block))
+            self._frames = self._block * max(1, min(blocks, 100_000 // self._block))
         return rate
 
 
