@@ -1229,12 +1229,13 @@ class Snapshot:
             (untouched_since,),
         ).fetchall()
 
-    def idle_threads(self, untouched_since: int) -> list[str]:
-        rows = self._connection.execute(
-            "select thread_id from threads where thread_id is not null and updated_at <= ? limit ?",
-            (untouched_since, EXPIRED_AT_ONCE),
-        )
-        return [thread_id for (thread_id,) in rows]
+    def idle_threads(self, untouched_since: int, after: int) -> list[tuple[int, str]]:
+        """Some of those behind the thread of this number; before it are perhaps very many that are being erased."""
+        return self._connection.execute(
+            "select thread, thread_id from threads"
+            " where thread > ? and thread_id is not null and updated_at <= ? order by thread limit ?",
+            (after, untouched_since, EXPIRED_AT_ONCE),
+        ).fetchall()
 
 
 class Row(State, frozen=True):
@@ -1931,6 +1932,7 @@ class SQLiteStore:
         self._refused_ms = 0  # when a commit failed last
         self._hot: dict[str, Hot] = {}  # by thread_id, as of the last commit
         self._hot_version: int | None = None  # of the data (PRAGMA data_version) that they are of
+        self._expired_up_to = 0  # the number of a thread
         self._erasing = asyncio.Lock()
         self._poll_intervals: Multiset[float] = Multiset()
         self._hurry = asyncio.Event()
@@ -2094,8 +2096,9 @@ class SQLiteStore:
             await self._file.probe()
 
     async def expire(self, untouched_since: int) -> int:
-        idle = await self.read(lambda snapshot: snapshot.idle_threads(untouched_since))
-        clearing = [self.clear(thread_id, untouched_since) for thread_id in idle]
+        idle = await self.read(lambda snapshot: snapshot.idle_threads(untouched_since, self._expired_up_to))
+        self._expired_up_to = idle[-1][0] if idle else 0
+        clearing = [self.clear(thread_id, untouched_since) for _, thread_id in idle]
         outcomes = await asyncio.gather(*clearing, return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException) and not isinstance(outcome, NotFound):  # touched in the meantime
