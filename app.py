@@ -2236,7 +2236,7 @@ LONG_TEXT = 1024**2  # bytes, past which a text is read in pieces
 LIVE_BYTES = 1024**2  # of a thread's newest pages, kept while somebody follows it
 ALL_LIVE_BYTES = 32 * 1024**2  # of all threads
 HELD_BYTES = 32 * 1024**2  # of bodies that are still coming in
-CALLED_AT_ONCE = 16  # readers of a thread, in one turn of the loop
+CALLED_AT_ONCE = 8  # readers of a thread, in one turn of the loop
 MUCH_TO_SEND = LIVE_BYTES // 4  # for which all are called at once, or it would be let go before they are
 JOINED = 4  # what readers at as many different places have before them, kept for those who are at the same
 
