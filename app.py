@@ -1873,7 +1873,7 @@ class SQLiteStore:
         self._hot_version: int | None = None  # of the data (PRAGMA data_version) that they are of
         self._erasing = asyncio.Lock()
         self._packing = settings.packing
-        self._packed_until = 0  # ms since 1970: what was touched last before this is packed
+        self._packed_until = 0  # ms since 1970: what nobody touched since is packed
         self._poll_intervals: Multiset[float] = Multiset()
         self._hurry = asyncio.Event()
 
@@ -2077,8 +2077,10 @@ class SQLiteStore:
         """A pack a transaction, made while nobody waits for it; of the threads touched since the last time."""
         if not self._packing:
             return
-        begun, thread = now_ms(), 0
+        thread = 0
         with database_problems():
+            # Not the time, as a transaction that began before may be committed after the look at its thread.
+            latest = min(now_ms(), await self._file.look(latest_touched, heavy=True))
             while found := await self._file.look(partial(next_thread, self._packed_until, thread), heavy=True):
                 thread = found
                 try:
@@ -2089,7 +2091,7 @@ class SQLiteStore:
                     log.error("a thread cannot be packed, and stays as it is: %s", error)
             while await self._file.shrink():
                 await self.room()
-        self._packed_until = begun
+        self._packed_until = latest
 
     async def _pack_thread(self, thread: int) -> None:
         after = 0
@@ -2163,6 +2165,11 @@ ENDED = (
     " and instr(coalesce(event, '') || coalesce(content, ''), char(0)) = 0"  # after which SQLite's JSON stops
     " order by seq"
 )
+
+
+def latest_touched(connection: sqlite3.Connection) -> int:
+    (latest,) = connection.execute("select coalesce(max(updated_at), 0) from threads").fetchone()
+    return cast(int, latest)
 
 
 def next_thread(touched_since: int, after: int, connection: sqlite3.Connection) -> int | None:
