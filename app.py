@@ -27,7 +27,6 @@ import fcntl
 import gc
 import importlib
 import ipaddress
-import itertools
 import logging
 import math
 import os
@@ -39,7 +38,6 @@ import time
 import weakref
 import zlib
 from collections import Counter as Multiset
-from collections import deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -164,10 +162,10 @@ FOR_EXTRAS = [
     "parse_duration",
     "problem_document",
     "renew_generations",
-    "rows_of_pack",
     "seconds",
     "sole_owner",
     "token_expired",
+    "unpacked",
     "whole_body",
 ]
 
@@ -966,15 +964,11 @@ def database_problem(error: Exception) -> Problem:
         return Unavailable(
             f"The rows of this thread do not fit together ({error}), as after an edit by hand; clear it."
         )
-    if str(error) == "user-defined function raised exception":  # which is unpacked()
-        return pack_damaged()
+    if str(error) in ("user-defined function raised exception", "malformed JSON"):  # which are of the view "entries"
+        return Unavailable("A pack of this thread is damaged; clear the thread, or restore the database from a backup.")
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return Unavailable("The database is damaged; restore it from a backup.")
     return Unavailable(f"The database cannot be used ({error}); mend the cause and retry.")
-
-
-def pack_damaged() -> Unavailable:
-    return Unavailable("A pack of this thread is damaged; clear the thread, or restore the database from a backup.")
 
 
 def unpacked(data: bytes, size: int) -> str:
@@ -1106,38 +1100,28 @@ class Snapshot:
     def page(self, thread_id: str, message_id: str | None, after: int, limit: int) -> tuple[State, Page]:
         found = self.find(thread_id, message_id)
         last_seq = found.last_seq if message_id is None else found.last or 0
-        messages: dict[int, tuple[str, Status, str | None]] = {}
+        rows = self._connection.execute(
+            "select seq, message, event, content, timestamp, last from entries"
+            " where thread = ?1 and seq between ?2 and ?3 and last >= ?2 and first <= ?3"
+            " and (?4 is null or message = ?4) order by last",
+            (found.thread, after + 1, last_seq, found.message),
+        )
+        messages: dict[int, tuple[str, Status, str | None] | None] = {}  # a join would open every pack
         entries: list[Entry] = []
         size = 0
-        for seq, message, event, content, timestamp in self._rows_of(found, after + 1, last_seq):
+        for seq, message, event, content, timestamp, _ in rows:
             if message not in messages:
                 messages[message] = self._connection.execute(
                     "select message_id, status, reason from messages where message = ?", (message,)
                 ).fetchone()
-            message_id, status, reason = messages[message]
-            if content is None:
-                entries.append(MessageEnd(message_id, status, reason, seq))
-            else:
-                entries.append(StoredChunk(content, timestamp, message_id, seq, event))
-                size += len(content)
+            if (of := messages[message]) is None:
+                continue  # deleted by hand, before its text was deleted with it
+            entries.append(entry_of(of, seq, event, content, timestamp))
+            size += len(content or "")
             if size >= PAGE_BYTES or len(entries) == limit:
                 break
         is_full = size >= PAGE_BYTES or len(entries) == limit
         return found, Page(found.generation, entries[-1].seq if is_full else found.last_seq, entries, size)
-
-    def _rows_of(self, found: Row, first_seq: int, last_seq: int, backwards: bool = False) -> Iterator[EntryRow]:
-        """What the view ``entries`` has of a thread, or one of its messages, in these places; a row at a time.
-
-        Packs are taken apart here for those who read a few rows from the middle, or many: it takes a third
-        of the time that json_each does, and no more than one pack.
-        """
-        for seq, _, message, event, content, timestamp, size in self._connection.execute(
-            PIECES_BACKWARDS if backwards else PIECES, (found.thread, first_seq, last_seq, found.message)
-        ):
-            rows = [(seq, message, event, content, timestamp)] if size is None else rows_of_pack(content, size, seq)
-            for row in reversed(rows) if backwards else rows:
-                if first_seq <= row[0] <= last_seq and found.message in (None, row[1]):
-                    yield row
 
     def chunk_page(self, place: Place, limit: int) -> ChunkPage:
         found, page = self.page(place.thread_id, place.message_id, place.after, limit)
@@ -1280,29 +1264,14 @@ def range_of(pattern: str) -> tuple[str, str]:
     return (pattern[:-1], pattern[:-1] + chr(sys.maxunicode)) if pattern.endswith("*") else (pattern, pattern)
 
 
-EntryRow = tuple[int, int, str | None, str | None, int]  # seq, message, event, content, timestamp
-PIECES = (
-    "select seq as first, seq as last, message, event, content, timestamp, null as size from chunks"
-    " where thread = ?1 and seq between ?2 and ?3 and (?4 is null or message = ?4)"
-    " union all select first_seq, last_seq, null, null, data, null, size from packs"
-    " where thread = ?1 and last_seq >= ?2 and first_seq <= ?3 order by last"
-)
-PIECES_BACKWARDS = f"{PIECES} desc"
-
-
-def packed(rows: Sequence[EntryRow]) -> tuple[int, bytes]:
-    """The size of a pack's JSON text, and that text compressed."""
-    text = msgspec.json.encode([row[1:] for row in rows])
-    return len(text), zlib.compress(text)
-
-
-def rows_of_pack(data: bytes, size: int, first_seq: int) -> list[EntryRow]:
-    """Raises Unavailable where it is damaged."""
-    try:
-        entries = msgspec.json.decode(unpacked(data, size), type=list[tuple[int, str | None, str | None, int]])
-    except ValueError as error:
-        raise pack_damaged() from error
-    return [(seq, *entry) for seq, entry in enumerate(entries, first_seq)]
+def entry_of(
+    message: tuple[str, Status, str | None], seq: int, event: str | None, content: str | None, timestamp: int
+) -> Entry:
+    """Of a message's id, status and reason, and the rest of a row; no content is an end."""
+    message_id, status, reason = message
+    if content is None:
+        return MessageEnd(message_id, status, reason, seq)
+    return StoredChunk(content, timestamp, message_id, seq, event)
 
 
 class Hot:
@@ -1453,14 +1422,20 @@ class Transaction(Snapshot):
         if append.index > found.chunk_count:
             raise message_ended(append.message_id, found) if found.ended else would_leave_a_gap(append, found)
         # Counted from the end, as a retry is nearly always of what came last.
-        backwards = (
-            row for row in self._rows_of(found, found.first or 0, found.last or 0, backwards=True) if row[3] is not None
-        )
-        rows = deque(itertools.islice(backwards, found.chunk_count - append.index), len(append.chunks))
-        rows.reverse()
-        for index, ((_, _, event, content, _), chunk) in enumerate(
-            zip(rows, append.chunks, strict=False), append.index
-        ):
+        rows = self._connection.execute(
+            "select * from (select seq, content, event, last from entries where thread = ?1 and message = ?2"
+            " and seq between ?3 and ?4 and last >= ?3 and first <= ?4 and content is not null"
+            " order by last desc, seq desc limit ?5) order by seq limit ?6",
+            (
+                found.thread,
+                found.message,
+                found.first,
+                found.last,
+                found.chunk_count - append.index,
+                len(append.chunks),
+            ),
+        ).fetchall()
+        for index, ((_, content, event, _), chunk) in enumerate(zip(rows, append.chunks, strict=False), append.index):
             if (content, event) != (chunk.content, chunk.event):
                 raise another_is_stored(append.message_id, index, found)
         return [row[0] for row in rows]
@@ -2259,6 +2234,9 @@ def forget_some(latest: int, connection: sqlite3.Connection) -> bool:
     return forgotten > 0
 
 
+EntryRow = tuple[int, int, str | None, str | None, int]  # seq, message, event, content, timestamp
+
+
 class Run(NamedTuple):
     """Entries that follow one another in a thread, all of them of ended messages, and the pack they are to be."""
 
@@ -2304,6 +2282,12 @@ def next_run(thread: int, after: int, connection: sqlite3.Connection) -> Run | N
         if len(rows) == PACK_ROWS or size >= PACK_BYTES:
             break
     return Run(thread, rows, *packed(rows)) if is_worth_it(len(rows), size) else None
+
+
+def packed(rows: Sequence[EntryRow]) -> tuple[int, bytes]:
+    """The size of a pack's JSON text, and that text compressed."""
+    text = msgspec.json.encode([row[1:] for row in rows])
+    return len(text), zlib.compress(text)
 
 
 def is_worth_it(entries: int, size: int) -> bool:
@@ -4316,7 +4300,7 @@ def setting_text(kind: Any, value: Any) -> str:
         units = DURATION_UNITS if kind is Duration else SIZE_UNITS
         unit, factor = next((unit, factor) for unit, factor in reversed(units.items()) if round(value / factor, 9) >= 1)
         return f"{value / factor:g}{unit}"
-    return {"": "none", "()": "none", "False": "off"}.get(str(value), str(value))
+    return {"": "none", "()": "none", "False": "false", "True": "true"}.get(str(value), str(value))
 
 
 def run_serve(settings: Settings, flags: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from resume_stream import (
     APPLICATION_ID,
     BUSY_TIMEOUT,
@@ -24,15 +25,14 @@ from resume_stream import (
     Parts,
     Settings,
     StartupError,
-    Unavailable,
     __version__,
     add_command,
     database_uri,
     mark_as_copy,
     open_packs,
     renew_generations,
-    rows_of_pack,
     sole_owner,
+    unpacked,
 )
 
 log = logging.getLogger("resume_stream")
@@ -125,9 +125,9 @@ def damaged_packs(connection: sqlite3.Connection) -> Iterator[tuple[str | None, 
         "select thread_id, first_seq, packs.last_seq, size, data from packs left join threads using (thread)"
     ):
         try:
-            entries = len(rows_of_pack(data, size, first_seq))
-        except Unavailable as problem:
-            yield thread_id, first_seq, last_seq, str(problem.__cause__)
+            entries = len(msgspec.json.decode(unpacked(data, size), type=list[tuple[int, str | None, str | None, int]]))
+        except (ValueError, msgspec.DecodeError) as error:
+            yield thread_id, first_seq, last_seq, str(error)
         else:
             if entries != last_seq + 1 - first_seq:
                 yield thread_id, first_seq, last_seq, f"it has {entries} entries"
