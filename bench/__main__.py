@@ -19,6 +19,7 @@ from .results import BenchError, Row, Unavailable
 from .rows_fan_out import fan_out
 from .rows_host import cold_start, footprint
 from .rows_latency import latency
+from .rows_packs import packs
 from .rows_resume import catch_up, known_content, near_the_end
 from .rows_write import appends, streamed
 from .servers import PACKAGE, ROOT
@@ -31,6 +32,7 @@ ROWS: dict[str, Callable[[Plan], Row]] = {
     "catch-up": catch_up,
     "near-the-end": near_the_end,
     "known-content": known_content,
+    "packs": packs,
     "footprint": footprint,
     "cold-start": cold_start,
 }
