@@ -82,6 +82,21 @@ select
     packs.last_seq
 from packs cross join json_each(sqlar_uncompress(packs.data, packs.size)) as entry;
 
+-- A pack is not written in: whoever changes an entry unpacks those around it.
+create trigger entry_is_changed instead of update on entries
+begin
+    insert or ignore into chunks (thread, seq, message, event, content, timestamp)
+    select thread, seq, message, event, content, timestamp from entries
+    where thread = old.thread and last >= old.first and first <= old.last;
+
+    delete from packs
+    where thread = old.thread and last_seq = old.last and first_seq = old.first;
+
+    update chunks
+    set event = new.event, content = new.content, timestamp = new.timestamp
+    where thread = old.thread and seq = old.seq;
+end;
+
 -- Deleting a thread deletes all of it. (Foreign keys would do this only where
 -- they are switched on, which in the sqlite3 shell they are not.)
 create trigger thread_is_deleted after delete on threads

@@ -167,9 +167,9 @@ def packs(plan: Plan) -> Row:
         f"Disk is the database file of one completed message once the service has stopped, stored {APPEND} chunks an"
         " append, with and without packing; tokens are drawn from 2,000 of 5 bytes as often as words are, recorded"
         " streams are the files in the folder RECORDINGS, a line a chunk, over and over up to 20,000 chunks (which are"
-        " further apart than what compresses them can see). Catch-up is as above. The longest append is that of a producer that appends a"
-        " chunk every few ms to a thread of its own, synchronous=FULL, while a message of 64 MiB in chunks of 1,000"
-        " bytes is packed, beside as long a time without.",
+        " further apart than what compresses them can see). Catch-up is as above. The longest append is that of a"
+        " producer that appends a chunk every few ms to a thread of its own, synchronous=FULL, while a message of 64"
+        " MiB in chunks of 1,000 bytes is packed, beside as long a time without.",
         lines,
         f"**At rest:** {tokens_line.ours} bytes on disk for each chunk of 5 bytes once its message has ended and is"
         f" packed, {tokens_line.beside[UNPACKED]} before.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import shutil
 import signal
@@ -16,9 +17,11 @@ from typing import Any
 
 import pytest
 import resume_stream
-from buffers import follow, locate_text, pack, take
-from conftest import ROOT
+from buffers import follow, locate_text, pack, store_of, take
+from conftest import ROOT, TIMEOUT, Service, api_client, append, wait_until
 from resume_stream import Chunk, ChunkBuffer, Conflict, Unavailable
+from websockets.sync.client import connect
+from wire import websocket_address
 
 pytestmark = pytest.mark.anyio
 
@@ -187,6 +190,22 @@ async def test_the_shell_shows_and_edits_packed_threads(buffer: ChunkBuffer) -> 
     )
 
 
+async def test_the_shell_edits_a_text_packed_or_not(buffer: ChunkBuffer) -> None:
+    await buffer.add_chunks("t", "m", words(1500), complete=True)
+    await pack(buffer)
+    await buffer.add_chunks("t", "n", words(9), complete=True)
+    entries = await take(follow(buffer, "t"))
+    for seq in (7, 900, 1504):
+        shell(buffer.settings.db, f"update entries set content = 'edited' where thread = 1 and seq = {seq}")
+        entries[seq - 1] = (seq, "edited")
+    assert await take(follow(buffer, "t")) == entries
+    assert counts(buffer.settings.db) == (1024 + 10, 1)
+    await pack(buffer)
+    assert counts(buffer.settings.db) == (10, 2)
+    assert await take(follow(buffer, "t")) == entries
+    assert resume_stream.main(["check", "--db", buffer.settings.db]) == 0
+
+
 async def test_the_shell_ends_an_active_message_beside_a_pack(buffer: ChunkBuffer) -> None:
     await buffer.add_chunks("t", "m", words(100), complete=True)
     await buffer.add_chunks("t", "n", words(100))
@@ -197,7 +216,7 @@ async def test_the_shell_ends_an_active_message_beside_a_pack(buffer: ChunkBuffe
     assert counts(buffer.settings.db) == (0, 2)
 
 
-@pytest.mark.parametrize("cleared", ["by the service", "by the shell"])
+@pytest.mark.parametrize("cleared", ["by the service", "by its expiry", "by the shell"])
 async def test_no_word_of_a_cleared_thread_is_left_packed_or_plain(buffer: ChunkBuffer, cleared: str) -> None:
     db = Path(buffer.settings.db)
     texts = [f"secret{number * 7919 % 10**6:06} " for number in range(10_000)]
@@ -217,6 +236,11 @@ async def test_no_word_of_a_cleared_thread_is_left_packed_or_plain(buffer: Chunk
     assert any(needle in all_bytes(db) for needle in packed)
     if cleared == "by the service":
         await buffer.clear_thread_buffer("t")
+    elif cleared == "by its expiry":
+        with opened(db) as connection:
+            connection.execute("update threads set updated_at = 1 where thread_id = 't'")
+        assert await store_of(buffer).expire(1) == 1
+        assert await store_of(buffer).erase()
     else:
         shell(
             db, "pragma secure_delete = on; delete from threads where thread_id = 't'; pragma wal_checkpoint(truncate)"
@@ -277,6 +301,42 @@ async def test_a_run_that_changes_while_it_is_packed_is_left_as_it_is(
     assert "edited" in (await buffer.get_accumulated_content("t", "m")).content
 
 
+# Over the wire
+
+
+def answers_from(service: Service) -> list[Any]:
+    """All that a service tells of the thread ``t``, from its start and from its middle, byte for byte."""
+    with api_client(service) as client:
+        cursor = client.get("/threads/t").json()["cursor"].replace("-2001", "-1500")
+        known = {"thread_id": "t", "message_id": "m", "known_content": "".join(words(1700))}
+        responses = [
+            client.get("/threads/t/stream"),
+            client.get("/threads/t/stream", headers={"Last-Event-ID": cursor}),
+            client.post("/resume-stream", json=known),
+            client.get("/threads/t/chunks", params={"after": cursor, "limit": 99}),
+            client.get("/threads/t/content"),
+        ]
+    answers: list[Any] = [answer.raise_for_status().content for answer in responses]
+    with connect(websocket_address(service), max_size=None) as socket:
+        socket.send(json.dumps({"type": "subscribe", "id": 1, "thread_id": "t", "after": cursor}))
+        while '"unsubscribed"' not in (frame := str(socket.recv(TIMEOUT))):
+            answers.append(frame)
+    assert len(answers) == len(responses) + 501
+    return answers
+
+
+def test_every_reader_of_a_service_gets_the_same_bytes_of_what_is_packed(start_service: Any) -> None:
+    service = start_service()
+    with api_client(service) as client:
+        append(client, "t", "m", *words(2000), complete=True)
+    before = answers_from(service)
+    assert counts(service.db) == (2001, 0)
+    assert service.end() == 0
+    service.start()  # which begins with a clean-up
+    wait_until(lambda: counts(service.db) == (0, 2), "it is packed")
+    assert answers_from(service) == before
+
+
 # Carried over from version 1
 
 
@@ -293,6 +353,21 @@ def make_version_1(db: Path) -> None:
             " insert into chunks select 1, n, 1, null, printf('%04d', n), 1 from n;"
             "update messages set status = 'completed'; update threads set updated_at = 9000000000000"
         )
+
+
+async def test_what_was_left_of_a_message_deleted_by_hand_in_version_1_is_nobodys(
+    make_buffer: Any, tmp_path: Path
+) -> None:
+    make_version_1(tmp_path / "chunks.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "chunks.db")) as connection, connection:
+        connection.execute("update chunks set message = 99 where seq = 150")
+    async with make_buffer() as buffer:
+        for _ in range(2):
+            assert [seq for seq, _ in await take(follow(buffer, "t"))] == [*range(1, 150), *range(151, 202)]
+            page = await buffer.get_chunks("t", after="140", limit=20)
+            assert [chunk.seq for chunk in page.chunks] == [*range(141, 150), *range(151, 162)]
+            await pack(buffer)
+        assert counts(tmp_path / "chunks.db") == (52, 1)
 
 
 def schema_of(db: Path) -> dict[str, str]:
