@@ -827,7 +827,7 @@ QUIET_TURNS = 3  # of the loop without another write, after which a transaction 
 PAGE_ROWS = 512
 PAGE_BYTES = 256 * 1024
 PACK_ROWS = 1_024  # entries in a pack, at the most
-PACK_BYTES = 256 * 1024  # of text, after which a pack is full
+PACK_BYTES = 64 * 1024  # of text, after which a pack is full
 LEAST_PACKED = 64  # entries; what is shorter than this,
 LEAST_PACKED_BYTES = 4 * 1024  # and than this, waits for what follows it
 EXPIRED_AT_ONCE = 100  # threads
@@ -836,6 +836,7 @@ CHUNK_WEIGHT = 16  # bytes that a chunk counts in its message besides its text
 MESSAGES = 1_000  # of a thread's, told of at once
 ERASE_ROWS = 500  # rows deleted in one transaction
 ERASE_BYTES = 1024**2  # of text, likewise
+SHRINK_PAGES = 256  # of the file, given back between two commits
 SCRUB_PAGES = 1_024  # of the file, looked through between two commits
 MIN_POLL_INTERVAL = 0.01  # seconds
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's lock
@@ -1635,11 +1636,16 @@ class File:
         """Another number each time that another process has written (PRAGMA data_version)."""
         return await self.maintain(lambda writer: cast(int, writer.execute("pragma data_version").fetchone()[0]))
 
+    async def checkpoint_some(self) -> None:
+        """Copy what has been committed to the file now, so that no append waits while much is copied at once."""
+        await self.maintain(lambda writer: writer.execute("pragma wal_checkpoint(passive)").fetchone())
+
     async def shrink(self) -> bool:
         """Give some of the free pages back to the disk; False once there are none."""
 
         def shrink(connection: sqlite3.Connection) -> bool:
-            connection.execute(f"pragma incremental_vacuum({SCRUB_PAGES})").fetchall()
+            # As a script, since Python takes only the first step of what has no columns, which gives one page back.
+            connection.executescript(f"pragma incremental_vacuum({SHRINK_PAGES})")
             return bool(connection.execute("pragma freelist_count").fetchone()[0])
 
         return await self.maintain(shrink)
@@ -2174,6 +2180,7 @@ class SQLiteStore:
                         raise
                     log.error("a thread cannot be packed, and stays as it is: %s", error)
             while await self._file.shrink():
+                await self._file.checkpoint_some()
                 await self.room()
         self._packed_until = latest
 
@@ -2181,6 +2188,7 @@ class SQLiteStore:
         after = 0
         while run := await self._file.look(partial(next_run, thread, after), heavy=True):
             await self._file.change(partial(put_away, run))
+            await self._file.checkpoint_some()
             after = run.rows[-1][0]
             await self.room()
 
