@@ -1783,7 +1783,8 @@ def carry_over(connection: sqlite3.Connection) -> None:
                 if name not in existing:
                     connection.execute(statement)
             statement = ""
-    connection.execute(f"pragma user_version = {SCHEMA_VERSION}")
+    if version != SCHEMA_VERSION:  # as it would be written again, for which a full disk has no room
+        connection.execute(f"pragma user_version = {SCHEMA_VERSION}")
 
 
 def is_copy(connection: sqlite3.Connection) -> bool:
