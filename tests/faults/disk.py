@@ -112,7 +112,7 @@ async def survive_full_disk(folder: Path, *, times: int) -> Verdict:
                     for _ in range(5):
                         await writer.append(SIZE)
                     await writer.check("while the disk is full")
-                    if number % 2:
+                    if not number % 2:
                         service.kill()
                         await asyncio.to_thread(service.start)
                         await writer.check("restarted on a full disk")
