@@ -126,7 +126,7 @@ def damaged_packs(connection: sqlite3.Connection) -> Iterator[tuple[str | None, 
     ):
         try:
             entries = len(msgspec.json.decode(unpacked(data, size), type=list[tuple[int, str | None, str | None, int]]))
-        except (ValueError, msgspec.DecodeError) as error:
+        except ValueError as error:
             yield thread_id, first_seq, last_seq, str(error)
         else:
             if entries != last_seq + 1 - first_seq:
