@@ -36,6 +36,7 @@ import sqlite3
 import sys
 import time
 import weakref
+import zlib
 from collections import Counter as Multiset
 from collections import deque
 from collections.abc import (
@@ -169,12 +170,14 @@ FOR_EXTRAS = [
     "has_word_for_end",
     "invalid_json",
     "mark_as_copy",
+    "open_packs",
     "parse_duration",
     "problem_document",
     "renew_generations",
     "seconds",
     "sole_owner",
     "token_expired",
+    "unpacked",
     "whole_body",
     "word_for",
 ]
@@ -250,6 +253,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     producer_timeout: Annotated[Duration, described("a message nobody appends to for so long is aborted; 0: never")] = (
         Duration(300)
     )
+    packing: Annotated[bool, described("keep what has ended compressed, once the clean-up has come by")] = True
     synchronous: Annotated[
         Literal["FULL", "NORMAL"], described("FULL: what is acknowledged survives a power cut; NORMAL: a crash")
     ] = "FULL"
@@ -831,7 +835,7 @@ def token_expired() -> Unauthorized:
 # ---------------------------------------------------------------------------------------------
 
 APPLICATION_ID = 0x72737472
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = Path(__file__).with_name("schema.sql")
 
 PENDING_BYTES = 16 * 1024**2  # waiting to be committed; past it producers wait
@@ -842,12 +846,17 @@ BATCH_WRITES = 512  # enough for one transaction not to wait for more
 QUIET_TURNS = 3  # of the loop without another write, after which a transaction begins
 PAGE_ROWS = 512
 PAGE_BYTES = 256 * 1024
+PACK_ROWS = 1_024  # entries in a pack, at the most
+PACK_BYTES = 64 * 1024  # of text, after which a pack is full
+LEAST_PACKED = 64  # entries; what is shorter than this,
+LEAST_PACKED_BYTES = 4 * 1024  # and than this, waits for what follows it
 EXPIRED_AT_ONCE = 100  # threads
 MAX_CHUNKS = 10_000  # in one append
 CHUNK_WEIGHT = 16  # bytes that a chunk counts in its message besides its text
 MESSAGES = 1_000  # of a thread's, told of at once
 ERASE_ROWS = 500  # rows deleted in one transaction
 ERASE_BYTES = 1024**2  # of text, likewise
+SHRINK_PAGES = 256  # of the file, given back between two commits
 SCRUB_PAGES = 1_024  # of the file, looked through between two commits
 MIN_POLL_INTERVAL = 0.01  # seconds
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's lock
@@ -948,6 +957,9 @@ class Store(Protocol):
     async def erase(self) -> bool:
         """Leave no trace of what was forgotten; False if that has to be tried again."""
 
+    async def pack(self) -> None:
+        """Keep what has ended in less room, where there is a way to."""
+
     async def probe(self) -> None:
         """Write, so that it is known whether that can be done."""
 
@@ -973,9 +985,27 @@ def database_problem(error: Exception) -> Problem:
         return Unavailable(
             f"The rows of this thread do not fit together ({error}), as after an edit by hand; clear it."
         )
+    if str(error) in ("user-defined function raised exception", "malformed JSON"):  # which are of the view "entries"
+        return Unavailable("A pack of this thread is damaged; clear the thread, or restore the database from a backup.")
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return Unavailable("The database is damaged; restore it from a backup.")
     return Unavailable(f"The database cannot be used ({error}); mend the cause and retry.")
+
+
+def unpacked(data: bytes, size: int) -> str:
+    """The JSON text of a pack, whose checksum zlib compares. Raises ValueError where it is damaged."""
+    try:
+        text = zlib.decompress(data)
+    except (zlib.error, TypeError) as error:
+        raise ValueError(f"it cannot be uncompressed ({error})") from error
+    if len(text) != size:
+        raise ValueError(f"it has {len(text)} bytes of text, and says {size}")
+    return text.decode()
+
+
+def open_packs(connection: sqlite3.Connection) -> None:
+    """Let this connection see into packs, as the sqlite3 shell does by itself."""
+    connection.create_function("sqlar_uncompress", 2, unpacked, deterministic=True)
 
 
 @contextlib.contextmanager
@@ -1042,8 +1072,9 @@ class Snapshot:
     def _text(self, found: Row) -> bytes:
         # As a blob, since SQLite's own text functions stop at a NUL.
         (text,) = self._connection.execute(
-            "select cast(group_concat(content, '') as blob) from (select content from chunks"
-            " where thread = ? and message = ? and seq between ? and ? order by seq)",
+            "select cast(group_concat(content, '') as blob) from (select content, last from entries"
+            " where thread = ?1 and message = ?2 and seq between ?3 and ?4 and last >= ?3 and first <= ?4"
+            " order by last)",
             (found.thread, found.message, found.first, found.last),
         ).fetchone()
         return text or b""
@@ -1072,8 +1103,8 @@ class Snapshot:
 
     def _size(self, found: Row, first_seq: int, last_seq: int) -> int:
         (size,) = self._connection.execute(
-            "select coalesce(sum(length(cast(content as blob))), 0) from chunks"
-            " where thread = ? and message = ? and seq between ? and ?",
+            "select coalesce(sum(length(cast(content as blob))), 0) from entries"
+            " where thread = ?1 and message = ?2 and seq between ?3 and ?4 and last >= ?3 and first <= ?4",
             (found.thread, found.message, first_seq, last_seq),
         ).fetchone()
         return cast(int, size)
@@ -1081,29 +1112,34 @@ class Snapshot:
     def text_from(self, thread_id: str, message_id: str, index: int) -> tuple[str, int]:
         found = self.find(thread_id, message_id)
         rows = self._connection.execute(
-            "select content from chunks where thread = ? and message = ? and seq between ? and ?"
-            " and content is not null order by seq limit -1 offset ?",
+            "select content, last from entries where thread = ?1 and message = ?2 and seq between ?3 and ?4"
+            " and last >= ?3 and first <= ?4 and content is not null order by last limit -1 offset ?5",
             (found.thread, found.message, found.first, found.last, min(index, found.chunk_count)),
         )
-        return "".join(content for (content,) in rows), max(index, found.chunk_count)
+        return "".join(content for content, _ in rows), max(index, found.chunk_count)
 
     def page(self, thread_id: str, message_id: str | None, after: int, limit: int) -> tuple[State, Page]:
         found = self.find(thread_id, message_id)
         last_seq = found.last_seq if message_id is None else found.last or 0
         rows = self._connection.execute(
-            "select chunks.seq, messages.message_id, chunks.event, chunks.content, chunks.timestamp,"
-            " messages.status, messages.reason"
-            " from chunks join messages on messages.message = chunks.message"
-            " where chunks.thread = ?1 and chunks.seq > ?2 and chunks.seq <= ?3 and (?4 is null or chunks.message = ?4)"
-            " order by chunks.seq limit ?5",
-            (found.thread, after, last_seq, found.message, limit),
+            "select seq, message, event, content, timestamp, last from entries"
+            " where thread = ?1 and seq between ?2 and ?3 and last >= ?2 and first <= ?3"
+            " and (?4 is null or message = ?4) order by last",
+            (found.thread, after + 1, last_seq, found.message),
         )
+        messages: dict[int, tuple[str, Status, str | None] | None] = {}  # a join would open every pack
         entries: list[Entry] = []
         size = 0
-        for row in rows:
-            entries.append(entry_from_row(row))
-            size += len(row[3] or "")
-            if size >= PAGE_BYTES:
+        for seq, message, event, content, timestamp, _ in rows:
+            if message not in messages:
+                messages[message] = self._connection.execute(
+                    "select message_id, status, reason from messages where message = ?", (message,)
+                ).fetchone()
+            if (of := messages[message]) is None:
+                continue  # deleted by hand, before its text was deleted with it
+            entries.append(entry_of(of, seq, event, content, timestamp))
+            size += len(content or "")
+            if size >= PAGE_BYTES or len(entries) == limit:
                 break
         is_full = size >= PAGE_BYTES or len(entries) == limit
         return found, Page(found.generation, entries[-1].seq if is_full else found.last_seq, entries, size)
@@ -1250,9 +1286,11 @@ def range_of(pattern: str) -> tuple[str, str]:
     return (pattern[:-1], pattern[:-1] + chr(sys.maxunicode)) if pattern.endswith("*") else (pattern, pattern)
 
 
-def entry_from_row(row: tuple[Any, ...]) -> Entry:
-    """From (seq, message_id, event, content, timestamp, status, reason); no content is an end."""
-    seq, message_id, event, content, timestamp, status, reason = row
+def entry_of(
+    message: tuple[str, Status, str | None], seq: int, event: str | None, content: str | None, timestamp: int
+) -> Entry:
+    """Of a message's id, status and reason, and the rest of a row; no content is an end."""
+    message_id, status, reason = message
     if content is None:
         return MessageEnd(message_id, status, reason, seq)
     return StoredChunk(content, timestamp, message_id, seq, event)
@@ -1407,9 +1445,9 @@ class Transaction(Snapshot):
             raise message_ended(append.message_id, found) if found.ended else would_leave_a_gap(append, found)
         # Counted from the end, as a retry is nearly always of what came last.
         rows = self._connection.execute(
-            "select * from (select seq, content, event from chunks"
-            " where thread = ? and message = ? and seq between ? and ? and content is not null"
-            " order by seq desc limit ?) order by seq limit ?",
+            "select * from (select seq, content, event, last from entries where thread = ?1 and message = ?2"
+            " and seq between ?3 and ?4 and last >= ?3 and first <= ?4 and content is not null"
+            " order by last desc, seq desc limit ?5) order by seq limit ?6",
             (
                 found.thread,
                 found.message,
@@ -1419,10 +1457,10 @@ class Transaction(Snapshot):
                 len(append.chunks),
             ),
         ).fetchall()
-        for index, ((_, content, event), chunk) in enumerate(zip(rows, append.chunks, strict=False), append.index):
+        for index, ((_, content, event, _), chunk) in enumerate(zip(rows, append.chunks, strict=False), append.index):
             if (content, event) != (chunk.content, chunk.event):
                 raise another_is_stored(append.message_id, index, found)
-        return [seq for seq, _, _ in rows]
+        return [row[0] for row in rows]
 
     def _made(self, thread_id: str, message_id: str, found: Row) -> Row:
         """The message, made (and its thread) unless it is there."""
@@ -1529,6 +1567,7 @@ async def connect(path: Path, mode: Literal["ro", "rw", "rwc"]) -> Database:
     database = Database(connector, iter_chunk_size=PAGE_ROWS)
     database.reads_only = mode == "ro"
     await database
+    await database.run(open_packs)
     return database
 
 
@@ -1618,11 +1657,16 @@ class File:
         """Another number each time that another process has written (PRAGMA data_version)."""
         return await self.maintain(lambda writer: cast(int, writer.execute("pragma data_version").fetchone()[0]))
 
+    async def checkpoint_some(self) -> None:
+        """Copy what has been committed to the file now, so that no append waits while much is copied at once."""
+        await self.maintain(lambda writer: writer.execute("pragma wal_checkpoint(passive)").fetchone())
+
     async def shrink(self) -> bool:
         """Give some of the free pages back to the disk; False once there are none."""
 
         def shrink(connection: sqlite3.Connection) -> bool:
-            connection.execute(f"pragma incremental_vacuum({SCRUB_PAGES})").fetchall()
+            # As a script, since Python takes only the first step of what has no columns, which gives one page back.
+            connection.executescript(f"pragma incremental_vacuum({SHRINK_PAGES})")
             return bool(connection.execute("pragma freelist_count").fetchone()[0])
 
         return await self.maintain(shrink)
@@ -1670,7 +1714,7 @@ class File:
             raise StartupError(f"{self._path} is damaged ({' '.join(verdict.split())}); restore it from a backup")
         if application_id != APPLICATION_ID:
             raise StartupError(f"{self._path} is the database of another application; name another file with --db")
-        if version != SCHEMA_VERSION:
+        if version not in (1, SCHEMA_VERSION):
             raise StartupError(
                 f"{self._path} has version {version}, and this resume-stream knows {SCHEMA_VERSION}; use the one that"
                 " made it"
@@ -1688,7 +1732,7 @@ class File:
             connection.execute(f"pragma max_page_count = {self._max_size // page_size}")
         with writing(connection):
             if not is_new:
-                add_what_is_missing(connection)
+                carry_over(connection)
                 if is_copy(connection) or (was_killed and self._synchronous == "NORMAL"):
                     renew_generations(connection)
         self._opened_inodes = self._inodes()
@@ -1744,17 +1788,24 @@ def is_to_be_made(path: Path) -> bool:
     return bool(is_empty) and application_id == 0
 
 
-def add_what_is_missing(connection: sqlite3.Connection) -> None:
-    """What a version of this service before this one did not put beside its tables."""
+def carry_over(connection: sqlite3.Connection) -> None:
+    """What a version of this service before this one did not put beside its tables, or put there otherwise."""
     existing = {name for (name,) in connection.execute("select name from sqlite_schema")}
+    ((version,),) = connection.execute("pragma user_version")
     statement = ""
     for line in SCHEMA.read_text().splitlines(keepends=True):
         statement += line
         if sqlite3.complete_statement(statement):
-            made = re.search(r"^create (?:trigger|index|view) (\w+)", statement, re.MULTILINE)
-            if made and made[1] not in existing:
-                connection.execute(statement)
+            if made := re.search(r"^create (table|trigger|index|view) (\w+)", statement, re.MULTILINE):
+                kind, name = made.groups()
+                if version != SCHEMA_VERSION and name in existing and kind in ("trigger", "view"):
+                    connection.execute(f"drop {kind} {name}")
+                    existing.remove(name)
+                if name not in existing:
+                    connection.execute(statement)
             statement = ""
+    if version != SCHEMA_VERSION:  # as it would be written again, for which a full disk has no room
+        connection.execute(f"pragma user_version = {SCHEMA_VERSION}")
 
 
 def is_copy(connection: sqlite3.Connection) -> bool:
@@ -1934,6 +1985,8 @@ class SQLiteStore:
         self._hot_version: int | None = None  # of the data (PRAGMA data_version) that they are of
         self._expired_up_to = 0  # the number of a thread
         self._erasing = asyncio.Lock()
+        self._packing = settings.packing
+        self._packed_until = 0  # ms since 1970: what nobody touched since is packed
         self._poll_intervals: Multiset[float] = Multiset()
         self._hurry = asyncio.Event()
 
@@ -2134,6 +2187,35 @@ class SQLiteStore:
             await self.room()
         return True
 
+    async def pack(self) -> None:
+        """A pack a transaction, made while nobody waits for it; of the threads touched since the last time."""
+        if not self._packing:
+            return
+        thread = 0
+        with database_problems():
+            # Not the time, as a transaction that began before may be committed after the look at its thread.
+            latest = min(now_ms(), await self._file.look(latest_touched, heavy=True))
+            while found := await self._file.look(partial(next_thread, self._packed_until, thread), heavy=True):
+                thread = found
+                try:
+                    await self._pack_thread(thread)
+                except (sqlite3.Error, UnicodeDecodeError) as error:
+                    if not is_of_its_rows(error):
+                        raise
+                    log.error("a thread cannot be packed, and stays as it is: %s", error)
+            while await self._file.shrink():
+                await self._file.checkpoint_some()
+                await self.room()
+        self._packed_until = latest
+
+    async def _pack_thread(self, thread: int) -> None:
+        after = 0
+        while run := await self._file.look(partial(next_run, thread, after), heavy=True):
+            await self._file.change(partial(put_away, run))
+            await self._file.checkpoint_some()
+            after = run.rows[-1][0]
+            await self.room()
+
     async def erase_some(self) -> bool:
         """Delete a bounded part of what forgotten threads hold; False once only their own rows are left."""
         return await self._file.change(erase_some)
@@ -2184,6 +2266,77 @@ def forget_some(latest: int, connection: sqlite3.Connection) -> bool:
     return forgotten > 0
 
 
+EntryRow = tuple[int, int, str | None, str | None, int]  # seq, message, event, content, timestamp
+
+
+class Run(NamedTuple):
+    """Entries that follow one another in a thread, all of them of ended messages, and the pack they are to be."""
+
+    thread: int
+    rows: Sequence[EntryRow]
+    size: int
+    data: bytes
+
+
+ENDED = (
+    "select seq, message, event, content, timestamp from chunks join messages using (message)"
+    " where chunks.thread = ? and seq between ? and ? and status <> 'active'"
+    " and instr(coalesce(event, '') || coalesce(content, ''), char(0)) = 0"  # after which SQLite's JSON stops
+    " order by seq"
+)
+
+
+def latest_touched(connection: sqlite3.Connection) -> int:
+    (latest,) = connection.execute("select coalesce(max(updated_at), 0) from threads").fetchone()
+    return cast(int, latest)
+
+
+def next_thread(touched_since: int, after: int, connection: sqlite3.Connection) -> int | None:
+    """The first after this one of those that may have something to pack."""
+    (thread,) = connection.execute(
+        "select min(thread) from threads where thread > ? and updated_at >= ? and thread_id is not null",
+        (after, touched_since),
+    ).fetchone()
+    return cast(int | None, thread)
+
+
+def next_run(thread: int, after: int, connection: sqlite3.Connection) -> Run | None:
+    """The first after this place that is long enough, and no longer than a pack."""
+    rows: list[EntryRow] = []
+    size = 0
+    for row in connection.execute(ENDED, (thread, after + 1, sys.maxsize)):
+        if rows and row[0] != rows[-1][0] + 1:
+            if is_worth_it(len(rows), size):
+                break
+            rows, size = [], 0
+        rows.append(row)
+        size += len(row[3] or "")
+        if len(rows) == PACK_ROWS or size >= PACK_BYTES:
+            break
+    return Run(thread, rows, *packed(rows)) if is_worth_it(len(rows), size) else None
+
+
+def packed(rows: Sequence[EntryRow]) -> tuple[int, bytes]:
+    """The size of a pack's JSON text, and that text compressed."""
+    text = msgspec.json.encode([row[1:] for row in rows])
+    return len(text), zlib.compress(text)
+
+
+def is_worth_it(entries: int, size: int) -> bool:
+    return entries >= LEAST_PACKED or size >= LEAST_PACKED_BYTES
+
+
+def put_away(run: Run, connection: sqlite3.Connection) -> None:
+    """Replace a run by its pack, if its rows are still what they were."""
+    place = (run.thread, run.rows[0][0], run.rows[-1][0])
+    if connection.execute(ENDED, place).fetchall() != run.rows:
+        return
+    connection.execute("delete from chunks where thread = ? and seq between ? and ?", place)
+    connection.execute(
+        "insert into packs (thread, first_seq, last_seq, size, data) values (?, ?, ?, ?, ?)", (*place, *run[2:])
+    )
+
+
 def erase_some(connection: sqlite3.Connection) -> bool:
     places = connection.execute(
         "select thread, seq, coalesce(length(cast(content as blob)), 0) from threads join chunks using (thread)"
@@ -2196,6 +2349,17 @@ def erase_some(connection: sqlite3.Connection) -> bool:
     places.close()
     if up_to:
         connection.executemany("delete from chunks where thread = ? and seq <= ?", up_to.items())
+        return True
+    packs = connection.execute(
+        "select packs.rowid, length(data) from threads join packs using (thread) where thread_id is null limit ?",
+        (ERASE_ROWS,),
+    )
+    chosen = list[tuple[int]]()
+    while size < ERASE_BYTES and (pack := next(packs, None)):
+        chosen, size = [*chosen, pack[:1]], size + pack[1]
+    packs.close()
+    if chosen:
+        connection.executemany("delete from packs where rowid = ?", chosen)
         return True
     erased = connection.execute(
         "delete from messages where message in (select message from messages join threads using (thread)"
@@ -3220,6 +3384,7 @@ class ChunkBuffer:
         while untouched_since >= self._clock_set_at() and (expired := await self._store.expire(untouched_since)):
             self.listener.expired(expired)
         await self._erase()
+        await self._store.pack()
 
     async def _erase(self) -> None:
         self._erasure_owed = True
@@ -4337,7 +4502,7 @@ def setting_text(kind: Any, value: Any) -> str:
         units = DURATION_UNITS if kind is Duration else SIZE_UNITS
         unit, factor = next((unit, factor) for unit, factor in reversed(units.items()) if round(value / factor, 9) >= 1)
         return f"{value / factor:g}{unit}"
-    return {"": "none", "()": "none", "False": "off"}.get(str(value), str(value))
+    return {"": "none", "()": "none", "False": "false", "True": "true"}.get(str(value), str(value))
 
 
 def run_serve(settings: Settings, flags: dict[str, Any]) -> None:

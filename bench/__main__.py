@@ -21,6 +21,7 @@ from .rows_growth import growth
 from .rows_host import cold_start, footprint, held
 from .rows_latency import latency
 from .rows_layers import layers
+from .rows_packs import packs
 from .rows_resume import catch_up, known_content, near_the_end
 from .rows_write import appends, streamed
 from .servers import PACKAGE, ROOT
@@ -33,6 +34,7 @@ ROWS: dict[str, Callable[[Plan], Row]] = {
     "catch-up": catch_up,
     "near-the-end": near_the_end,
     "known-content": known_content,
+    "packs": packs,
     "footprint": footprint,
     "held": held,
     "cold-start": cold_start,

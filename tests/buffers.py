@@ -230,3 +230,8 @@ def history(db: Path | str, sql: str, folder: Path) -> list[Any]:
         with contextlib.closing(sqlite3.connect(copy)) as connection:
             answers.append(connection.execute(sql).fetchone()[0])
     return answers
+
+
+async def pack(buffer: ChunkBuffer) -> None:
+    """What the periodic task does with what has ended."""
+    await buffer._store.pack()

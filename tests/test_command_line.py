@@ -28,6 +28,7 @@ SETTINGS: dict[str, tuple[str, Any, str, Any]] = {
     "heartbeat": ("500ms", 0.5, "20s", 20),
     "poll_interval": ("50ms", 0.05, "1s", 1),
     "producer_timeout": ("0", 0, "2m", 120),
+    "packing": ("false", False, "true", True),
     "synchronous": ("NORMAL", "NORMAL", "FULL", "FULL"),
     "max_chunk": ("64KiB", 65536, "1000", 1000),
     "max_body": ("2MiB", 2 * 1024**2, "1GiB", 1024**3),
