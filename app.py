@@ -119,33 +119,43 @@ FOR_EXTRAS = [
     "ANYONE",
     "API_HEADERS",
     "APPLICATION_ID",
+    "Append",
     "BUSY_TIMEOUT",
     "BadRequest",
     "Body",
+    "BrokenOff",
     "Buffer",
     "Change",
     "ChunkPage",
     "Commands",
     "Conflict",
+    "Cursor",
+    "CursorGone",
     "Forbidden",
     "Format",
     "Gate",
     "Grant",
+    "HEARTBEAT",
     "InvalidContent",
     "Listener",
+    "MAX_REASON",
     "NotFound",
     "PRODUCER_TIMEOUT",
     "Page",
     "Parts",
     "Place",
+    "RAW",
     "READ",
+    "RELAYED",
     "RETRY",
     "Reader",
     "Record",
     "SCOPES",
     "SMALL_BODY",
+    "SSE_HEADERS",
     "StartupError",
     "Step",
+    "StreamedBody",
     "TAKES_READER",
     "THREAD",
     "ThreadId",
@@ -155,6 +165,7 @@ FOR_EXTRAS = [
     "Unauthorized",
     "Unavailable",
     "UnsupportedMediaType",
+    "Upstream",
     "WRITE",
     "__version__",
     "add_command",
@@ -178,6 +189,7 @@ FOR_EXTRAS = [
     "sole_owner",
     "token_expired",
     "unpacked",
+    "utf8_size",
     "whole_body",
     "word_for",
 ]
@@ -228,6 +240,26 @@ def parse_origins(text: str) -> tuple[str, ...]:
     return tuple(origin.strip().rstrip("/") for origin in text.split(",") if origin.strip())
 
 
+class Upstream(NamedTuple):
+    """A server to relay, under a name of its own; ``url`` has no slash at its end."""
+
+    name: str
+    url: str
+
+
+def parse_upstreams(text: str) -> tuple[Upstream, ...]:
+    """Those of a comma-separated list like ``openai=https://api.openai.com``. Raises ValueError."""
+    found: dict[str, Upstream] = {}
+    for item in filter(None, map(str.strip, text.split(","))):
+        match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9_-]*)=(https?://[^/?#@\s]+(?:/[^?#@\s]*)?)", item, re.ASCII)
+        if match is None:
+            raise ValueError(f"{item!r} is not an upstream; write it like openai=https://api.openai.com")
+        if match[1] in found:
+            raise ValueError(f"there are two upstreams {match[1]}; give each a name of its own")
+        found[match[1]] = Upstream(match[1], match[2].rstrip("/"))
+    return tuple(found.values())
+
+
 def described(text: str) -> msgspec.Meta:
     return msgspec.Meta(description=text)
 
@@ -263,6 +295,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_db: Annotated[Size, described("largest database file; 0: as large as the disk")] = Size(0)
     max_readers: Annotated[int, described("most readers at a time")] = 10_000
     secret: Annotated[str, described("turns authentication on: the key of HS256 tokens, 32 bytes or more")] = ""
+    upstream: Annotated[
+        tuple[Upstream, ...],
+        described("what to relay, like openai=https://api.openai.com, with commas or more than once"),
+    ] = ()
+    max_relays: Annotated[int, described("most answers of upstreams at a time")] = 1_000
     cors_origins: Annotated[
         tuple[str, ...], described("other origins whose pages may connect, like https://chat.example, with commas")
     ] = ()
@@ -286,11 +323,13 @@ SETTING_METAVARS: dict[Any, str] = {
     Duration: "DURATION",
     Size: "SIZE",
     tuple[str, ...]: "ORIGINS",
+    tuple[Upstream, ...]: "NAME=URL",
 }
 SETTING_PARSERS: dict[Any, Callable[[str], Any]] = {
     Duration: parse_duration,
     Size: parse_size,
     tuple[str, ...]: parse_origins,
+    tuple[Upstream, ...]: parse_upstreams,
 }
 
 
@@ -336,6 +375,7 @@ def checked_setting(name: str, value: Any) -> Any:
 Status = Literal["active", "completed", "aborted"]
 
 RESERVED_EVENTS = frozenset({"complete", "timeout", "reset", "gone", "error", "open"})
+RELAYED = "relayed:"  # begins the event of a relayed message's first chunk, which says whence it came
 CONTROL_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f]")
 MAX_NAME = 200
 MAX_REASON = 1000
@@ -948,6 +988,9 @@ class Store(Protocol):
     async def active_message(self, thread_id: str) -> str | None:
         """The one that began last."""
 
+    async def thread_of(self, generation: int) -> str | None:
+        """Which thread has it."""
+
     async def idle_messages(self, untouched_since: int) -> list[tuple[str, str]]:
         """Some of the active ones to which nobody appended since, with their threads."""
 
@@ -1252,6 +1295,13 @@ class Snapshot:
             (thread_id,),
         ).fetchone()
         return row[0] if row else None
+
+    def thread_of(self, generation: int) -> str | None:
+        row = self._connection.execute(
+            "select generation, thread_id from threads where thread >= ? order by thread limit 1",
+            (self._first_since(generation),),
+        ).fetchone()
+        return row[1] if row and row[0] == generation else None
 
     def active_messages(self) -> int:
         (count,) = self._connection.execute("select count(*) from messages where status = 'active'").fetchone()
@@ -2123,6 +2173,7 @@ class SQLiteStore:
     status = reads(Snapshot.status)
     threads = reads(Snapshot.threads, heavy=True)
     active_message = reads(Snapshot.active_message)
+    thread_of = reads(Snapshot.thread_of)
 
     async def read(self, work: Callable[[Snapshot], T], heavy: bool = False) -> T:
         """What it finds in one snapshot. Raises Problem."""
@@ -2416,6 +2467,8 @@ class Listener:
 
     def sent(self, size: int) -> None: ...
 
+    def relayed(self, upstream: str, outcome: str) -> None: ...
+
     def expired(self, threads: int) -> None: ...
 
 
@@ -2705,8 +2758,12 @@ def utf8_size(text: str) -> int:
         ) from error
 
 
+def is_reserved(event: str) -> bool:
+    return event in RESERVED_EVENTS or event.startswith(RELAYED)
+
+
 def check_event(event: str) -> None:
-    if not 1 <= len(event) <= MAX_NAME or CONTROL_CHARACTER.search(event) or event in RESERVED_EVENTS:
+    if not 1 <= len(event) <= MAX_NAME or CONTROL_CHARACTER.search(event) or is_reserved(event):
         raise InvalidContent(
             f"{event!r:.80} cannot be an event; use 1 to {MAX_NAME} characters, no control characters, and none of"
             f" the service's own names ({', '.join(sorted(RESERVED_EVENTS))})."
@@ -2773,7 +2830,7 @@ class ChunkBuffer:
         self._started_ms = now_ms()
         self._clock_offset, self._clock_set_ms = now_ms() - ms_since_boot(), 0
         for work in (self._watch_other_processes, self._clean_up_forever, self._abort_idle_messages_forever):
-            self._begin(work())
+            self.begin(work())
         return self
 
     async def __aexit__(
@@ -2805,7 +2862,7 @@ class ChunkBuffer:
             raise NotEntered
         return self._threads
 
-    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """What goes on by itself, until the buffer is left."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
@@ -2981,16 +3038,16 @@ class ChunkBuffer:
         its name, as the reason, and the task raises the error. When the message is ended from outside
         the task ends. ``source`` is closed in any case.
         """
-        return self._begin(self._record(thread_id, message_id, source, index))
+        return self.begin(self._record(thread_id, message_id, source, index))
 
     async def _record(self, thread_id: str, message_id: str, source: AsyncIterable[str | Chunk], index: int) -> None:
         try:
             async with self.while_active(thread_id, message_id) as lift, aclosing(gathered(source, AHEAD)) as batches:
                 async for pieces in batches:
-                    await self._patiently(partial(self.add_chunks, thread_id, message_id, pieces, index=index))
+                    await self.patiently(partial(self.add_chunks, thread_id, message_id, pieces, index=index))
                     index += len(pieces)
                 lift()
-                await self._patiently(partial(self.complete_message, thread_id, message_id))
+                await self.patiently(partial(self.complete_message, thread_id, message_id))
         except Conflict as error:
             log.info("recording stopped: %s", error.detail)
         except Exception as error:
@@ -2998,15 +3055,14 @@ class ChunkBuffer:
                 await self.abort_message(thread_id, message_id, getattr(error, "reason", type(error).__name__))
             raise
 
-    async def _patiently(self, write: Callable[[], Awaitable[Appended]]) -> None:
+    async def patiently(self, write: Callable[[], Awaitable[T]]) -> T:
         """A write that can be asked for again, until what hinders the store has passed."""
         loop = asyncio.get_running_loop()
         give_up = loop.time() + (self.settings.producer_timeout or math.inf)
         pause = RETRY_PAUSE
         while True:
             try:
-                await write()
-                return
+                return await write()
             except (Unavailable, DatabaseFull):
                 if self.stopping or loop.time() + pause > give_up:
                     raise
@@ -3162,6 +3218,17 @@ class ChunkBuffer:
         """The thread's active message, the one that began last; None where there is none. Raises BadRequest."""
         check_ids(thread_id)
         return await self._store.active_message(thread_id)
+
+    async def thread_of(self, generation: int) -> str | None:
+        """The thread of this generation; None where there is none (any more)."""
+        return await self._store.thread_of(generation)
+
+    async def page(
+        self, thread_id: str, message_id: str | None, after: int = 0, limit: int = PAGE_ROWS
+    ) -> tuple[State, Page]:
+        """Up to ``limit`` entries after a place, for one who is no reader, and the state they belong to."""
+        check_ids(thread_id, message_id)
+        return await self._store.page(thread_id, message_id, after, limit)
 
     async def get_chunks(
         self,
@@ -3528,7 +3595,9 @@ class ServerSentEvents:
                 continue
             if (name := names.get(entry.message_id)) is None:
                 name = names[entry.message_id] = encode_json(entry.message_id)
-            event = b"" if entry.event is None else b"event: %s\n" % entry.event.encode()
+            # What somebody else's stream calls "error" must not be taken for an event of our own.
+            named = entry.event is not None and entry.event not in RESERVED_EVENTS
+            event = b"event: %s\n" % cast(str, entry.event).encode() if named else b""
             frames.append(
                 b'id: %d-%d\n%sdata: {"content":%s,"timestamp":%d,"messageId":%s,"seq":%d}\n\n'
                 % (generation, entry.seq, event, encode_json(entry.content), entry.timestamp, name, entry.seq)
@@ -3554,7 +3623,7 @@ class RawEvents:
     def frames(self, page: Page) -> list[bytes]:
         frames = []
         for entry in page.entries:
-            if isinstance(entry, StoredChunk):
+            if isinstance(entry, StoredChunk) and not (entry.event or "").startswith(RELAYED):
                 event = "" if entry.event is None else f"event: {entry.event}\n"
                 data = "\ndata: ".join(LINE_END.split(entry.content))
                 frames.append(f"id: {page.generation}-{entry.seq}\n{event}data: {data}\n\n".encode())
@@ -4103,7 +4172,7 @@ async def ready(buffer: Buffer) -> dict[str, str]:
 
 EXTRAS = (
     *("logs", "tokens", "metrics", "page", "websocket", "uploads", "operate", "clients", "openapi"),
-    *("limits", "express"),
+    *("dialects", "relay", "limits", "express"),
 )
 TESTED_UVICORN = ((0, 54), (0, 55))  # from the first on, and before the second
 
@@ -4122,11 +4191,11 @@ class Parts:
     """What the service is put together from; each extra adds to it.
 
     ``api`` is mounted below ``/api``, ``root`` below ``/``, where ``pages`` are open to everybody.
-    ``bodies`` says by content type how the body of an append is taken, ``grant_of`` what a token
-    allows, where there is a secret. ``connection`` is what serves a connection, the first one
-    outermost. What is in ``on_start`` is called once the service listens, what is in ``on_stop`` as
-    soon as it is told to stop. ``headers`` are those that answers have below a path, unless they say
-    themselves how they may be cached.
+    ``bodies`` says by content type how the body of an append is taken, ``dialects`` what is known of
+    other people's streams, ``grant_of`` what a token allows, where there is a secret. ``connection``
+    is what serves a connection, the first one outermost. What is in ``on_start`` is called once the
+    service listens, what is in ``on_stop`` as soon as it is told to stop. ``headers`` are those that
+    answers have below a path, unless they say themselves how they may be cached.
     """
 
     def __init__(self, buffer: ChunkBuffer) -> None:
@@ -4149,6 +4218,7 @@ class Parts:
         self.root: list[Any] = [ready]
         self.pages: list[Any] = [live]
         self.bodies: dict[str, Callable[[Body], Awaitable[tuple[Appended, bool]]]] = {"application/json": append_json}
+        self.dialects: list[Any] = []
         self.headers: dict[str, dict[str, str]] = {"/api": API_HEADERS}
         self.guards: list[Guard] = []
         self.grant_of: Callable[[str], Grant] | None = None
@@ -4449,7 +4519,7 @@ def settings_from(environment: Mapping[str, str], flags: Mapping[str, Any]) -> S
         variable = f"RESUME_STREAM_{name.upper()}"
         flag = f"--{name.replace('_', '-')}"
         if name in flags:
-            source, text = flag, flags[name]
+            source, text = flag, flags[name] if isinstance(flags[name], str) else ",".join(flags[name])
         elif variable in environment:
             source, text = variable, environment[variable]
         else:
@@ -4466,7 +4536,8 @@ def check_variables(environment: Mapping[str, str]) -> None:
     known = [name.upper() for name in SETTING_TYPES]
     for variable in environment:
         name = variable.removeprefix("RESUME_STREAM_")
-        if variable.startswith("RESUME_STREAM_") and name not in known and name not in OTHER_VARIABLES:
+        is_another = name in OTHER_VARIABLES or re.fullmatch("UPSTREAM_[A-Z0-9_]+_HEADERS", name)
+        if variable.startswith("RESUME_STREAM_") and name not in known and not is_another:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"perhaps RESUME_STREAM_{near[0]} is meant" if near else "see resume-stream serve --help"
             raise StartupError(f"{variable} is no setting; {hint}")
@@ -4491,6 +4562,8 @@ def add_command(commands: Commands, name: str, summary: str, run: Command, *sett
         metavar = SETTING_METAVARS.get(kind) or "|".join(get_args(kind))
         if kind is bool:
             added.add_argument(flag, help=text, nargs="?", const="true", metavar=metavar)
+        elif kind in (tuple[str, ...], tuple[Upstream, ...]):
+            added.add_argument(flag, help=text, action="append", metavar=metavar)
         else:
             added.add_argument(flag, help=text, metavar=metavar)
     return added

@@ -52,6 +52,8 @@ class Logged:
 
 def logged(scope: Scope, send: Send) -> Send:
     began = time.perf_counter()
+    # Not its path, of which a mounted app is shown a part.
+    path = quote(scope.get("raw_path") or scope["path"].encode(), safe="/%")
 
     async def send_logged(message: Message) -> None:
         try:
@@ -61,10 +63,10 @@ def logged(scope: Scope, send: Send) -> Send:
                 raise
             log.debug("the client is gone: %s", error)  # uvloop's way to say so
         if message["type"] == "http.response.start":
-            status, path = message["status"], scope["path"]
+            status = message["status"]
             if status >= 400 or not path.endswith("/chunks"):
                 took = round((time.perf_counter() - began) * 1000, 1)
-                log.info("%s %s %d %s ms", cast(Any, scope)["method"], quote(path), status, took)
+                log.info("%s %s %d %s ms", cast(Any, scope)["method"], path, status, took)
 
     return send_logged
 

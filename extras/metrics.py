@@ -51,6 +51,9 @@ class Metrics(Listener):
         self.active_messages = Gauge("resume_stream_active_messages", "Messages not ended", registry=registry)
         self.resumes = Counter("resume_stream_resumes", "Streams begun", ["kind", "outcome"], registry=registry)
         self.aborts = Counter("resume_stream_aborts", "Messages aborted", ["reason"], registry=registry)
+        self.relays = Counter(
+            "resume_stream_relays", "Answers of upstreams that ended", ["upstream", "outcome"], registry=registry
+        )
         self.expiries = Counter("resume_stream_expired_threads", "Threads that outlived the ttl", registry=registry)
         self.database_bytes = Gauge("resume_stream_database_bytes", "Size of the database file", registry=registry)
         self.wal_bytes = Gauge("resume_stream_wal_bytes", "Size of the WAL", registry=registry)
@@ -92,6 +95,9 @@ class Metrics(Listener):
             self.commit_chunks.observe(chunks)
             self.commit_seconds.observe(seconds)
         self._commits.clear()
+
+    def relayed(self, upstream: str, outcome: str) -> None:
+        self.relays.labels(upstream, outcome).inc()
 
     def expired(self, threads: int) -> None:
         self.expiries.inc(threads)

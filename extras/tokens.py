@@ -91,24 +91,32 @@ async def authorize(secret: str, connection: ASGIConnection[Any, Any, Any, Any],
     """A guard: find out what the caller may do, and whether this call is among it.
 
     An EventSource and a browser's WebSocket cannot send headers, so for what only reads, and for
-    a WebSocket, the token may be in the query too. Raises Unauthorized or Forbidden.
+    a WebSocket, the token may be in the query too, and in a header that the handler names. Raises
+    Unauthorized or Forbidden.
     """
     scopes = handler.opt.get("scopes")  # none for what is open to all, and for Litestar's own answers to OPTIONS
     if scopes is None:
         return
     try:
-        connection.scope["auth"] = grant_for(connection, secret, scopes, bool(handler.opt.get("token_in_query")))
+        in_query, header = bool(handler.opt.get("token_in_query")), handler.opt.get("token_header")
+        connection.scope["auth"] = grant_for(connection, secret, scopes, in_query, header)
     except Problem as problem:
         connection.scope["refusal"] = problem  # type: ignore[typeddict-unknown-key]
         raise
 
 
 def grant_for(
-    connection: ASGIConnection[Any, Any, Any, Any], secret: str, scopes: AbstractSet[str], token_in_query: bool
+    connection: ASGIConnection[Any, Any, Any, Any],
+    secret: str,
+    scopes: AbstractSet[str],
+    token_in_query: bool,
+    token_header: str | None,
 ) -> Grant:
     scheme, _, token = connection.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":
-        token = connection.query_params.get("access_token", "") if token_in_query else ""
+        token = connection.headers.get(token_header, "") if token_header else ""
+    if not token and token_in_query:
+        token = connection.query_params.get("access_token", "")
     if not token:
         raise Unauthorized("This takes a token; send it as 'Authorization: Bearer …'.")
     grant = grant_of(token.strip(), secret)

@@ -35,6 +35,13 @@ SETTINGS: dict[str, tuple[str, Any, str, Any]] = {
     "max_message": ("10MiB", 10 * 1024**2, "512B", 512),
     "max_db": ("1GiB", 1024**3, "5MiB", 5 * 1024**2),
     "max_readers": ("5", 5, "6", 6),
+    "upstream": (
+        "a=http://a/",
+        (("a", "http://a"),),
+        "a=https://a/v1,b=http://b:1",
+        (("a", "https://a/v1"), ("b", "http://b:1")),
+    ),
+    "max_relays": ("7", 7, "8", 8),
     "secret": ("s" * 32, "s" * 32, "t" * 40, "t" * 40),
     "cors_origins": ("https://a.example", ("https://a.example",), "http://b:1,https://c/", ("http://b:1", "https://c")),
     "log_format": ("json", "json", "console", "console"),
@@ -56,6 +63,8 @@ DEFAULTS = {
     "max_message": 64 * 1024**2,
     "max_db": 0,
     "max_readers": 10_000,
+    "upstream": (),
+    "max_relays": 1_000,
     "secret": "",
     "cors_origins": (),
 }
@@ -149,6 +158,11 @@ def test_a_setting_is_a_variable_and_a_flag_and_the_flag_wins(settings_of: Calla
     assert getattr(settings_of(f"{flag}={other}", **{variable: one}), name) == other_value
 
 
+def test_what_is_a_list_is_a_flag_more_than_once(settings_of: Callable[..., Settings]) -> None:
+    flags = ("--upstream", "a=http://a", "--upstream", "b=http://b")
+    assert [name for name, _ in settings_of(*flags).upstream] == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     ("flags", "environment", "says"),
     [
@@ -160,6 +174,11 @@ def test_a_setting_is_a_variable_and_a_flag_and_the_flag_wins(settings_of: Calla
         (["--max-readers", "1.5"], {}, "--max-readers: '1.5' is not int"),
         (["--synchronous", "OFF"], {}, "--synchronous: 'OFF' is not FULL or NORMAL"),
         (["--log-format", "xml"], {}, "--log-format: 'xml' is not "),
+        (["--upstream", "https://a"], {}, "--upstream: 'https://a' is not an upstream; write it like openai=https://"),
+        (["--upstream", "a=ftp://a"], {}, "--upstream: 'a=ftp://a' is not an upstream"),
+        (["--upstream", "a=https://user@a"], {}, "--upstream: 'a=https://user@a' is not an upstream"),
+        (["--upstream", "a=https://a?b"], {}, "--upstream: 'a=https://a?b' is not an upstream"),
+        (["--upstream", "a=http://a", "--upstream", "a=http://b"], {}, "--upstream: there are two upstreams a"),
         (["--secret", "s" * 31], {}, "--secret: the secret has 31 bytes, and HS256 asks for 32 or more"),
         ([], {"RESUME_STREAM_SECRET": "short"}, "RESUME_STREAM_SECRET: the secret has 5 bytes"),
     ],
