@@ -38,6 +38,7 @@ import time
 import weakref
 import zlib
 from collections import Counter as Multiset
+from collections import deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -94,6 +95,7 @@ from litestar.response import Stream
 from litestar.response.base import ASGIResponse
 from litestar.response.streaming import ASGIStreamingResponse
 from litestar.types import ASGIApp, ExceptionHandlersMap, Guard, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 __version__ = "0.1.0"
 __all__ = [
@@ -114,6 +116,8 @@ __all__ = [
 FOR_EXTRAS = [
     "ABORT",
     "ADMIN",
+    "ANYONE",
+    "API_HEADERS",
     "APPLICATION_ID",
     "BUSY_TIMEOUT",
     "BadRequest",
@@ -124,6 +128,8 @@ FOR_EXTRAS = [
     "Commands",
     "Conflict",
     "Forbidden",
+    "Format",
+    "Gate",
     "Grant",
     "InvalidContent",
     "Listener",
@@ -133,10 +139,14 @@ FOR_EXTRAS = [
     "Parts",
     "Place",
     "READ",
+    "RETRY",
+    "Reader",
     "Record",
     "SCOPES",
     "SMALL_BODY",
     "StartupError",
+    "Step",
+    "TAKES_READER",
     "THREAD",
     "ThreadId",
     "ThreadPage",
@@ -152,10 +162,12 @@ FOR_EXTRAS = [
     "body_pieces",
     "checked_id",
     "checked_sizes",
+    "chunks_from_json",
     "database_uri",
     "decode_body",
     "encode_json",
     "granted",
+    "has_word_for_end",
     "invalid_json",
     "mark_as_copy",
     "open_packs",
@@ -167,6 +179,7 @@ FOR_EXTRAS = [
     "token_expired",
     "unpacked",
     "whole_body",
+    "word_for",
 ]
 
 # This file is the package resume_stream, also where it is run as it is, and extras/ beside it is part of that.
@@ -490,7 +503,7 @@ class Page:
     other messages were left out.
     """
 
-    __slots__ = ("_encoded", "_parts", "asked", "entries", "generation", "last_seq", "size")
+    __slots__ = ("_encoded", "_parts", "asked", "entries", "generation", "last_seq", "size", "unread", "wires")
 
     def __init__(
         self, generation: int, last_seq: int, entries: Sequence[Entry], size: int = 0, asked: float | None = None
@@ -500,6 +513,8 @@ class Page:
         self.entries = entries
         self.size = size
         self.asked = asked  # when its append was asked for (time.perf_counter), until somebody reads it
+        self.unread = True
+        self.wires: dict[Format, bytes] = {}  # what an extra makes of it once for all
         self._parts: Sequence[Page] = ()
         self._encoded: dict[Format, list[bytes]] = {}
 
@@ -515,6 +530,11 @@ class Page:
     @property
     def parts(self) -> Sequence[Page]:
         return self._parts or (self,)
+
+    @property
+    def completes(self) -> bool:
+        end = self.entries[-1]
+        return isinstance(end, MessageEnd) and end.status == "completed"
 
     @property
     def cost(self) -> int:
@@ -1245,12 +1265,13 @@ class Snapshot:
             (untouched_since,),
         ).fetchall()
 
-    def idle_threads(self, untouched_since: int) -> list[str]:
-        rows = self._connection.execute(
-            "select thread_id from threads where thread_id is not null and updated_at <= ? limit ?",
-            (untouched_since, EXPIRED_AT_ONCE),
-        )
-        return [thread_id for (thread_id,) in rows]
+    def idle_threads(self, untouched_since: int, after: int) -> list[tuple[int, str]]:
+        """Some of those behind the thread of this number; before it are perhaps very many that are being erased."""
+        return self._connection.execute(
+            "select thread, thread_id from threads"
+            " where thread > ? and thread_id is not null and updated_at <= ? order by thread limit ?",
+            (after, untouched_since, EXPIRED_AT_ONCE),
+        ).fetchall()
 
 
 class Row(State, frozen=True):
@@ -1962,6 +1983,7 @@ class SQLiteStore:
         self._refused_ms = 0  # when a commit failed last
         self._hot: dict[str, Hot] = {}  # by thread_id, as of the last commit
         self._hot_version: int | None = None  # of the data (PRAGMA data_version) that they are of
+        self._expired_up_to = 0  # the number of a thread
         self._erasing = asyncio.Lock()
         self._packing = settings.packing
         self._packed_until = 0  # ms since 1970: what nobody touched since is packed
@@ -2127,8 +2149,9 @@ class SQLiteStore:
             await self._file.probe()
 
     async def expire(self, untouched_since: int) -> int:
-        idle = await self.read(lambda snapshot: snapshot.idle_threads(untouched_since))
-        clearing = [self.clear(thread_id, untouched_since) for thread_id in idle]
+        idle = await self.read(lambda snapshot: snapshot.idle_threads(untouched_since, self._expired_up_to))
+        self._expired_up_to = idle[-1][0] if idle else 0
+        clearing = [self.clear(thread_id, untouched_since) for _, thread_id in idle]
         outcomes = await asyncio.gather(*clearing, return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException) and not isinstance(outcome, NotFound):  # touched in the meantime
@@ -2374,9 +2397,12 @@ RETRY_PAUSE, RETRY_PAUSE_MOST = 0.05, 1.0  # seconds between two tries of what t
 AHEAD = 32  # pieces that a source may be ahead of what is committed of it
 CUT = 0.0  # the moment, by the loop's clock, to which an upload is cut short
 LONG_TEXT = 1024**2  # bytes, past which a text is read in pieces
-LIVE_BYTES = 256 * 1024  # of a thread's newest pages, kept while somebody follows it
+LIVE_BYTES = 1024**2  # of a thread's newest pages, kept while somebody follows it
 ALL_LIVE_BYTES = 32 * 1024**2  # of all threads
 HELD_BYTES = 32 * 1024**2  # of bodies that are still coming in
+CALLED_AT_ONCE = 8  # readers of a thread, in one turn of the loop
+MUCH_TO_SEND = LIVE_BYTES // 4  # for which all are called at once, or it would be let go before they are
+JOINED = 4  # what readers at as many different places have before them, kept for those who are at the same
 
 
 class Listener:
@@ -2416,7 +2442,11 @@ class Tail:
         self._pages: dict[int, Page] = {}  # by the place of their first entry
         self._cost = 0  # of these, about how many bytes they take
         self._live = live
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._joined: dict[tuple[int, str | None], tuple[int, Page | None]] = {}  # since the newest page came
+        self._waiting: dict[Callable[[], None], None] = {}
+        self._woken: deque[Callable[[], None]] = deque()
+        self._is_calling = False
+        self._to_send = 0  # about how many bytes came since the last of them was called
 
     def learn(self, state: State) -> None:
         """Take what a reader found, if it is newer: a change may have been told of since that takes no place."""
@@ -2448,16 +2478,21 @@ class Tail:
     def may_have_more(self, seq: int) -> bool:
         return self.last_seq is None or seq < self.last_seq
 
-    def after(self, seq: int) -> list[Page]:
-        """All pages that are here, so that a reader is sent them at once."""
-        pages = []
-        while page := self._pages.get(seq + 1):
-            pages.append(page)
-            seq = page.last_seq
-        return pages
+    def after(self, seq: int, message_id: str | None) -> tuple[int, Page | None] | None:
+        """All that is here, joined once for all who have as much: up to where, and what of it is the message's."""
+        if (known := self._joined.get((seq, message_id))) is None and seq + 1 in self._pages:
+            pages, last_seq = [], seq
+            while page := self._pages.get(last_seq + 1):
+                pages.append(page)
+                last_seq = page.last_seq
+            if len(self._joined) >= JOINED:
+                self._joined.clear()
+            known = self._joined[seq, message_id] = (last_seq, page_for(message_id, pages))
+        return known
 
     def forget(self) -> None:
         self._pages.clear()
+        self._joined.clear()
         self._weigh(-self._cost)
 
     def cut(self, message_id: str | None = None) -> None:
@@ -2466,21 +2501,45 @@ class Tail:
             if message_id in (None, name) and not upload.expired():
                 upload.reschedule(CUT)
 
+    def call_once(self, call: Callable[[], None]) -> None:
+        """When something happens next."""
+        self._waiting[call] = None
+
+    def call_off(self, call: Callable[[], None]) -> None:
+        self._waiting.pop(call, None)
+
     def wake(self) -> None:
-        woken, self._waiting = self._waiting, set()
-        for waiting in woken:
-            wake_up(waiting)
+        """Call all who wait, a few in a turn of the loop: what producers send in between then goes out with it."""
+        self._woken.extend(self._waiting)
+        self._waiting.clear()
+        if self._woken and not self._is_calling:
+            self._is_calling = True
+            asyncio.get_running_loop().call_soon(self._call_some)
+
+    def _call_some(self) -> None:
+        count = len(self._woken)
+        try:
+            for _ in range(count if self._to_send > MUCH_TO_SEND else min(CALLED_AT_ONCE, count)):
+                self._woken.popleft()()
+        finally:
+            self._is_calling = bool(self._woken)
+            if self._is_calling:
+                asyncio.get_running_loop().call_soon(self._call_some)
+            else:
+                self._joined.clear()
+                self._to_send = 0
 
     async def wait(self, until: float) -> None:
         """Until something happens, or the loop's clock shows ``until``."""
         loop = asyncio.get_running_loop()
         waiting: asyncio.Future[None] = loop.create_future()
         timer = None if until == math.inf else loop.call_at(until, wake_up, waiting)
-        self._waiting.add(waiting)
+        call = partial(wake_up, waiting)
+        self.call_once(call)
         try:
             await waiting
         finally:
-            self._waiting.discard(waiting)
+            self.call_off(call)
             if timer is not None:
                 timer.cancel()
 
@@ -2488,10 +2547,12 @@ class Tail:
         self.generation, self.last_seq, self.active = state.generation, state.last_seq, state.active
 
     def _keep(self, page: Page) -> None:
-        """What is larger is read from the store, a page at a time."""
+        """The newest stays, whatever its size: all who follow are about to be sent it."""
+        self._joined.clear()
         self._pages[page.entries[0].seq] = page
+        self._to_send += page.cost
         self._weigh(page.cost)
-        while self._cost > LIVE_BYTES:
+        while self._cost > LIVE_BYTES and len(self._pages) > 1:
             self._weigh(-self._pages.pop(next(iter(self._pages))).cost)
 
     def _weigh(self, cost: int) -> None:
@@ -2504,35 +2565,92 @@ def wake_up(waiting: asyncio.Future[None]) -> None:
         waiting.set_result(None)
 
 
+class Step(enum.Enum):
+    """What there is to do for a reader that is to be sent nothing: load, wait, or leave it."""
+
+    LOAD = "load"
+    WAIT = "wait"
+    END = "end"
+
+
 class Reader:
-    """One who follows: counted while it is there, due a heartbeat now and then, until its time is up.
+    """One who follows, and is counted while it is there: what it is to be sent next, by whatever sends it.
 
     Times are seconds, by default those of the settings; 0 turns ``idle_timeout`` and ``heartbeat``
-    off; ``expires`` is in seconds since 1970.
+    off; ``expires`` is in seconds since 1970. ``due`` is when, by the loop's clock, a reader that
+    waits is to be told that it does. It has a ``place`` once it begins, and a ``tail`` while it is
+    attached (see ChunkBuffer.attached).
     """
+
+    __slots__ = (
+        *("__weakref__", "_beat", "_buffer", "_expires", "_has_page", "_heartbeat", "_idle", "_idle_timeout"),
+        *("_is_told", "_loaded", "_now", "_reset", "_skip", "place", "poll_interval", "seq", "tail"),
+    )
 
     def __init__(
         self,
-        settings: Settings,
+        buffer: ChunkBuffer,
         idle_timeout: float | None = None,
         heartbeat: float | None = None,
         expires: float = math.inf,
     ) -> None:
+        settings = buffer.settings
+        self._buffer = buffer
+        self.tail: Tail
+        self._loaded: Page | None = None
+        self._has_page = self._is_told = False
+        self._idle = self._beat = math.inf
         self._idle_timeout = (settings.idle_timeout if idle_timeout is None else idle_timeout) or math.inf
         self._heartbeat = (settings.heartbeat if heartbeat is None else heartbeat) or math.inf
         self._now = asyncio.get_running_loop().time
         self._expires = self._now() + expires - time.time()
-        self.got_something()
+
+    def begin(self, place: Place, poll_interval: float | None = None) -> None:
+        """Follow from this place on, with other processes' changes noticed within ``poll_interval`` seconds."""
+        self.place, self.poll_interval = place, poll_interval
+        self.seq, self._skip, self._reset = place.after, place.skip, place.reset
+        self._got_something()
 
     @property
-    def is_expired(self) -> bool:
-        return self._now() >= self._expires
+    def due(self) -> float:
+        return min(self._expires, self._idle, self._beat)
 
-    def got_something(self) -> None:
-        self._idle, self._beat = self._now() + self._idle_timeout, self._now() + self._heartbeat
+    def load(self, page: Page) -> None:
+        """Take what the store has, to be sent with the next step."""
+        self._loaded = page
 
-    async def waits(self, tail: Tail) -> Signal | None:
-        """Wait until something happens; what it is to be told, where it is time for that."""
+    def step(self) -> Page | Signal | Step:
+        """What it is to be sent now; when it is asked for the next, that has been taken off its hands."""
+        if self._has_page:
+            self._got_something()
+        tail, place = self.tail, self.place
+        if self._reset:
+            self._reset = False
+            return Signal.RESET
+        while not (self._is_told or self._buffer.stopping or tail.gone):
+            if tail.may_have_more(self.seq) and self._now() < self._expires:
+                if (found := self._next()) is None:
+                    return Step.LOAD
+                self.seq, page = found
+                if page is not None:
+                    self._has_page, self._is_told = True, place.ends_with(page)
+                    return self._less_skipped(page)
+            elif place.ends_where(tail.active) and not tail.may_have_more(self.seq):
+                return Step.END
+            else:
+                return self._signal()
+        if tail.gone and not self._is_told:
+            self._is_told = True
+            return Signal.GONE
+        return Step.END
+
+    def _next(self) -> tuple[int, Page | None] | None:
+        if (page := self._loaded) is not None:
+            self._loaded = None
+            return page.last_seq, page_for(self.place.message_id, [page])
+        return self.tail.after(self.seq, self.place.message_id)
+
+    def _signal(self) -> Signal | Step:
         when, signal = min(
             (self._expires, Signal.EXPIRED),
             (self._idle, Signal.TIMEOUT),
@@ -2540,11 +2658,25 @@ class Reader:
             key=itemgetter(0),
         )
         if when > self._now():
-            await tail.wait(when)
-            return None
+            return Step.WAIT
         if signal is Signal.HEARTBEAT:
             self._beat = self._now() + self._heartbeat
+        else:
+            self._is_told = True
         return signal
+
+    def _got_something(self) -> None:
+        self._has_page = False
+        now = self._now()
+        self._idle, self._beat = now + self._idle_timeout, now + self._heartbeat
+
+    def _less_skipped(self, page: Page) -> Page:
+        skip, self._skip = self._skip, 0
+        chunk = page.entries[0]
+        if not (skip and isinstance(chunk, StoredChunk)):
+            return page
+        rest = msgspec.structs.replace(chunk, content=chunk.content.encode()[skip:].decode())
+        return Page(page.generation, page.last_seq, [rest, *page.entries[1:]])
 
 
 def checked_id(kind: str, text: str) -> str:
@@ -2687,6 +2819,11 @@ class ChunkBuffer:
         await self._store.room()
         if self.stopping:
             raise Stopping
+
+    @property
+    def has_room(self) -> bool:
+        """Whether ``room`` would neither wait nor raise."""
+        return not self.stopping and is_done_at_once(self._store.room())
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[Callable[[int], None]]:
@@ -3099,7 +3236,7 @@ class ChunkBuffer:
             raise Stopping
         if limited and self.readers >= self.settings.max_readers:
             raise Unavailable(f"There are {self.readers} readers, as many as max_readers allows; try again later.")
-        reader = Reader(self.settings, idle_timeout, heartbeat, expires)
+        reader = Reader(self, idle_timeout, heartbeat, expires)
         self._readers.add(reader)
         return reader
 
@@ -3114,54 +3251,53 @@ class ChunkBuffer:
 
         No transaction is open while the consumer has a page.
         """
-        return self._read(reader or self.seat(**times), place, poll_interval)
+        reader = reader or self.seat(**times)
+        reader.begin(place, poll_interval)
+        return self.read(reader)
 
-    async def _read(
-        self, reader: Reader, place: Place, poll_interval: float | None
-    ) -> AsyncGenerator[Page | Signal, None]:
-        seq, skip = place.after, place.skip
-        with self._attached(place.thread_id, place.generation, poll_interval, reader) as tail:
-            if place.reset:
-                yield Signal.RESET
-            while not (self.stopping or tail.gone):
-                if tail.may_have_more(seq) and not reader.is_expired:
-                    pages = tail.after(seq) or await self._load(seq, place, tail)
-                    seq = pages[-1].last_seq if pages else seq
-                    if page := page_for(place.message_id, pages, skip):
-                        skip = 0
-                        self.listener.delivered(page)
-                        yield page
-                        reader.got_something()
-                        if place.ends_with(page):
-                            return
-                elif place.ends_where(tail.active) and not tail.may_have_more(seq):
-                    return
-                elif signal := await reader.waits(tail):
-                    yield signal
-                    if signal is not Signal.HEARTBEAT:
-                        return
-            if tail.gone:
-                yield Signal.GONE
+    async def read(self, reader: Reader) -> AsyncGenerator[Page | Signal, None]:
+        with self.attached(reader) as tail:
+            while (step := reader.step()) is not Step.END:
+                if step is Step.WAIT:
+                    await tail.wait(reader.due)
+                elif step is Step.LOAD:
+                    await self.load(reader)
+                else:
+                    if isinstance(step, Page):
+                        self.listener.delivered(step)
+                    yield step
 
-    async def _load(self, seq: int, place: Place, tail: Tail) -> list[Page]:
-        """What the store has after ``seq``; none, if meanwhile the tail is known to be of another thread."""
+    async def load(self, reader: Reader) -> None:
+        """What the store has for it; nothing, if meanwhile its tail is known to be of another thread."""
+        tail, place = reader.tail, reader.place
         wanted = tail.generation
-        found, page = await self._store.page(place.thread_id, place.message_id, seq, PAGE_ROWS)
+        found, page = await self._store.page(place.thread_id, place.message_id, reader.seq, PAGE_ROWS)
         if wanted not in (0, found.generation):
             self._retire(place.thread_id, tail)
         elif not tail.gone and tail.generation in (0, found.generation):
             tail.learn(found)
-            return [page] if page.last_seq > seq else []
-        return []
+            if page.last_seq > reader.seq:
+                reader.load(page)
 
     @contextlib.contextmanager
-    def _attached(
-        self, thread_id: str, generation: int = 0, poll_interval: float | None = None, reader: Reader | None = None
-    ) -> Iterator[Tail]:
+    def attached(self, reader: Reader) -> Iterator[Tail]:
+        place = reader.place
+        with self._attached(place.thread_id, place.generation, reader.poll_interval) as tail:
+            reader.tail = tail
+            tail.followers += 1
+            try:
+                yield tail
+            finally:
+                tail.followers -= 1
+                if not tail.followers:
+                    tail.forget()
+                self._readers.discard(reader)
+
+    @contextlib.contextmanager
+    def _attached(self, thread_id: str, generation: int = 0, poll_interval: float | None = None) -> Iterator[Tail]:
         """The thread's tail, with other processes' changes noticed within ``poll_interval`` seconds."""
         tail = self._tail(thread_id, generation)
         tail.users += 1
-        tail.followers += reader is not None
         try:
             with self._store.watching(
                 thread_id, self.settings.poll_interval if poll_interval is None else poll_interval
@@ -3169,13 +3305,8 @@ class ChunkBuffer:
                 yield tail
         finally:
             tail.users -= 1
-            tail.followers -= reader is not None
-            if not tail.followers:
-                tail.forget()
             if not tail.users and self._tails.get(thread_id) is tail:
                 del self._tails[thread_id]
-            if reader is not None:
-                self._readers.discard(reader)
 
     def _tail(self, thread_id: str, generation: int) -> Tail:
         """Generations only grow: of two threads under one name, the lower is gone."""
@@ -3297,6 +3428,16 @@ def ms_since_boot() -> int:
     return time.clock_gettime_ns(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)) // 1_000_000
 
 
+def is_done_at_once(work: Coroutine[Any, Any, Any]) -> bool:
+    """Whether a coroutine ends without waiting; one that would wait is closed."""
+    try:
+        work.send(None)
+    except StopIteration:
+        return True
+    work.close()
+    return False
+
+
 async def gathered(source: AsyncIterable[T], ahead: int) -> AsyncGenerator[list[T], None]:
     """All that a source has yielded since the consumer last asked, of at most ``ahead`` items; closes it."""
     waiting: list[T] = []
@@ -3335,17 +3476,10 @@ async def close(source: AsyncIterable[Any]) -> None:
         await aclose()
 
 
-def page_for(message_id: str | None, pages: Sequence[Page], skip: int) -> Page | None:
-    """The pages as one reader needs them, or None if there is nothing in them for it."""
+def page_for(message_id: str | None, pages: Sequence[Page]) -> Page | None:
+    """The pages as the readers of one message, or of all, need them, or None if there is nothing in them for it."""
     parts = [page for page in pages if page.entries and message_id in (None, page.entries[0].message_id)]
-    if not parts:
-        return None
-    page = parts[0]
-    chunk = page.entries[0]
-    if skip and isinstance(chunk, StoredChunk):
-        rest = msgspec.structs.replace(chunk, content=chunk.content.encode()[skip:].decode())
-        parts[0] = Page(page.generation, page.last_seq, [rest, *page.entries[1:]])
-    return Page.joined(parts)
+    return Page.joined(parts) if parts else None
 
 
 @contextlib.contextmanager
@@ -3434,6 +3568,17 @@ SERVER_SENT = ServerSentEvents()
 RAW = RawEvents()
 
 
+def word_for(signal: Signal, form: Format) -> bytes:
+    if signal is Signal.EXPIRED:
+        return form.signal(Signal.ERROR, token_expired())
+    return form.signal(signal)
+
+
+def has_word_for_end(form: Format, completed: bool) -> bool:
+    """Otherwise the body has to be broken off, or it would be taken for that of a completed message."""
+    return completed or form is not RAW
+
+
 async def sent(
     items: AsyncGenerator[Page | Signal, None], form: Format, listener: Listener
 ) -> AsyncGenerator[bytes, None]:
@@ -3447,20 +3592,19 @@ async def sent(
         try:
             async for item in items:
                 if isinstance(item, Page):
-                    end = item.entries[-1]
-                    completed = isinstance(end, MessageEnd) and end.status == "completed"
+                    completed = item.completes
                     frames = b"".join(item.encoded(form))
                     listener.sent(len(frames))
                     yield frames
-                elif item is Signal.EXPIRED:
-                    raise token_expired()
                 else:
-                    yield form.signal(item)
+                    yield word_for(item, form)
         except Problem as problem:
             yield form.signal(Signal.ERROR, problem)
-    if form is RAW and not completed:
+    if not has_word_for_end(form, completed):
         raise BrokenOff
 
+
+TAKES_READER = "resume_stream.takes_reader"  # an extension of the ASGI scope, where extras/express.py is in place
 
 CHUNKS = msgspec.json.Decoder(Chunk | list[Chunk])
 
@@ -3646,6 +3790,9 @@ class Body(NamedTuple):
 async def append_json(body: Body) -> tuple[Appended, bool]:
     """All or nothing; the answer, and whether anything was new."""
     buffer, append = body.buffer, body.append
+    if (asked := cast(Any, body.request.scope).get("asked")) is not None:
+        change = await asked  # by whoever took the request before us (see extras/express.py)
+        return change.answer, change.changed
     await buffer.room()
     chunks = chunks_from_json(await whole_body(body.request, buffer))
     if time.time() >= granted(body.request).expires:
@@ -3677,11 +3824,40 @@ class StreamedBody(ASGIStreamingResponse):
             log.debug("the body was broken off")  # as the server closes a connection whose answer is not complete
 
 
-def event_stream(buffer: ChunkBuffer, place: Place, form: Format = SERVER_SENT, **options: Any) -> Response[Any]:
+class EventStream(Response[Any]):
+    """What a reader is sent, as server-sent events."""
+
+    def __init__(self, buffer: ChunkBuffer, reader: Reader, form: Format) -> None:
+        super().__init__(None)
+        self._stream = buffer, reader, form
+
+    def to_asgi_response(self, *args: Any, **kwargs: Any) -> ASGIResponse:
+        return StreamedEvents(*self._stream)
+
+
+class StreamedEvents(StreamedBody):
+    """Hands its reader over to the connection where that can take it, or else sends what the reader is to have."""
+
+    def __init__(self, buffer: ChunkBuffer, reader: Reader, form: Format) -> None:
+        self._reader, self._form = reader, form
+        events = sent(buffer.read(reader), form, buffer.listener)
+        super().__init__(iterator=events, headers=SSE_HEADERS, status_code=200)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        take: Any = (scope.get("extensions") or {}).get(TAKES_READER)
+        if take is None or not await take(scope, partial(self.start_response, send), self._reader, self._form):
+            await super().__call__(scope, receive, send)
+
+
+def event_stream(
+    buffer: ChunkBuffer, place: Place, form: Format = SERVER_SENT, *, poll_interval: float | None = None, **times: Any
+) -> Response[Any]:
     """204 where nothing more will come, which tells an EventSource to stop reconnecting (HTML, 9.2.3)."""
     if place.finished:
         return Response(None, status_code=204)
-    return Streamed(sent(buffer.follow(place, **options), form, buffer.listener), SSE_HEADERS)
+    reader = buffer.seat(**times)
+    reader.begin(place, poll_interval)
+    return EventStream(buffer, reader, form)
 
 
 Buffer = NamedDependency[ChunkBuffer]
@@ -3925,7 +4101,11 @@ async def ready(buffer: Buffer) -> dict[str, str]:
 # The app
 # ---------------------------------------------------------------------------------------------
 
-EXTRAS = ("logs", "limits", "tokens", "metrics", "page", "websocket", "uploads", "operate", "clients", "openapi")
+EXTRAS = (
+    *("logs", "tokens", "metrics", "page", "websocket", "uploads", "operate", "clients", "openapi"),
+    *("limits", "express"),
+)
+TESTED_UVICORN = ((0, 54), (0, 55))  # from the first on, and before the second
 
 
 def found_extras() -> Iterator[ModuleType]:
@@ -3942,9 +4122,11 @@ class Parts:
     """What the service is put together from; each extra adds to it.
 
     ``api`` is mounted below ``/api``, ``root`` below ``/``, where ``pages`` are open to everybody.
-    ``bodies`` says by content type how the body of an append is taken. What is in ``on_start`` is
-    called once the service listens, what is in ``on_stop`` as soon as it is told to stop. ``headers``
-    are those that answers have below a path, unless they say themselves how they may be cached.
+    ``bodies`` says by content type how the body of an append is taken, ``grant_of`` what a token
+    allows, where there is a secret. ``connection`` is what serves a connection, the first one
+    outermost. What is in ``on_start`` is called once the service listens, what is in ``on_stop`` as
+    soon as it is told to stop. ``headers`` are those that answers have below a path, unless they say
+    themselves how they may be cached.
     """
 
     def __init__(self, buffer: ChunkBuffer) -> None:
@@ -3969,12 +4151,13 @@ class Parts:
         self.bodies: dict[str, Callable[[Body], Awaitable[tuple[Appended, bool]]]] = {"application/json": append_json}
         self.headers: dict[str, dict[str, str]] = {"/api": API_HEADERS}
         self.guards: list[Guard] = []
+        self.grant_of: Callable[[str], Grant] | None = None
+        self.connection: list[type[HttpToolsProtocol]] = []
         self.middleware: list[DefineMiddleware] = [
             DefineMiddleware(Gate, settings=buffer.settings, headers=self.headers)
         ]
         self.openapi: Callable[..., OpenAPIConfig] = OpenAPIConfig
         self.openapi_pages: list[OpenAPIRenderPlugin] = []
-        self.protocol: type[asyncio.Protocol] | Literal["httptools"] = "httptools"
         self.on_start: list[Callable[[], None]] = []
         self.on_stop: list[Callable[[], None]] = []
         for extra in found_extras():
@@ -3984,6 +4167,16 @@ class Parts:
             raise StartupError(
                 "there is a secret, and nothing here that knows of tokens; put extras/tokens.py in place"
             )
+
+    def protocol(self) -> type[HttpToolsProtocol]:
+        """What is over uvicorn's own is bound to its inside, and so to the versions that were tested."""
+        first, end = TESTED_UVICORN
+        if first <= tuple(map(int, uvicorn.__version__.split(".")[:2])) < end:
+            return type("Connection", (*self.connection, HttpToolsProtocol), {})
+        log.warning(
+            "uvicorn %s was not tested, so connections are its own: slower, and without limits", uvicorn.__version__
+        )
+        return HttpToolsProtocol
 
     def router(self, path: str, handlers: Sequence[Any]) -> Router:
         return Router(
@@ -4094,7 +4287,7 @@ class Gate:
         if scope["type"] in ("http", "websocket"):
             hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
             origins = [value.decode("latin-1") for name, value in scope["headers"] if name == b"origin"]
-            if refusal := self._refusal(hosts or [""], origins):
+            if refusal := self.refusal(hosts or [""], origins):
                 log.warning("refused: %s", refusal.detail)
                 raise refusal
             if "\ufffd" in scope["path"] and not is_utf8(unquote_to_bytes(scope.get("raw_path", b""))):
@@ -4104,7 +4297,7 @@ class Gate:
                     send = with_headers(send, headers)
         await self._app(scope, receive, send)
 
-    def _refusal(self, hosts: Sequence[str], origins: Sequence[str]) -> Forbidden | None:
+    def refusal(self, hosts: Sequence[str], origins: Sequence[str]) -> Forbidden | None:
         if not self._any_host and not (len(hosts) == 1 and is_loopback_host(hosts[0])):
             return Forbidden(f"{hosts!r:.80} is not a loopback name; set a secret to serve others than this machine.")
         if all(origin in self._origins or origin.partition("://")[2] == hosts[0] for origin in origins):
@@ -4234,8 +4427,8 @@ async def serve(settings: Settings) -> None:
         parts = Parts(await exits.enter_async_context(ChunkBuffer(settings)))
         config = uvicorn.Config(
             app_of(parts),
+            http=parts.protocol(),
             uds=settings.uds or None,
-            http=parts.protocol,
             lifespan="off",
             log_config=None,
             access_log=False,

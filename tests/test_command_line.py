@@ -270,7 +270,7 @@ def test_help_shows_values_as_one_writes_them(capsys: pytest.CaptureFixture[str]
         resume_stream.main(["serve", "--help"])
     assert left.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for default in ("1h", "5m", "30s", "100ms", "1MiB", "64MiB", "10000", "none", "false", "FULL"):
+    for default in ("1h", "5m", "30s", "100ms", "1MiB", "64MiB", "10000", "none", "false", "true", "FULL"):
         assert f"(default: {default})" in shown
     for flag in ("--ttl DURATION", "--max-chunk SIZE", "--synchronous FULL|NORMAL", "--log-format auto|console|json"):
         assert f"[{flag}]" in shown

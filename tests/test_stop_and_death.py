@@ -21,6 +21,7 @@ from conftest import TIMEOUT, Service, append, until, wait_until
 from resume_stream import ChunkBuffer, MessageEnd
 
 pytestmark = pytest.mark.anyio
+BOTH_WAYS = True
 
 # Dead producers
 
