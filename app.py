@@ -36,7 +36,9 @@ import sqlite3
 import sys
 import time
 import weakref
+import zlib
 from collections import Counter as Multiset
+from collections import deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -93,6 +95,7 @@ from litestar.response import Stream
 from litestar.response.base import ASGIResponse
 from litestar.response.streaming import ASGIStreamingResponse
 from litestar.types import ASGIApp, ExceptionHandlersMap, Guard, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 __version__ = "0.1.0"
 __all__ = [
@@ -113,6 +116,8 @@ __all__ = [
 FOR_EXTRAS = [
     "ABORT",
     "ADMIN",
+    "ANYONE",
+    "API_HEADERS",
     "APPLICATION_ID",
     "Append",
     "BUSY_TIMEOUT",
@@ -127,6 +132,8 @@ FOR_EXTRAS = [
     "Cursor",
     "CursorGone",
     "Forbidden",
+    "Format",
+    "Gate",
     "Grant",
     "HEARTBEAT",
     "InvalidContent",
@@ -147,7 +154,9 @@ FOR_EXTRAS = [
     "SMALL_BODY",
     "SSE_HEADERS",
     "StartupError",
+    "Step",
     "StreamedBody",
+    "TAKES_READER",
     "THREAD",
     "ThreadId",
     "ThreadPage",
@@ -164,20 +173,25 @@ FOR_EXTRAS = [
     "body_pieces",
     "checked_id",
     "checked_sizes",
+    "chunks_from_json",
     "database_uri",
     "decode_body",
     "encode_json",
     "granted",
+    "has_word_for_end",
     "invalid_json",
     "mark_as_copy",
+    "open_packs",
     "parse_duration",
     "problem_document",
     "renew_generations",
     "seconds",
     "sole_owner",
     "token_expired",
+    "unpacked",
     "utf8_size",
     "whole_body",
+    "word_for",
 ]
 
 # This file is the package resume_stream, also where it is run as it is, and extras/ beside it is part of that.
@@ -271,6 +285,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     producer_timeout: Annotated[Duration, described("a message nobody appends to for so long is aborted; 0: never")] = (
         Duration(300)
     )
+    packing: Annotated[bool, described("keep what has ended compressed, once the clean-up has come by")] = True
     synchronous: Annotated[
         Literal["FULL", "NORMAL"], described("FULL: what is acknowledged survives a power cut; NORMAL: a crash")
     ] = "FULL"
@@ -528,7 +543,7 @@ class Page:
     other messages were left out.
     """
 
-    __slots__ = ("_encoded", "_parts", "asked", "entries", "generation", "last_seq", "size")
+    __slots__ = ("_encoded", "_parts", "asked", "entries", "generation", "last_seq", "size", "unread", "wires")
 
     def __init__(
         self, generation: int, last_seq: int, entries: Sequence[Entry], size: int = 0, asked: float | None = None
@@ -538,6 +553,8 @@ class Page:
         self.entries = entries
         self.size = size
         self.asked = asked  # when its append was asked for (time.perf_counter), until somebody reads it
+        self.unread = True
+        self.wires: dict[Format, bytes] = {}  # what an extra makes of it once for all
         self._parts: Sequence[Page] = ()
         self._encoded: dict[Format, list[bytes]] = {}
 
@@ -553,6 +570,11 @@ class Page:
     @property
     def parts(self) -> Sequence[Page]:
         return self._parts or (self,)
+
+    @property
+    def completes(self) -> bool:
+        end = self.entries[-1]
+        return isinstance(end, MessageEnd) and end.status == "completed"
 
     @property
     def cost(self) -> int:
@@ -853,7 +875,7 @@ def token_expired() -> Unauthorized:
 # ---------------------------------------------------------------------------------------------
 
 APPLICATION_ID = 0x72737472
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = Path(__file__).with_name("schema.sql")
 
 PENDING_BYTES = 16 * 1024**2  # waiting to be committed; past it producers wait
@@ -864,12 +886,17 @@ BATCH_WRITES = 512  # enough for one transaction not to wait for more
 QUIET_TURNS = 3  # of the loop without another write, after which a transaction begins
 PAGE_ROWS = 512
 PAGE_BYTES = 256 * 1024
+PACK_ROWS = 1_024  # entries in a pack, at the most
+PACK_BYTES = 64 * 1024  # of text, after which a pack is full
+LEAST_PACKED = 64  # entries; what is shorter than this,
+LEAST_PACKED_BYTES = 4 * 1024  # and than this, waits for what follows it
 EXPIRED_AT_ONCE = 100  # threads
 MAX_CHUNKS = 10_000  # in one append
 CHUNK_WEIGHT = 16  # bytes that a chunk counts in its message besides its text
 MESSAGES = 1_000  # of a thread's, told of at once
 ERASE_ROWS = 500  # rows deleted in one transaction
 ERASE_BYTES = 1024**2  # of text, likewise
+SHRINK_PAGES = 256  # of the file, given back between two commits
 SCRUB_PAGES = 1_024  # of the file, looked through between two commits
 MIN_POLL_INTERVAL = 0.01  # seconds
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's lock
@@ -973,6 +1000,9 @@ class Store(Protocol):
     async def erase(self) -> bool:
         """Leave no trace of what was forgotten; False if that has to be tried again."""
 
+    async def pack(self) -> None:
+        """Keep what has ended in less room, where there is a way to."""
+
     async def probe(self) -> None:
         """Write, so that it is known whether that can be done."""
 
@@ -998,9 +1028,27 @@ def database_problem(error: Exception) -> Problem:
         return Unavailable(
             f"The rows of this thread do not fit together ({error}), as after an edit by hand; clear it."
         )
+    if str(error) in ("user-defined function raised exception", "malformed JSON"):  # which are of the view "entries"
+        return Unavailable("A pack of this thread is damaged; clear the thread, or restore the database from a backup.")
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return Unavailable("The database is damaged; restore it from a backup.")
     return Unavailable(f"The database cannot be used ({error}); mend the cause and retry.")
+
+
+def unpacked(data: bytes, size: int) -> str:
+    """The JSON text of a pack, whose checksum zlib compares. Raises ValueError where it is damaged."""
+    try:
+        text = zlib.decompress(data)
+    except (zlib.error, TypeError) as error:
+        raise ValueError(f"it cannot be uncompressed ({error})") from error
+    if len(text) != size:
+        raise ValueError(f"it has {len(text)} bytes of text, and says {size}")
+    return text.decode()
+
+
+def open_packs(connection: sqlite3.Connection) -> None:
+    """Let this connection see into packs, as the sqlite3 shell does by itself."""
+    connection.create_function("sqlar_uncompress", 2, unpacked, deterministic=True)
 
 
 @contextlib.contextmanager
@@ -1067,8 +1115,9 @@ class Snapshot:
     def _text(self, found: Row) -> bytes:
         # As a blob, since SQLite's own text functions stop at a NUL.
         (text,) = self._connection.execute(
-            "select cast(group_concat(content, '') as blob) from (select content from chunks"
-            " where thread = ? and message = ? and seq between ? and ? order by seq)",
+            "select cast(group_concat(content, '') as blob) from (select content, last from entries"
+            " where thread = ?1 and message = ?2 and seq between ?3 and ?4 and last >= ?3 and first <= ?4"
+            " order by last)",
             (found.thread, found.message, found.first, found.last),
         ).fetchone()
         return text or b""
@@ -1097,8 +1146,8 @@ class Snapshot:
 
     def _size(self, found: Row, first_seq: int, last_seq: int) -> int:
         (size,) = self._connection.execute(
-            "select coalesce(sum(length(cast(content as blob))), 0) from chunks"
-            " where thread = ? and message = ? and seq between ? and ?",
+            "select coalesce(sum(length(cast(content as blob))), 0) from entries"
+            " where thread = ?1 and message = ?2 and seq between ?3 and ?4 and last >= ?3 and first <= ?4",
             (found.thread, found.message, first_seq, last_seq),
         ).fetchone()
         return cast(int, size)
@@ -1106,29 +1155,34 @@ class Snapshot:
     def text_from(self, thread_id: str, message_id: str, index: int) -> tuple[str, int]:
         found = self.find(thread_id, message_id)
         rows = self._connection.execute(
-            "select content from chunks where thread = ? and message = ? and seq between ? and ?"
-            " and content is not null order by seq limit -1 offset ?",
+            "select content, last from entries where thread = ?1 and message = ?2 and seq between ?3 and ?4"
+            " and last >= ?3 and first <= ?4 and content is not null order by last limit -1 offset ?5",
             (found.thread, found.message, found.first, found.last, min(index, found.chunk_count)),
         )
-        return "".join(content for (content,) in rows), max(index, found.chunk_count)
+        return "".join(content for content, _ in rows), max(index, found.chunk_count)
 
     def page(self, thread_id: str, message_id: str | None, after: int, limit: int) -> tuple[State, Page]:
         found = self.find(thread_id, message_id)
         last_seq = found.last_seq if message_id is None else found.last or 0
         rows = self._connection.execute(
-            "select chunks.seq, messages.message_id, chunks.event, chunks.content, chunks.timestamp,"
-            " messages.status, messages.reason"
-            " from chunks join messages on messages.message = chunks.message"
-            " where chunks.thread = ?1 and chunks.seq > ?2 and chunks.seq <= ?3 and (?4 is null or chunks.message = ?4)"
-            " order by chunks.seq limit ?5",
-            (found.thread, after, last_seq, found.message, limit),
+            "select seq, message, event, content, timestamp, last from entries"
+            " where thread = ?1 and seq between ?2 and ?3 and last >= ?2 and first <= ?3"
+            " and (?4 is null or message = ?4) order by last",
+            (found.thread, after + 1, last_seq, found.message),
         )
+        messages: dict[int, tuple[str, Status, str | None] | None] = {}  # a join would open every pack
         entries: list[Entry] = []
         size = 0
-        for row in rows:
-            entries.append(entry_from_row(row))
-            size += len(row[3] or "")
-            if size >= PAGE_BYTES:
+        for seq, message, event, content, timestamp, _ in rows:
+            if message not in messages:
+                messages[message] = self._connection.execute(
+                    "select message_id, status, reason from messages where message = ?", (message,)
+                ).fetchone()
+            if (of := messages[message]) is None:
+                continue  # deleted by hand, before its text was deleted with it
+            entries.append(entry_of(of, seq, event, content, timestamp))
+            size += len(content or "")
+            if size >= PAGE_BYTES or len(entries) == limit:
                 break
         is_full = size >= PAGE_BYTES or len(entries) == limit
         return found, Page(found.generation, entries[-1].seq if is_full else found.last_seq, entries, size)
@@ -1261,12 +1315,13 @@ class Snapshot:
             (untouched_since,),
         ).fetchall()
 
-    def idle_threads(self, untouched_since: int) -> list[str]:
-        rows = self._connection.execute(
-            "select thread_id from threads where thread_id is not null and updated_at <= ? limit ?",
-            (untouched_since, EXPIRED_AT_ONCE),
-        )
-        return [thread_id for (thread_id,) in rows]
+    def idle_threads(self, untouched_since: int, after: int) -> list[tuple[int, str]]:
+        """Some of those behind the thread of this number; before it are perhaps very many that are being erased."""
+        return self._connection.execute(
+            "select thread, thread_id from threads"
+            " where thread > ? and thread_id is not null and updated_at <= ? order by thread limit ?",
+            (after, untouched_since, EXPIRED_AT_ONCE),
+        ).fetchall()
 
 
 class Row(State, frozen=True):
@@ -1281,9 +1336,11 @@ def range_of(pattern: str) -> tuple[str, str]:
     return (pattern[:-1], pattern[:-1] + chr(sys.maxunicode)) if pattern.endswith("*") else (pattern, pattern)
 
 
-def entry_from_row(row: tuple[Any, ...]) -> Entry:
-    """From (seq, message_id, event, content, timestamp, status, reason); no content is an end."""
-    seq, message_id, event, content, timestamp, status, reason = row
+def entry_of(
+    message: tuple[str, Status, str | None], seq: int, event: str | None, content: str | None, timestamp: int
+) -> Entry:
+    """Of a message's id, status and reason, and the rest of a row; no content is an end."""
+    message_id, status, reason = message
     if content is None:
         return MessageEnd(message_id, status, reason, seq)
     return StoredChunk(content, timestamp, message_id, seq, event)
@@ -1438,9 +1495,9 @@ class Transaction(Snapshot):
             raise message_ended(append.message_id, found) if found.ended else would_leave_a_gap(append, found)
         # Counted from the end, as a retry is nearly always of what came last.
         rows = self._connection.execute(
-            "select * from (select seq, content, event from chunks"
-            " where thread = ? and message = ? and seq between ? and ? and content is not null"
-            " order by seq desc limit ?) order by seq limit ?",
+            "select * from (select seq, content, event, last from entries where thread = ?1 and message = ?2"
+            " and seq between ?3 and ?4 and last >= ?3 and first <= ?4 and content is not null"
+            " order by last desc, seq desc limit ?5) order by seq limit ?6",
             (
                 found.thread,
                 found.message,
@@ -1450,10 +1507,10 @@ class Transaction(Snapshot):
                 len(append.chunks),
             ),
         ).fetchall()
-        for index, ((_, content, event), chunk) in enumerate(zip(rows, append.chunks, strict=False), append.index):
+        for index, ((_, content, event, _), chunk) in enumerate(zip(rows, append.chunks, strict=False), append.index):
             if (content, event) != (chunk.content, chunk.event):
                 raise another_is_stored(append.message_id, index, found)
-        return [seq for seq, _, _ in rows]
+        return [row[0] for row in rows]
 
     def _made(self, thread_id: str, message_id: str, found: Row) -> Row:
         """The message, made (and its thread) unless it is there."""
@@ -1560,6 +1617,7 @@ async def connect(path: Path, mode: Literal["ro", "rw", "rwc"]) -> Database:
     database = Database(connector, iter_chunk_size=PAGE_ROWS)
     database.reads_only = mode == "ro"
     await database
+    await database.run(open_packs)
     return database
 
 
@@ -1649,11 +1707,16 @@ class File:
         """Another number each time that another process has written (PRAGMA data_version)."""
         return await self.maintain(lambda writer: cast(int, writer.execute("pragma data_version").fetchone()[0]))
 
+    async def checkpoint_some(self) -> None:
+        """Copy what has been committed to the file now, so that no append waits while much is copied at once."""
+        await self.maintain(lambda writer: writer.execute("pragma wal_checkpoint(passive)").fetchone())
+
     async def shrink(self) -> bool:
         """Give some of the free pages back to the disk; False once there are none."""
 
         def shrink(connection: sqlite3.Connection) -> bool:
-            connection.execute(f"pragma incremental_vacuum({SCRUB_PAGES})").fetchall()
+            # As a script, since Python takes only the first step of what has no columns, which gives one page back.
+            connection.executescript(f"pragma incremental_vacuum({SHRINK_PAGES})")
             return bool(connection.execute("pragma freelist_count").fetchone()[0])
 
         return await self.maintain(shrink)
@@ -1701,7 +1764,7 @@ class File:
             raise StartupError(f"{self._path} is damaged ({' '.join(verdict.split())}); restore it from a backup")
         if application_id != APPLICATION_ID:
             raise StartupError(f"{self._path} is the database of another application; name another file with --db")
-        if version != SCHEMA_VERSION:
+        if version not in (1, SCHEMA_VERSION):
             raise StartupError(
                 f"{self._path} has version {version}, and this resume-stream knows {SCHEMA_VERSION}; use the one that"
                 " made it"
@@ -1719,7 +1782,7 @@ class File:
             connection.execute(f"pragma max_page_count = {self._max_size // page_size}")
         with writing(connection):
             if not is_new:
-                add_what_is_missing(connection)
+                carry_over(connection)
                 if is_copy(connection) or (was_killed and self._synchronous == "NORMAL"):
                     renew_generations(connection)
         self._opened_inodes = self._inodes()
@@ -1775,17 +1838,24 @@ def is_to_be_made(path: Path) -> bool:
     return bool(is_empty) and application_id == 0
 
 
-def add_what_is_missing(connection: sqlite3.Connection) -> None:
-    """What a version of this service before this one did not put beside its tables."""
+def carry_over(connection: sqlite3.Connection) -> None:
+    """What a version of this service before this one did not put beside its tables, or put there otherwise."""
     existing = {name for (name,) in connection.execute("select name from sqlite_schema")}
+    ((version,),) = connection.execute("pragma user_version")
     statement = ""
     for line in SCHEMA.read_text().splitlines(keepends=True):
         statement += line
         if sqlite3.complete_statement(statement):
-            made = re.search(r"^create (?:trigger|index|view) (\w+)", statement, re.MULTILINE)
-            if made and made[1] not in existing:
-                connection.execute(statement)
+            if made := re.search(r"^create (table|trigger|index|view) (\w+)", statement, re.MULTILINE):
+                kind, name = made.groups()
+                if version != SCHEMA_VERSION and name in existing and kind in ("trigger", "view"):
+                    connection.execute(f"drop {kind} {name}")
+                    existing.remove(name)
+                if name not in existing:
+                    connection.execute(statement)
             statement = ""
+    if version != SCHEMA_VERSION:  # as it would be written again, for which a full disk has no room
+        connection.execute(f"pragma user_version = {SCHEMA_VERSION}")
 
 
 def is_copy(connection: sqlite3.Connection) -> bool:
@@ -1963,7 +2033,10 @@ class SQLiteStore:
         self._refused_ms = 0  # when a commit failed last
         self._hot: dict[str, Hot] = {}  # by thread_id, as of the last commit
         self._hot_version: int | None = None  # of the data (PRAGMA data_version) that they are of
+        self._expired_up_to = 0  # the number of a thread
         self._erasing = asyncio.Lock()
+        self._packing = settings.packing
+        self._packed_until = 0  # ms since 1970: what nobody touched since is packed
         self._poll_intervals: Multiset[float] = Multiset()
         self._hurry = asyncio.Event()
 
@@ -2127,8 +2200,9 @@ class SQLiteStore:
             await self._file.probe()
 
     async def expire(self, untouched_since: int) -> int:
-        idle = await self.read(lambda snapshot: snapshot.idle_threads(untouched_since))
-        clearing = [self.clear(thread_id, untouched_since) for thread_id in idle]
+        idle = await self.read(lambda snapshot: snapshot.idle_threads(untouched_since, self._expired_up_to))
+        self._expired_up_to = idle[-1][0] if idle else 0
+        clearing = [self.clear(thread_id, untouched_since) for _, thread_id in idle]
         outcomes = await asyncio.gather(*clearing, return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException) and not isinstance(outcome, NotFound):  # touched in the meantime
@@ -2163,6 +2237,35 @@ class SQLiteStore:
                 await asyncio.sleep(SCRUB_PAUSE)
             await self.room()
         return True
+
+    async def pack(self) -> None:
+        """A pack a transaction, made while nobody waits for it; of the threads touched since the last time."""
+        if not self._packing:
+            return
+        thread = 0
+        with database_problems():
+            # Not the time, as a transaction that began before may be committed after the look at its thread.
+            latest = min(now_ms(), await self._file.look(latest_touched, heavy=True))
+            while found := await self._file.look(partial(next_thread, self._packed_until, thread), heavy=True):
+                thread = found
+                try:
+                    await self._pack_thread(thread)
+                except (sqlite3.Error, UnicodeDecodeError) as error:
+                    if not is_of_its_rows(error):
+                        raise
+                    log.error("a thread cannot be packed, and stays as it is: %s", error)
+            while await self._file.shrink():
+                await self._file.checkpoint_some()
+                await self.room()
+        self._packed_until = latest
+
+    async def _pack_thread(self, thread: int) -> None:
+        after = 0
+        while run := await self._file.look(partial(next_run, thread, after), heavy=True):
+            await self._file.change(partial(put_away, run))
+            await self._file.checkpoint_some()
+            after = run.rows[-1][0]
+            await self.room()
 
     async def erase_some(self) -> bool:
         """Delete a bounded part of what forgotten threads hold; False once only their own rows are left."""
@@ -2214,6 +2317,77 @@ def forget_some(latest: int, connection: sqlite3.Connection) -> bool:
     return forgotten > 0
 
 
+EntryRow = tuple[int, int, str | None, str | None, int]  # seq, message, event, content, timestamp
+
+
+class Run(NamedTuple):
+    """Entries that follow one another in a thread, all of them of ended messages, and the pack they are to be."""
+
+    thread: int
+    rows: Sequence[EntryRow]
+    size: int
+    data: bytes
+
+
+ENDED = (
+    "select seq, message, event, content, timestamp from chunks join messages using (message)"
+    " where chunks.thread = ? and seq between ? and ? and status <> 'active'"
+    " and instr(coalesce(event, '') || coalesce(content, ''), char(0)) = 0"  # after which SQLite's JSON stops
+    " order by seq"
+)
+
+
+def latest_touched(connection: sqlite3.Connection) -> int:
+    (latest,) = connection.execute("select coalesce(max(updated_at), 0) from threads").fetchone()
+    return cast(int, latest)
+
+
+def next_thread(touched_since: int, after: int, connection: sqlite3.Connection) -> int | None:
+    """The first after this one of those that may have something to pack."""
+    (thread,) = connection.execute(
+        "select min(thread) from threads where thread > ? and updated_at >= ? and thread_id is not null",
+        (after, touched_since),
+    ).fetchone()
+    return cast(int | None, thread)
+
+
+def next_run(thread: int, after: int, connection: sqlite3.Connection) -> Run | None:
+    """The first after this place that is long enough, and no longer than a pack."""
+    rows: list[EntryRow] = []
+    size = 0
+    for row in connection.execute(ENDED, (thread, after + 1, sys.maxsize)):
+        if rows and row[0] != rows[-1][0] + 1:
+            if is_worth_it(len(rows), size):
+                break
+            rows, size = [], 0
+        rows.append(row)
+        size += len(row[3] or "")
+        if len(rows) == PACK_ROWS or size >= PACK_BYTES:
+            break
+    return Run(thread, rows, *packed(rows)) if is_worth_it(len(rows), size) else None
+
+
+def packed(rows: Sequence[EntryRow]) -> tuple[int, bytes]:
+    """The size of a pack's JSON text, and that text compressed."""
+    text = msgspec.json.encode([row[1:] for row in rows])
+    return len(text), zlib.compress(text)
+
+
+def is_worth_it(entries: int, size: int) -> bool:
+    return entries >= LEAST_PACKED or size >= LEAST_PACKED_BYTES
+
+
+def put_away(run: Run, connection: sqlite3.Connection) -> None:
+    """Replace a run by its pack, if its rows are still what they were."""
+    place = (run.thread, run.rows[0][0], run.rows[-1][0])
+    if connection.execute(ENDED, place).fetchall() != run.rows:
+        return
+    connection.execute("delete from chunks where thread = ? and seq between ? and ?", place)
+    connection.execute(
+        "insert into packs (thread, first_seq, last_seq, size, data) values (?, ?, ?, ?, ?)", (*place, *run[2:])
+    )
+
+
 def erase_some(connection: sqlite3.Connection) -> bool:
     places = connection.execute(
         "select thread, seq, coalesce(length(cast(content as blob)), 0) from threads join chunks using (thread)"
@@ -2226,6 +2400,17 @@ def erase_some(connection: sqlite3.Connection) -> bool:
     places.close()
     if up_to:
         connection.executemany("delete from chunks where thread = ? and seq <= ?", up_to.items())
+        return True
+    packs = connection.execute(
+        "select packs.rowid, length(data) from threads join packs using (thread) where thread_id is null limit ?",
+        (ERASE_ROWS,),
+    )
+    chosen = list[tuple[int]]()
+    while size < ERASE_BYTES and (pack := next(packs, None)):
+        chosen, size = [*chosen, pack[:1]], size + pack[1]
+    packs.close()
+    if chosen:
+        connection.executemany("delete from packs where rowid = ?", chosen)
         return True
     erased = connection.execute(
         "delete from messages where message in (select message from messages join threads using (thread)"
@@ -2263,9 +2448,12 @@ RETRY_PAUSE, RETRY_PAUSE_MOST = 0.05, 1.0  # seconds between two tries of what t
 AHEAD = 32  # pieces that a source may be ahead of what is committed of it
 CUT = 0.0  # the moment, by the loop's clock, to which an upload is cut short
 LONG_TEXT = 1024**2  # bytes, past which a text is read in pieces
-LIVE_BYTES = 256 * 1024  # of a thread's newest pages, kept while somebody follows it
+LIVE_BYTES = 1024**2  # of a thread's newest pages, kept while somebody follows it
 ALL_LIVE_BYTES = 32 * 1024**2  # of all threads
 HELD_BYTES = 32 * 1024**2  # of bodies that are still coming in
+CALLED_AT_ONCE = 8  # readers of a thread, in one turn of the loop
+MUCH_TO_SEND = LIVE_BYTES // 4  # for which all are called at once, or it would be let go before they are
+JOINED = 4  # what readers at as many different places have before them, kept for those who are at the same
 
 
 class Listener:
@@ -2307,7 +2495,11 @@ class Tail:
         self._pages: dict[int, Page] = {}  # by the place of their first entry
         self._cost = 0  # of these, about how many bytes they take
         self._live = live
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._joined: dict[tuple[int, str | None], tuple[int, Page | None]] = {}  # since the newest page came
+        self._waiting: dict[Callable[[], None], None] = {}
+        self._woken: deque[Callable[[], None]] = deque()
+        self._is_calling = False
+        self._to_send = 0  # about how many bytes came since the last of them was called
 
     def learn(self, state: State) -> None:
         """Take what a reader found, if it is newer: a change may have been told of since that takes no place."""
@@ -2339,16 +2531,21 @@ class Tail:
     def may_have_more(self, seq: int) -> bool:
         return self.last_seq is None or seq < self.last_seq
 
-    def after(self, seq: int) -> list[Page]:
-        """All pages that are here, so that a reader is sent them at once."""
-        pages = []
-        while page := self._pages.get(seq + 1):
-            pages.append(page)
-            seq = page.last_seq
-        return pages
+    def after(self, seq: int, message_id: str | None) -> tuple[int, Page | None] | None:
+        """All that is here, joined once for all who have as much: up to where, and what of it is the message's."""
+        if (known := self._joined.get((seq, message_id))) is None and seq + 1 in self._pages:
+            pages, last_seq = [], seq
+            while page := self._pages.get(last_seq + 1):
+                pages.append(page)
+                last_seq = page.last_seq
+            if len(self._joined) >= JOINED:
+                self._joined.clear()
+            known = self._joined[seq, message_id] = (last_seq, page_for(message_id, pages))
+        return known
 
     def forget(self) -> None:
         self._pages.clear()
+        self._joined.clear()
         self._weigh(-self._cost)
 
     def cut(self, message_id: str | None = None) -> None:
@@ -2357,21 +2554,45 @@ class Tail:
             if message_id in (None, name) and not upload.expired():
                 upload.reschedule(CUT)
 
+    def call_once(self, call: Callable[[], None]) -> None:
+        """When something happens next."""
+        self._waiting[call] = None
+
+    def call_off(self, call: Callable[[], None]) -> None:
+        self._waiting.pop(call, None)
+
     def wake(self) -> None:
-        woken, self._waiting = self._waiting, set()
-        for waiting in woken:
-            wake_up(waiting)
+        """Call all who wait, a few in a turn of the loop: what producers send in between then goes out with it."""
+        self._woken.extend(self._waiting)
+        self._waiting.clear()
+        if self._woken and not self._is_calling:
+            self._is_calling = True
+            asyncio.get_running_loop().call_soon(self._call_some)
+
+    def _call_some(self) -> None:
+        count = len(self._woken)
+        try:
+            for _ in range(count if self._to_send > MUCH_TO_SEND else min(CALLED_AT_ONCE, count)):
+                self._woken.popleft()()
+        finally:
+            self._is_calling = bool(self._woken)
+            if self._is_calling:
+                asyncio.get_running_loop().call_soon(self._call_some)
+            else:
+                self._joined.clear()
+                self._to_send = 0
 
     async def wait(self, until: float) -> None:
         """Until something happens, or the loop's clock shows ``until``."""
         loop = asyncio.get_running_loop()
         waiting: asyncio.Future[None] = loop.create_future()
         timer = None if until == math.inf else loop.call_at(until, wake_up, waiting)
-        self._waiting.add(waiting)
+        call = partial(wake_up, waiting)
+        self.call_once(call)
         try:
             await waiting
         finally:
-            self._waiting.discard(waiting)
+            self.call_off(call)
             if timer is not None:
                 timer.cancel()
 
@@ -2379,10 +2600,12 @@ class Tail:
         self.generation, self.last_seq, self.active = state.generation, state.last_seq, state.active
 
     def _keep(self, page: Page) -> None:
-        """What is larger is read from the store, a page at a time."""
+        """The newest stays, whatever its size: all who follow are about to be sent it."""
+        self._joined.clear()
         self._pages[page.entries[0].seq] = page
+        self._to_send += page.cost
         self._weigh(page.cost)
-        while self._cost > LIVE_BYTES:
+        while self._cost > LIVE_BYTES and len(self._pages) > 1:
             self._weigh(-self._pages.pop(next(iter(self._pages))).cost)
 
     def _weigh(self, cost: int) -> None:
@@ -2395,35 +2618,92 @@ def wake_up(waiting: asyncio.Future[None]) -> None:
         waiting.set_result(None)
 
 
+class Step(enum.Enum):
+    """What there is to do for a reader that is to be sent nothing: load, wait, or leave it."""
+
+    LOAD = "load"
+    WAIT = "wait"
+    END = "end"
+
+
 class Reader:
-    """One who follows: counted while it is there, due a heartbeat now and then, until its time is up.
+    """One who follows, and is counted while it is there: what it is to be sent next, by whatever sends it.
 
     Times are seconds, by default those of the settings; 0 turns ``idle_timeout`` and ``heartbeat``
-    off; ``expires`` is in seconds since 1970.
+    off; ``expires`` is in seconds since 1970. ``due`` is when, by the loop's clock, a reader that
+    waits is to be told that it does. It has a ``place`` once it begins, and a ``tail`` while it is
+    attached (see ChunkBuffer.attached).
     """
+
+    __slots__ = (
+        *("__weakref__", "_beat", "_buffer", "_expires", "_has_page", "_heartbeat", "_idle", "_idle_timeout"),
+        *("_is_told", "_loaded", "_now", "_reset", "_skip", "place", "poll_interval", "seq", "tail"),
+    )
 
     def __init__(
         self,
-        settings: Settings,
+        buffer: ChunkBuffer,
         idle_timeout: float | None = None,
         heartbeat: float | None = None,
         expires: float = math.inf,
     ) -> None:
+        settings = buffer.settings
+        self._buffer = buffer
+        self.tail: Tail
+        self._loaded: Page | None = None
+        self._has_page = self._is_told = False
+        self._idle = self._beat = math.inf
         self._idle_timeout = (settings.idle_timeout if idle_timeout is None else idle_timeout) or math.inf
         self._heartbeat = (settings.heartbeat if heartbeat is None else heartbeat) or math.inf
         self._now = asyncio.get_running_loop().time
         self._expires = self._now() + expires - time.time()
-        self.got_something()
+
+    def begin(self, place: Place, poll_interval: float | None = None) -> None:
+        """Follow from this place on, with other processes' changes noticed within ``poll_interval`` seconds."""
+        self.place, self.poll_interval = place, poll_interval
+        self.seq, self._skip, self._reset = place.after, place.skip, place.reset
+        self._got_something()
 
     @property
-    def is_expired(self) -> bool:
-        return self._now() >= self._expires
+    def due(self) -> float:
+        return min(self._expires, self._idle, self._beat)
 
-    def got_something(self) -> None:
-        self._idle, self._beat = self._now() + self._idle_timeout, self._now() + self._heartbeat
+    def load(self, page: Page) -> None:
+        """Take what the store has, to be sent with the next step."""
+        self._loaded = page
 
-    async def waits(self, tail: Tail) -> Signal | None:
-        """Wait until something happens; what it is to be told, where it is time for that."""
+    def step(self) -> Page | Signal | Step:
+        """What it is to be sent now; when it is asked for the next, that has been taken off its hands."""
+        if self._has_page:
+            self._got_something()
+        tail, place = self.tail, self.place
+        if self._reset:
+            self._reset = False
+            return Signal.RESET
+        while not (self._is_told or self._buffer.stopping or tail.gone):
+            if tail.may_have_more(self.seq) and self._now() < self._expires:
+                if (found := self._next()) is None:
+                    return Step.LOAD
+                self.seq, page = found
+                if page is not None:
+                    self._has_page, self._is_told = True, place.ends_with(page)
+                    return self._less_skipped(page)
+            elif place.ends_where(tail.active) and not tail.may_have_more(self.seq):
+                return Step.END
+            else:
+                return self._signal()
+        if tail.gone and not self._is_told:
+            self._is_told = True
+            return Signal.GONE
+        return Step.END
+
+    def _next(self) -> tuple[int, Page | None] | None:
+        if (page := self._loaded) is not None:
+            self._loaded = None
+            return page.last_seq, page_for(self.place.message_id, [page])
+        return self.tail.after(self.seq, self.place.message_id)
+
+    def _signal(self) -> Signal | Step:
         when, signal = min(
             (self._expires, Signal.EXPIRED),
             (self._idle, Signal.TIMEOUT),
@@ -2431,11 +2711,25 @@ class Reader:
             key=itemgetter(0),
         )
         if when > self._now():
-            await tail.wait(when)
-            return None
+            return Step.WAIT
         if signal is Signal.HEARTBEAT:
             self._beat = self._now() + self._heartbeat
+        else:
+            self._is_told = True
         return signal
+
+    def _got_something(self) -> None:
+        self._has_page = False
+        now = self._now()
+        self._idle, self._beat = now + self._idle_timeout, now + self._heartbeat
+
+    def _less_skipped(self, page: Page) -> Page:
+        skip, self._skip = self._skip, 0
+        chunk = page.entries[0]
+        if not (skip and isinstance(chunk, StoredChunk)):
+            return page
+        rest = msgspec.structs.replace(chunk, content=chunk.content.encode()[skip:].decode())
+        return Page(page.generation, page.last_seq, [rest, *page.entries[1:]])
 
 
 def checked_id(kind: str, text: str) -> str:
@@ -2582,6 +2876,11 @@ class ChunkBuffer:
         await self._store.room()
         if self.stopping:
             raise Stopping
+
+    @property
+    def has_room(self) -> bool:
+        """Whether ``room`` would neither wait nor raise."""
+        return not self.stopping and is_done_at_once(self._store.room())
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[Callable[[int], None]]:
@@ -3004,7 +3303,7 @@ class ChunkBuffer:
             raise Stopping
         if limited and self.readers >= self.settings.max_readers:
             raise Unavailable(f"There are {self.readers} readers, as many as max_readers allows; try again later.")
-        reader = Reader(self.settings, idle_timeout, heartbeat, expires)
+        reader = Reader(self, idle_timeout, heartbeat, expires)
         self._readers.add(reader)
         return reader
 
@@ -3019,54 +3318,53 @@ class ChunkBuffer:
 
         No transaction is open while the consumer has a page.
         """
-        return self._read(reader or self.seat(**times), place, poll_interval)
+        reader = reader or self.seat(**times)
+        reader.begin(place, poll_interval)
+        return self.read(reader)
 
-    async def _read(
-        self, reader: Reader, place: Place, poll_interval: float | None
-    ) -> AsyncGenerator[Page | Signal, None]:
-        seq, skip = place.after, place.skip
-        with self._attached(place.thread_id, place.generation, poll_interval, reader) as tail:
-            if place.reset:
-                yield Signal.RESET
-            while not (self.stopping or tail.gone):
-                if tail.may_have_more(seq) and not reader.is_expired:
-                    pages = tail.after(seq) or await self._load(seq, place, tail)
-                    seq = pages[-1].last_seq if pages else seq
-                    if page := page_for(place.message_id, pages, skip):
-                        skip = 0
-                        self.listener.delivered(page)
-                        yield page
-                        reader.got_something()
-                        if place.ends_with(page):
-                            return
-                elif place.ends_where(tail.active) and not tail.may_have_more(seq):
-                    return
-                elif signal := await reader.waits(tail):
-                    yield signal
-                    if signal is not Signal.HEARTBEAT:
-                        return
-            if tail.gone:
-                yield Signal.GONE
+    async def read(self, reader: Reader) -> AsyncGenerator[Page | Signal, None]:
+        with self.attached(reader) as tail:
+            while (step := reader.step()) is not Step.END:
+                if step is Step.WAIT:
+                    await tail.wait(reader.due)
+                elif step is Step.LOAD:
+                    await self.load(reader)
+                else:
+                    if isinstance(step, Page):
+                        self.listener.delivered(step)
+                    yield step
 
-    async def _load(self, seq: int, place: Place, tail: Tail) -> list[Page]:
-        """What the store has after ``seq``; none, if meanwhile the tail is known to be of another thread."""
+    async def load(self, reader: Reader) -> None:
+        """What the store has for it; nothing, if meanwhile its tail is known to be of another thread."""
+        tail, place = reader.tail, reader.place
         wanted = tail.generation
-        found, page = await self._store.page(place.thread_id, place.message_id, seq, PAGE_ROWS)
+        found, page = await self._store.page(place.thread_id, place.message_id, reader.seq, PAGE_ROWS)
         if wanted not in (0, found.generation):
             self._retire(place.thread_id, tail)
         elif not tail.gone and tail.generation in (0, found.generation):
             tail.learn(found)
-            return [page] if page.last_seq > seq else []
-        return []
+            if page.last_seq > reader.seq:
+                reader.load(page)
 
     @contextlib.contextmanager
-    def _attached(
-        self, thread_id: str, generation: int = 0, poll_interval: float | None = None, reader: Reader | None = None
-    ) -> Iterator[Tail]:
+    def attached(self, reader: Reader) -> Iterator[Tail]:
+        place = reader.place
+        with self._attached(place.thread_id, place.generation, reader.poll_interval) as tail:
+            reader.tail = tail
+            tail.followers += 1
+            try:
+                yield tail
+            finally:
+                tail.followers -= 1
+                if not tail.followers:
+                    tail.forget()
+                self._readers.discard(reader)
+
+    @contextlib.contextmanager
+    def _attached(self, thread_id: str, generation: int = 0, poll_interval: float | None = None) -> Iterator[Tail]:
         """The thread's tail, with other processes' changes noticed within ``poll_interval`` seconds."""
         tail = self._tail(thread_id, generation)
         tail.users += 1
-        tail.followers += reader is not None
         try:
             with self._store.watching(
                 thread_id, self.settings.poll_interval if poll_interval is None else poll_interval
@@ -3074,13 +3372,8 @@ class ChunkBuffer:
                 yield tail
         finally:
             tail.users -= 1
-            tail.followers -= reader is not None
-            if not tail.followers:
-                tail.forget()
             if not tail.users and self._tails.get(thread_id) is tail:
                 del self._tails[thread_id]
-            if reader is not None:
-                self._readers.discard(reader)
 
     def _tail(self, thread_id: str, generation: int) -> Tail:
         """Generations only grow: of two threads under one name, the lower is gone."""
@@ -3158,6 +3451,7 @@ class ChunkBuffer:
         while untouched_since >= self._clock_set_at() and (expired := await self._store.expire(untouched_since)):
             self.listener.expired(expired)
         await self._erase()
+        await self._store.pack()
 
     async def _erase(self) -> None:
         self._erasure_owed = True
@@ -3201,6 +3495,16 @@ def ms_since_boot() -> int:
     return time.clock_gettime_ns(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)) // 1_000_000
 
 
+def is_done_at_once(work: Coroutine[Any, Any, Any]) -> bool:
+    """Whether a coroutine ends without waiting; one that would wait is closed."""
+    try:
+        work.send(None)
+    except StopIteration:
+        return True
+    work.close()
+    return False
+
+
 async def gathered(source: AsyncIterable[T], ahead: int) -> AsyncGenerator[list[T], None]:
     """All that a source has yielded since the consumer last asked, of at most ``ahead`` items; closes it."""
     waiting: list[T] = []
@@ -3239,17 +3543,10 @@ async def close(source: AsyncIterable[Any]) -> None:
         await aclose()
 
 
-def page_for(message_id: str | None, pages: Sequence[Page], skip: int) -> Page | None:
-    """The pages as one reader needs them, or None if there is nothing in them for it."""
+def page_for(message_id: str | None, pages: Sequence[Page]) -> Page | None:
+    """The pages as the readers of one message, or of all, need them, or None if there is nothing in them for it."""
     parts = [page for page in pages if page.entries and message_id in (None, page.entries[0].message_id)]
-    if not parts:
-        return None
-    page = parts[0]
-    chunk = page.entries[0]
-    if skip and isinstance(chunk, StoredChunk):
-        rest = msgspec.structs.replace(chunk, content=chunk.content.encode()[skip:].decode())
-        parts[0] = Page(page.generation, page.last_seq, [rest, *page.entries[1:]])
-    return Page.joined(parts)
+    return Page.joined(parts) if parts else None
 
 
 @contextlib.contextmanager
@@ -3340,6 +3637,17 @@ SERVER_SENT = ServerSentEvents()
 RAW = RawEvents()
 
 
+def word_for(signal: Signal, form: Format) -> bytes:
+    if signal is Signal.EXPIRED:
+        return form.signal(Signal.ERROR, token_expired())
+    return form.signal(signal)
+
+
+def has_word_for_end(form: Format, completed: bool) -> bool:
+    """Otherwise the body has to be broken off, or it would be taken for that of a completed message."""
+    return completed or form is not RAW
+
+
 async def sent(
     items: AsyncGenerator[Page | Signal, None], form: Format, listener: Listener
 ) -> AsyncGenerator[bytes, None]:
@@ -3353,20 +3661,19 @@ async def sent(
         try:
             async for item in items:
                 if isinstance(item, Page):
-                    end = item.entries[-1]
-                    completed = isinstance(end, MessageEnd) and end.status == "completed"
+                    completed = item.completes
                     frames = b"".join(item.encoded(form))
                     listener.sent(len(frames))
                     yield frames
-                elif item is Signal.EXPIRED:
-                    raise token_expired()
                 else:
-                    yield form.signal(item)
+                    yield word_for(item, form)
         except Problem as problem:
             yield form.signal(Signal.ERROR, problem)
-    if form is RAW and not completed:
+    if not has_word_for_end(form, completed):
         raise BrokenOff
 
+
+TAKES_READER = "resume_stream.takes_reader"  # an extension of the ASGI scope, where extras/express.py is in place
 
 CHUNKS = msgspec.json.Decoder(Chunk | list[Chunk])
 
@@ -3552,6 +3859,9 @@ class Body(NamedTuple):
 async def append_json(body: Body) -> tuple[Appended, bool]:
     """All or nothing; the answer, and whether anything was new."""
     buffer, append = body.buffer, body.append
+    if (asked := cast(Any, body.request.scope).get("asked")) is not None:
+        change = await asked  # by whoever took the request before us (see extras/express.py)
+        return change.answer, change.changed
     await buffer.room()
     chunks = chunks_from_json(await whole_body(body.request, buffer))
     if time.time() >= granted(body.request).expires:
@@ -3583,11 +3893,40 @@ class StreamedBody(ASGIStreamingResponse):
             log.debug("the body was broken off")  # as the server closes a connection whose answer is not complete
 
 
-def event_stream(buffer: ChunkBuffer, place: Place, form: Format = SERVER_SENT, **options: Any) -> Response[Any]:
+class EventStream(Response[Any]):
+    """What a reader is sent, as server-sent events."""
+
+    def __init__(self, buffer: ChunkBuffer, reader: Reader, form: Format) -> None:
+        super().__init__(None)
+        self._stream = buffer, reader, form
+
+    def to_asgi_response(self, *args: Any, **kwargs: Any) -> ASGIResponse:
+        return StreamedEvents(*self._stream)
+
+
+class StreamedEvents(StreamedBody):
+    """Hands its reader over to the connection where that can take it, or else sends what the reader is to have."""
+
+    def __init__(self, buffer: ChunkBuffer, reader: Reader, form: Format) -> None:
+        self._reader, self._form = reader, form
+        events = sent(buffer.read(reader), form, buffer.listener)
+        super().__init__(iterator=events, headers=SSE_HEADERS, status_code=200)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        take: Any = (scope.get("extensions") or {}).get(TAKES_READER)
+        if take is None or not await take(scope, partial(self.start_response, send), self._reader, self._form):
+            await super().__call__(scope, receive, send)
+
+
+def event_stream(
+    buffer: ChunkBuffer, place: Place, form: Format = SERVER_SENT, *, poll_interval: float | None = None, **times: Any
+) -> Response[Any]:
     """204 where nothing more will come, which tells an EventSource to stop reconnecting (HTML, 9.2.3)."""
     if place.finished:
         return Response(None, status_code=204)
-    return Streamed(sent(buffer.follow(place, **options), form, buffer.listener), SSE_HEADERS)
+    reader = buffer.seat(**times)
+    reader.begin(place, poll_interval)
+    return EventStream(buffer, reader, form)
 
 
 Buffer = NamedDependency[ChunkBuffer]
@@ -3832,19 +4171,10 @@ async def ready(buffer: Buffer) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------
 
 EXTRAS = (
-    "logs",
-    "limits",
-    "tokens",
-    "metrics",
-    "page",
-    "websocket",
-    "uploads",
-    "operate",
-    "clients",
-    "openapi",
-    "dialects",
-    "relay",
+    *("logs", "tokens", "metrics", "page", "websocket", "uploads", "operate", "clients", "openapi"),
+    *("dialects", "relay", "limits", "express"),
 )
+TESTED_UVICORN = ((0, 54), (0, 55))  # from the first on, and before the second
 
 
 def found_extras() -> Iterator[ModuleType]:
@@ -3862,9 +4192,10 @@ class Parts:
 
     ``api`` is mounted below ``/api``, ``root`` below ``/``, where ``pages`` are open to everybody.
     ``bodies`` says by content type how the body of an append is taken, ``dialects`` what is known of
-    other people's streams. What is in ``on_start`` is called once the service listens, what is in
-    ``on_stop`` as soon as it is told to stop. ``headers`` are those that answers have below a path,
-    unless they say themselves how they may be cached.
+    other people's streams, ``grant_of`` what a token allows, where there is a secret. ``connection``
+    is what serves a connection, the first one outermost. What is in ``on_start`` is called once the
+    service listens, what is in ``on_stop`` as soon as it is told to stop. ``headers`` are those that
+    answers have below a path, unless they say themselves how they may be cached.
     """
 
     def __init__(self, buffer: ChunkBuffer) -> None:
@@ -3890,12 +4221,13 @@ class Parts:
         self.dialects: list[Any] = []
         self.headers: dict[str, dict[str, str]] = {"/api": API_HEADERS}
         self.guards: list[Guard] = []
+        self.grant_of: Callable[[str], Grant] | None = None
+        self.connection: list[type[HttpToolsProtocol]] = []
         self.middleware: list[DefineMiddleware] = [
             DefineMiddleware(Gate, settings=buffer.settings, headers=self.headers)
         ]
         self.openapi: Callable[..., OpenAPIConfig] = OpenAPIConfig
         self.openapi_pages: list[OpenAPIRenderPlugin] = []
-        self.protocol: type[asyncio.Protocol] | Literal["httptools"] = "httptools"
         self.on_start: list[Callable[[], None]] = []
         self.on_stop: list[Callable[[], None]] = []
         mounted = set()
@@ -3911,6 +4243,16 @@ class Parts:
             raise StartupError(
                 "there is a secret, and nothing here that knows of tokens; put extras/tokens.py in place"
             )
+
+    def protocol(self) -> type[HttpToolsProtocol]:
+        """What is over uvicorn's own is bound to its inside, and so to the versions that were tested."""
+        first, end = TESTED_UVICORN
+        if first <= tuple(map(int, uvicorn.__version__.split(".")[:2])) < end:
+            return type("Connection", (*self.connection, HttpToolsProtocol), {})
+        log.warning(
+            "uvicorn %s was not tested, so connections are its own: slower, and without limits", uvicorn.__version__
+        )
+        return HttpToolsProtocol
 
     def router(self, path: str, handlers: Sequence[Any]) -> Router:
         return Router(
@@ -4021,7 +4363,7 @@ class Gate:
         if scope["type"] in ("http", "websocket"):
             hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
             origins = [value.decode("latin-1") for name, value in scope["headers"] if name == b"origin"]
-            if refusal := self._refusal(hosts or [""], origins):
+            if refusal := self.refusal(hosts or [""], origins):
                 log.warning("refused: %s", refusal.detail)
                 raise refusal
             if "\ufffd" in scope["path"] and not is_utf8(unquote_to_bytes(scope.get("raw_path", b""))):
@@ -4031,7 +4373,7 @@ class Gate:
                     send = with_headers(send, headers)
         await self._app(scope, receive, send)
 
-    def _refusal(self, hosts: Sequence[str], origins: Sequence[str]) -> Forbidden | None:
+    def refusal(self, hosts: Sequence[str], origins: Sequence[str]) -> Forbidden | None:
         if not self._any_host and not (len(hosts) == 1 and is_loopback_host(hosts[0])):
             return Forbidden(f"{hosts!r:.80} is not a loopback name; set a secret to serve others than this machine.")
         if all(origin in self._origins or origin.partition("://")[2] == hosts[0] for origin in origins):
@@ -4161,8 +4503,8 @@ async def serve(settings: Settings) -> None:
         parts = Parts(await exits.enter_async_context(ChunkBuffer(settings)))
         config = uvicorn.Config(
             app_of(parts),
+            http=parts.protocol(),
             uds=settings.uds or None,
-            http=parts.protocol,
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -4239,7 +4581,7 @@ def setting_text(kind: Any, value: Any) -> str:
         units = DURATION_UNITS if kind is Duration else SIZE_UNITS
         unit, factor = next((unit, factor) for unit, factor in reversed(units.items()) if round(value / factor, 9) >= 1)
         return f"{value / factor:g}{unit}"
-    return {"": "none", "()": "none", "False": "off"}.get(str(value), str(value))
+    return {"": "none", "()": "none", "False": "false", "True": "true"}.get(str(value), str(value))
 
 
 def run_serve(settings: Settings, flags: dict[str, Any]) -> None:

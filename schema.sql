@@ -5,7 +5,7 @@
 -- Times are milliseconds since 1970 (UTC); the views show them as dates.
 
 pragma application_id = 0x72737472; -- "rstr"
-pragma user_version = 1;
+pragma user_version = 2;
 
 -- One row. A thread's generation is drawn from here, so that it is higher than
 -- every earlier one, whatever the clock does and whatever was deleted.
@@ -52,20 +52,74 @@ create table chunks (
     primary key (thread, seq)
 ) strict, without rowid;
 
+-- Chunks and ends of messages that have ended, compressed by the service: those
+-- of the places first_seq to last_seq, as the JSON array of their [message,
+-- event, content, timestamp]. The view "entries" opens them.
+create table packs (
+    thread      integer not null references threads,
+    first_seq   integer not null,
+    last_seq    integer not null,
+    size        integer not null,                  -- bytes of the JSON text
+    data        blob not null,                     -- zlib, as sqlar_uncompress opens it
+    primary key (thread, last_seq)
+) strict;
+
+-- All chunks and ends, packed or not. Who wants those of a few places asks for
+-- them by "first" and "last" too, which are those of the pack: seq between 5 and
+-- 9 and last >= 5 and first <= 9, so that no other pack is opened.
+create view entries as
+select thread, seq, message, event, content, timestamp, seq as first, seq as last
+from chunks
+union all
+select
+    packs.thread,
+    cast(packs.first_seq + entry.key as integer),
+    cast(entry.value ->> 0 as integer),
+    cast(entry.value ->> 1 as text),
+    cast(entry.value ->> 2 as text),
+    cast(entry.value ->> 3 as integer),
+    packs.first_seq,
+    packs.last_seq
+from packs cross join json_each(sqlar_uncompress(packs.data, packs.size)) as entry;
+
+-- A pack is not written in: whoever changes an entry unpacks those around it.
+create trigger entry_is_changed instead of update on entries
+begin
+    insert or ignore into chunks (thread, seq, message, event, content, timestamp)
+    select thread, seq, message, event, content, timestamp from entries
+    where thread = old.thread and last >= old.first and first <= old.last;
+
+    delete from packs
+    where thread = old.thread and last_seq = old.last and first_seq = old.first;
+
+    update chunks
+    set event = new.event, content = new.content, timestamp = new.timestamp
+    where thread = old.thread and seq = old.seq;
+end;
+
 -- Deleting a thread deletes all of it. (Foreign keys would do this only where
 -- they are switched on, which in the sqlite3 shell they are not.)
 create trigger thread_is_deleted after delete on threads
 begin
     delete from chunks where thread = old.thread;
+    delete from packs where thread = old.thread;
     delete from messages where thread = old.thread;
 end;
 
 -- Nothing of a message stays that is deleted, as its number may be used again.
--- (Where its chunks were, the sequence has places that nobody fills.)
+-- (Where its chunks were, the sequence has places that nobody fills.) What else
+-- was in its packs is unpacked.
 create trigger message_is_deleted after delete on messages
 begin
     delete from chunks
     where thread = old.thread and message = old.message and seq between old.first_seq and old.last_seq;
+
+    insert or ignore into chunks (thread, seq, message, event, content, timestamp)
+    select thread, seq, message, event, content, timestamp from entries
+    where thread = old.thread and message <> old.message and last >= old.first_seq and first <= old.last_seq;
+
+    delete from packs
+    where thread = old.thread and last_seq >= old.first_seq and first_seq <= old.last_seq;
 end;
 
 -- The end of a message takes a place in the sequence, whoever ends it.
@@ -139,11 +193,13 @@ select
     (
         select group_concat(content, '')
         from (
-            select content from chunks
-            where chunks.thread = messages.thread
-              and chunks.message = messages.message
-              and chunks.seq between messages.first_seq and messages.last_seq
-            order by chunks.seq
+            select content, seq from entries
+            where entries.thread = messages.thread
+              and entries.message = messages.message
+              and entries.seq between messages.first_seq and messages.last_seq
+              and entries.last >= messages.first_seq
+              and entries.first <= messages.last_seq
+            order by seq
         )
     ) as text
 from messages
@@ -155,13 +211,13 @@ order by messages.thread, messages.message;
 create view sequence as
 select
     threads.thread_id as thread,
-    chunks.seq,
+    entries.seq,
     messages.message_id as message,
-    strftime('%Y-%m-%d %H:%M:%f', chunks.timestamp / 1000.0, 'unixepoch') as time,
-    case when chunks.content is null then 'complete' else chunks.event end as event,
-    case when chunks.content is null then messages.status || coalesce(': ' || messages.reason, '') else chunks.content end as content
-from chunks
-join threads on threads.thread = chunks.thread
-join messages on messages.message = chunks.message
+    strftime('%Y-%m-%d %H:%M:%f', entries.timestamp / 1000.0, 'unixepoch') as time,
+    case when entries.content is null then 'complete' else entries.event end as event,
+    case when entries.content is null then messages.status || coalesce(': ' || messages.reason, '') else entries.content end as content
+from entries
+join threads on threads.thread = entries.thread
+join messages on messages.message = entries.message
 where threads.thread_id is not null
-order by chunks.thread, chunks.seq;
+order by entries.thread, entries.seq;

@@ -17,8 +17,11 @@ from .plan import Plan
 from .report import filesystem_of, write_report
 from .results import BenchError, Row, Unavailable
 from .rows_fan_out import fan_out
-from .rows_host import cold_start, footprint
+from .rows_growth import growth
+from .rows_host import cold_start, footprint, held
 from .rows_latency import latency
+from .rows_layers import layers
+from .rows_packs import packs
 from .rows_relay import relay
 from .rows_resume import catch_up, known_content, near_the_end
 from .rows_write import appends, streamed
@@ -32,9 +35,13 @@ ROWS: dict[str, Callable[[Plan], Row]] = {
     "catch-up": catch_up,
     "near-the-end": near_the_end,
     "known-content": known_content,
+    "packs": packs,
     "relay": relay,
     "footprint": footprint,
+    "held": held,
     "cold-start": cold_start,
+    "growth": growth,
+    "layers": layers,
 }
 
 
@@ -84,7 +91,7 @@ def main() -> int:
     options = arguments()
     signal.signal(signal.SIGTERM, end)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))  # servers inherit it: a thousand readers each
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))  # servers inherit it: a file a reader
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=options.dir))).resolve()

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from .results import LOAD, Figure, Line, Row, Samples, shown
+from .results import LOAD, Figure, Line, Row, Samples, Stack, shown
 
 WIDTH, LABEL, BAR = 860, 330, 330  # pixels: all, the names, the longest bar
 BAR_HEIGHT, STEP, GAP = 14, 20, 16
+NAME, WHOLE = 90, 700  # of a stacked bar: its name, and the longest
+ROOM = 30  # that a number takes
+COLOURS = ("#57606a", "#8250df", "#bc4c00", "#cf222e", "#1f6feb", "#1a7f37")  # of layers, from the bottom up
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #24292f; }
 .title { font-weight: 600; }
@@ -31,10 +34,49 @@ def chart(rows: Sequence[Row]) -> str:
         for line in row.lines:
             if line.charted and isinstance(line.ours, Samples):
                 y = _line(parts, y, row, line)
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y}" viewBox="0 0 {WIDTH} {y}" role="img">'
-    return "\n".join(
-        [head, "<title>resume-stream beside its peers</title>", f"<style>{STYLE}</style>", *parts, "</svg>\n"]
-    )
+    return _svg("resume-stream beside its peers", STYLE, parts, y)
+
+
+def layers_chart(stacks: Sequence[Stack]) -> str:
+    """A bar for each version, of a part for each layer; those of one stack share a scale, and begin at nothing."""
+    names = list(dict.fromkeys(name for stack in stacks for bar in stack.bars.values() for name in bar))
+    colours = dict(zip(names, COLOURS, strict=False))
+    parts: list[str] = []
+    y = 8
+    for stack in stacks:
+        parts.append(_text(0, y + 12, f"{stack.title} ({stack.unit})", "title"))
+        y += STEP
+        scale = WHOLE / max(sum(bar.values()) for bar in stack.bars.values())
+        for name, bar in stack.bars.items():
+            parts.append(_text(NAME - 8, y + 20, name, anchor="end"))
+            _stacked(parts, y, bar, scale, colours)
+            y += 2 * STEP
+        y += GAP
+    for name, colour in colours.items():
+        parts.append(f'<rect x="{NAME}" y="{y + 1}" width="14" height="{BAR_HEIGHT}" rx="2" fill="{colour}"/>')
+        parts.append(_text(NAME + 22, y + 12, name))
+        y += STEP
+    return _svg("what an append and a delivery cost, by layer", STYLE + ".in { fill: #ffffff; }", parts, y + GAP)
+
+
+def _stacked(parts: list[str], y: int, bar: dict[str, float], scale: float, colours: dict[str, str]) -> None:
+    x = float(NAME)
+    for name, value in bar.items():
+        width = value * scale
+        parts.append(
+            f'<rect x="{x:.1f}" y="{y + 2}" width="{width:.1f}" height="{2 * BAR_HEIGHT}" fill="{colours[name]}">'
+            f"<title>{escape(name)}: {shown(value)}</title></rect>"
+        )
+        if width > ROOM:
+            parts.append(_text(x + width / 2, y + 20, shown(value), "in", "middle"))
+        x += width
+    parts.append(_text(x + 8, y + 20, shown(sum(bar.values())), "title"))
+
+
+def _svg(title: str, style: str, parts: Sequence[str], height: int) -> str:
+    box = f'width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {box} role="img">'
+    return "\n".join([head, f"<title>{title}</title>", f"<style>{style}</style>", *parts, "</svg>\n"])
 
 
 def _line(parts: list[str], y: int, row: Row, line: Line) -> int:

@@ -36,10 +36,10 @@ def _work(work: Callable[..., None], pipe: Connection, arguments: tuple[Any, ...
         pipe.send(error)
 
 
-def told(pipe: Connection, what: str) -> Any:
+def told(pipe: Connection, what: str, patience: float = TIMEOUT) -> Any:
     """What the child says. Raises BenchError where it failed, or says nothing."""
-    if not pipe.poll(TIMEOUT):
-        raise BenchError(f"{what}: nothing for {TIMEOUT:.0f} s")
+    if not pipe.poll(patience):
+        raise BenchError(f"{what}: nothing for {patience:.0f} s")
     said = pipe.recv()
     if isinstance(said, Exception):
         raise BenchError(f"{what}: {said}")

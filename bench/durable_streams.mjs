@@ -1,4 +1,4 @@
-// Serve Durable Streams from files: node durable_streams.mjs FOLDER_OF_NODE_MODULES DATA
+// Serve Durable Streams from files, or from memory: node durable_streams.mjs FOLDER_OF_NODE_MODULES [DATA]
 import { createRequire } from "node:module";
 
 const [cache, dataDir] = process.argv.slice(2);

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from .chart import chart
+from .chart import chart, layers_chart
 from .plan import Plan
 from .results import Line, Row
 from .servers import CACHE, PACKAGE
@@ -32,12 +32,16 @@ PROGRAMS = {
 
 def write_report(rows: Sequence[Row], plan: Plan, out: Path, seconds: float) -> None:
     parts = ["# What it costs", *summary(rows), machine(plan.folder.parent), versions(), conditions(plan, seconds)]
-    parts += ["![the figures as bars](results.svg)", table(rows), *hows(rows), *unreached(rows)]
+    stacks = [stack for row in rows for stack in row.stacks]
+    parts += ["![the figures as bars](results.svg)", "![the cost by layer](layers.svg)" if stacks else ""]
+    parts += [table(rows), *hows(rows), *unreached(rows)]
     if NOTES.exists():
         parts.append(NOTES.read_text().strip())
     out.mkdir(parents=True, exist_ok=True)
     (out / "RESULTS.md").write_text("\n\n".join(part for part in parts if part) + "\n")
     (out / "results.svg").write_text(chart(rows))
+    if stacks:
+        (out / "layers.svg").write_text(layers_chart(stacks))
     print(f"{out}/RESULTS.md", file=sys.stderr)
 
 
@@ -103,11 +107,10 @@ def table(rows: Sequence[Row]) -> str:
 
 def _table_line(line: Line) -> str:
     beside = "<br>".join(f"{name}: {figure}" for name, figure in line.beside.items())
-    aim, reached = ("", "")
-    if line.aim:
-        aim = line.aim.text
-        reached = {True: "yes", False: "**no**", None: "unknown"}[line.aim.reached] + f": {line.aim.outcome}"
-    return f"| {line.title}, {line.unit} | {line.ours} | {aim} | {reached} | {beside} |"
+    words = {True: "yes", False: "**no**", None: "unknown"}
+    aims = "<br>".join(aim.text for aim in line.aims)
+    reached = "<br>".join(f"{words[aim.reached]}: {aim.outcome}" for aim in line.aims)
+    return f"| {line.title}, {line.unit} | {line.ours} | {aims} | {reached} | {beside} |"
 
 
 def hows(rows: Sequence[Row]) -> list[str]:
@@ -117,7 +120,7 @@ def hows(rows: Sequence[Row]) -> list[str]:
 
 def unreached(rows: Sequence[Row]) -> list[str]:
     """Which aims were missed and by how much, from the data alone."""
-    judged = [(row, line, line.aim) for row in rows for line in row.lines if line.aim]
+    judged = [(row, line, aim) for row in rows for line in row.lines for aim in line.aims]
     missed = [
         f"- {row.title}, {line.title}: the aim is {aim.text}; measured {aim.outcome}."
         for row, line, aim in judged

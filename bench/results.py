@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+OLD = "version 0.1"
 LOAD = "the load's own"  # how names of what the load generator itself can do begin
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -66,19 +67,29 @@ class Line:
     unit: str
     ours: Figure
     beside: dict[str, Figure] = field(default_factory=dict)
-    aim: Aim | None = None
+    aims: Sequence[Aim] = ()
     charted: bool = False
 
 
 @dataclass(frozen=True)
+class Stack:
+    """What something costs by layer: for each of its bars the layers' own parts, in one unit."""
+
+    title: str
+    unit: str
+    bars: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
 class Row:
-    """A row of the benchmark: its lines, how they were measured, and a sentence for the summary."""
+    """A row of the benchmark: its lines, how they were measured, a sentence for the summary, and its layers."""
 
     title: str
     how: str
     lines: Sequence[Line] = ()
     summary: str = ""
     failure: str = ""
+    stacks: Sequence[Stack] = ()
 
 
 def shown(value: float) -> str:
@@ -124,6 +135,21 @@ def under(bound: float, unit: str, ours: Figure) -> Aim:
     if isinstance(ours, Missing):
         return Aim(text, "it was not measured", None)
     return Aim(text, f"{shown(ours.median)} {unit}, {ours.median / bound:.2f} times the aim", ours.median < bound)
+
+
+def no_less_than_before(ours: Figure, old: Figure) -> Aim:
+    return at_least(0.95, ours, old, OLD)
+
+
+def no_more_than_before(ours: Figure, old: Figure) -> Aim:
+    return at_most_times(1.05, ours, old, OLD)
+
+
+def one_after_another(first: Figure, second: Figure) -> Figure:
+    """The rate of doing both in turn, from the rates of each."""
+    if isinstance(first, Missing) or isinstance(second, Missing):
+        return Missing("one of the two was not measured")
+    return Samples(tuple(1 / (1 / a + 1 / b) for a, b in zip(first.values, second.values, strict=True)))
 
 
 def interleave(rounds: int, measures: Mapping[K, Callable[[int], T]]) -> dict[K, list[T]]:

@@ -16,11 +16,12 @@ from .bare import BareTable
 from .children import child, told
 from .load import MARK, TIMEOUT, Client, Stream, append_request, create, request_bytes, stream_request
 from .plan import Plan, Stage
-from .results import LOAD, BenchError, Figure, Line, Row, Samples, interleave, under
-from .servers import Server, durable_streams, service
+from .results import LOAD, OLD, BenchError, Figure, Line, Row, Samples, at_most_times, interleave
+from .servers import Server, durable_streams, old_service, service
 
 OURS = "resume-stream"
 DURABLE = "Durable Streams, files"
+DURABLE_IN_MEMORY = "Durable Streams, memory only"
 POLLS = "a poll of our own every 100 ms"
 ROUND_TRIP = "our append's own round trip"
 COMMIT = "one commit of bare sqlite3"
@@ -159,7 +160,9 @@ def latency(plan: Plan) -> Row:
     count = plan.scaled(400, 100)
     with Stage(plan, "latency") as stage:
         stage.start(OURS, service)
+        stage.start(OLD, old_service)
         stage.start(DURABLE, durable_streams)
+        stage.start(DURABLE_IN_MEMORY, partial(durable_streams, in_memory=True))
         table = stage.enter_context(BareTable(stage.folder / "bare.db"))
         measures: dict[str, Callable[[int], Times]] = {
             name: partial(time_deliveries, server, "latency", count) for name, server in stage.servers.items()
@@ -195,10 +198,16 @@ def latency_line(taken: dict[str, list[Times]], stage: Stage, percent: int) -> L
             return stage.missing[name]
         return Samples(tuple(percentile(of(times), percent) for times in taken[name]))
 
-    beside = {name: samples(name, lambda times: times.delivery) for name in (DURABLE, POLLS, RELAY)}
+    beside = {
+        name: samples(name, lambda times: times.delivery) for name in (OLD, DURABLE, DURABLE_IN_MEMORY, POLLS, RELAY)
+    }
     beside |= {
         ROUND_TRIP: samples(OURS, lambda times: times.answer),
         COMMIT: samples(COMMIT, lambda times: times.answer),
     }
     ours = samples(OURS, lambda times: times.delivery)
-    return Line(f"p{percent}", "ms", ours, beside, under(1, "ms", ours) if percent == 50 else None, percent == 50)
+    aims = [
+        at_most_times(0.65, ours, beside[OLD], OLD),
+        at_most_times(1.5, ours, beside[DURABLE_IN_MEMORY], DURABLE_IN_MEMORY),
+    ]
+    return Line(f"p{percent}", "ms", ours, beside, aims if percent == 50 else (), percent == 50)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
@@ -11,6 +12,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from .results import BenchError, Unavailable
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "resume-stream-bench"
+OLD_COMMIT = "95ac55e4218facc73080f1a25a9ddae0969a7eea"  # of this project's own history: version 0.1
 DURABLE_STREAMS_VERSION = "0.3.7"
 NCHAN_PLACES = ("/usr/lib/nginx/modules", "/usr/lib64/nginx/modules", "/usr/share/nginx/modules")
 START_TIMEOUT = 30.0  # seconds
@@ -110,13 +114,46 @@ def program(name: str) -> str:
     return path
 
 
-def service(folder: Path, flags: Sequence[str] = ()) -> contextlib.AbstractContextManager[Server]:
+def service(folder: Path, flags: Sequence[str] = (), tree: Path = ROOT) -> contextlib.AbstractContextManager[Server]:
     """resume-stream as it comes, except that no stream ends while the benchmark looks elsewhere."""
     patience = ("--idle-timeout", "0", "--producer-timeout", "0")
     database = folder / "chunks.db"
     return running(
-        [sys.executable, ROOT / "app.py", "serve", "--port", "0", "--db", database, *patience, *flags], folder
+        [sys.executable, tree / "app.py", "serve", "--port", "0", "--db", database, *patience, *flags], folder
     )
+
+
+def old_service(folder: Path, flags: Sequence[str] = ()) -> contextlib.AbstractContextManager[Server]:
+    """Version 0.1 under the same Python, with the same packages. Raises Unavailable."""
+    return service(folder, flags, old_tree())
+
+
+def old_tree() -> Path:
+    """Version 0.1, once taken from the history into the cache. Raises Unavailable."""
+    tree = CACHE / f"resume-stream-{OLD_COMMIT[:7]}"
+    if tree.exists():
+        return tree
+    archive = [program("git"), "-C", str(ROOT), "archive", OLD_COMMIT]
+    done = subprocess.run(archive, capture_output=True, check=False)
+    if done.returncode:
+        raise Unavailable("it is not in the history of this folder, if that has one")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder, tarfile.open(fileobj=io.BytesIO(done.stdout)) as files:
+        files.extractall(Path(folder, "tree"), filter="data")
+        Path(folder, "tree").rename(tree)
+    return tree
+
+
+def old_binary() -> Path:
+    """The single binary of version 0.1, once built by its own deploy/build_binary.py. Raises Unavailable."""
+    tree = old_tree()
+    binary = tree / "dist" / "resume-stream"
+    if not binary.exists():
+        build = [sys.executable, str(tree / "deploy" / "build_binary.py")]
+        done = subprocess.run(build, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise Unavailable(f"its binary cannot be built: {done.stderr.strip()[-200:]}")
+    return binary
 
 
 def handler(folder: Path, *arguments: str) -> contextlib.AbstractContextManager[Server]:
@@ -140,13 +177,14 @@ def handler_with_redis(folder: Path) -> Iterator[Server]:
         yield dataclasses.replace(server, store=store.port)
 
 
-def durable_streams(folder: Path) -> contextlib.AbstractContextManager[Server]:
-    """The Node server of Durable Streams with its file store. Raises Unavailable."""
+def durable_streams(folder: Path, *, in_memory: bool = False) -> contextlib.AbstractContextManager[Server]:
+    """The Node server of Durable Streams with its file store, or the one in memory. Raises Unavailable."""
     node = program("node")
     install_durable_streams()
     data = folder / "data"
     data.mkdir(parents=True)
-    return running([node, PACKAGE / "durable_streams.mjs", CACHE, data], folder, api=DURABLE_STREAMS)
+    where = [] if in_memory else [data]
+    return running([node, PACKAGE / "durable_streams.mjs", CACHE, *where], folder, api=DURABLE_STREAMS)
 
 
 def install_durable_streams() -> None:

@@ -1,22 +1,17 @@
 """What a connection may take before, between and after requests: bytes, time, and a place.
 
-On uvicorn's own protocol, of the versions that were tested. The app never sees what is refused here.
+On uvicorn's own protocol. The app never sees what is refused here.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import resource
 from typing import Any
 
-import uvicorn
 from resume_stream import Parts
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-log = logging.getLogger("resume_stream")
-
-TESTED = ((0, 40), (0, 55))  # versions of uvicorn, from the first up to and without the second
 MOST_HEAD = 64 * 1024  # bytes of a request line and its headers (RFC 6585, 5)
 HEAD_TIMEOUT = 10.0  # seconds in which they have to be there
 STALLED_AFTER = 30.0  # seconds without progress after which whoever does not read is let go
@@ -25,11 +20,7 @@ KEPT_FOR_HEALTH = 8  # connections
 
 
 def mount(parts: Parts) -> None:
-    version = tuple(int(number) for number in uvicorn.__version__.split(".")[:2])
-    if TESTED[0] <= version < TESTED[1]:
-        parts.protocol = Limited
-    else:
-        log.warning("connections have no limits with uvicorn %s, which was not tested", uvicorn.__version__)
+    parts.connection.append(Limited)
 
 
 def most_connections() -> int:

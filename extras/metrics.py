@@ -10,6 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from resume_stream import ADMIN, PRODUCER_TIMEOUT, Buffer, Change, ChunkBuffer, Listener, Page, Parts, Place
 
 LATENCY_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
+UNSETTLED = 4096  # commits that wait for the next scrape
 SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384, 65536)
 
 
@@ -26,6 +27,9 @@ def mount(parts: Parts) -> None:
 class Metrics(Listener):
     def __init__(self, buffer: ChunkBuffer) -> None:
         self._buffer = buffer
+        # What came since the last scrape, as a Counter takes a lock for each time that it counts.
+        self._entries = self._bytes = 0
+        self._commits: list[tuple[int, int, float]] = []
         self.registry = registry = CollectorRegistry()
         self.chunks_in = Counter("resume_stream_chunks_in", "Chunks committed", registry=registry)
         self.bytes_in = Counter("resume_stream_bytes_in", "Text committed, in bytes of UTF-8", registry=registry)
@@ -60,10 +64,9 @@ class Metrics(Listener):
 
     def committed(self, changes: Sequence[Change], seconds: float) -> None:
         chunks = sum(len(change.chunks) for change in changes)
-        self.chunks_in.inc(chunks)
-        self.bytes_in.inc(sum(change.size for change in changes))
-        self.commit_chunks.observe(chunks)
-        self.commit_seconds.observe(seconds)
+        self._commits.append((chunks, sum(change.size for change in changes), seconds))
+        if len(self._commits) >= UNSETTLED:
+            self._settle()
         for change in changes:
             if change.ended and change.state.status == "aborted":
                 # Reasons are free text; only the service's own may become a label.
@@ -71,14 +74,27 @@ class Metrics(Listener):
                 self.aborts.labels(PRODUCER_TIMEOUT if by_us else "requested").inc()
 
     def delivered(self, page: Page) -> None:
-        self.entries_out.inc(len(page.entries))
-        for part in page.parts:
-            if part.asked is not None:
-                self.delivery_seconds.observe(time.perf_counter() - part.asked)
-                part.asked = None
+        self._entries += len(page.entries)
+        if page.unread:
+            page.unread = False
+            for part in page.parts:
+                if part.asked is not None:
+                    self.delivery_seconds.observe(time.perf_counter() - part.asked)
+                    part.asked = None
 
     def sent(self, size: int) -> None:
-        self.bytes_out.inc(size)
+        self._bytes += size
+
+    def _settle(self) -> None:
+        self.entries_out.inc(self._entries)
+        self.bytes_out.inc(self._bytes)
+        self._entries = self._bytes = 0
+        for chunks, size, seconds in self._commits:
+            self.chunks_in.inc(chunks)
+            self.bytes_in.inc(size)
+            self.commit_chunks.observe(chunks)
+            self.commit_seconds.observe(seconds)
+        self._commits.clear()
 
     def relayed(self, upstream: str, outcome: str) -> None:
         self.relays.labels(upstream, outcome).inc()
@@ -89,6 +105,7 @@ class Metrics(Listener):
     async def scrape(self) -> bytes:
         """In Prometheus' text format."""
         database_bytes, wal_bytes, active_messages = await self._buffer.measure()
+        self._settle()
         self.readers.set(self._buffer.readers)
         self.active_messages.set(active_messages)
         self.database_bytes.set(database_bytes)

@@ -17,6 +17,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from resume_stream import (
     APPLICATION_ID,
     BUSY_TIMEOUT,
@@ -28,8 +29,10 @@ from resume_stream import (
     add_command,
     database_uri,
     mark_as_copy,
+    open_packs,
     renew_generations,
     sole_owner,
+    unpacked,
 )
 
 log = logging.getLogger("resume_stream")
@@ -61,6 +64,7 @@ def opened_read_only(path: Path) -> Iterator[sqlite3.Connection]:
         with contextlib.closing(
             sqlite3.connect(database_uri(path, "ro"), uri=True, isolation_level=None)
         ) as connection:
+            open_packs(connection)
             connection.execute("begin")
             if connection.execute("pragma application_id").fetchone() != (APPLICATION_ID,):
                 raise StartupError(f"{path} is not a database of resume-stream")
@@ -86,23 +90,47 @@ def check(settings: Settings, flags: dict[str, Any]) -> None:
 
 def unsound(connection: sqlite3.Connection) -> list[str]:
     """What is wrong with a database. A message that was deleted by hand leaves its places empty, which is not."""
+    if connection.execute("pragma user_version").fetchone() == (1,):
+        connection.execute("create temp table packs (thread, first_seq, last_seq, size, data)")
+        connection.execute("create temp view entries as select *, seq as first, seq as last from main.chunks")
     faults = [text for (text,) in connection.execute("pragma integrity_check") if text != "ok"]
     faults += [
         f"thread {thread_id!r} has a chunk in place {seq}, and its last place is {last_seq}"
         for thread_id, last_seq, seq in connection.execute(
-            "select thread_id, last_seq, (select max(seq) from chunks where chunks.thread = threads.thread) as seq"
-            " from threads where thread_id is not null and seq > last_seq"
+            "select thread_id, threads.last_seq, max(places.seq) as seq from threads join"
+            " (select thread, seq from chunks union all select thread, last_seq from packs) as places using (thread)"
+            " where thread_id is not null group by thread having seq > threads.last_seq"
         )
     ]
+    damaged = [
+        f"thread {thread_id!r} has a damaged pack of the places {first_seq} to {last_seq}: {fault}"
+        for thread_id, first_seq, last_seq, fault in damaged_packs(connection)
+    ]
+    if damaged:  # what is in them cannot be counted
+        return faults + damaged
     faults += [
         f"message {message_id!r} says {chunk_count} chunks and has {count}"
         for message_id, chunk_count, count in connection.execute(
-            "select message_id, chunk_count, (select count(*) from chunks where chunks.thread = messages.thread"
-            " and chunks.message = messages.message and content is not null) as count from messages"
-            " join threads using (thread) where thread_id is not null and count <> chunk_count"
+            "select message_id, chunk_count, coalesce(held, 0) as count from messages join threads using (thread)"
+            " left join (select message as holder, thread as place, count(content) as held from entries group by 1, 2)"
+            " on holder = message and place = thread where thread_id is not null and count <> chunk_count"
         )
     ]
     return faults
+
+
+def damaged_packs(connection: sqlite3.Connection) -> Iterator[tuple[str | None, int, int, str]]:
+    """With thread_id, first and last place, and what is wrong."""
+    for thread_id, first_seq, last_seq, size, data in connection.execute(
+        "select thread_id, first_seq, packs.last_seq, size, data from packs left join threads using (thread)"
+    ):
+        try:
+            entries = len(msgspec.json.decode(unpacked(data, size), type=list[tuple[int, str | None, str | None, int]]))
+        except ValueError as error:
+            yield thread_id, first_seq, last_seq, str(error)
+        else:
+            if entries != last_seq + 1 - first_seq:
+                yield thread_id, first_seq, last_seq, f"it has {entries} entries"
 
 
 def backup(settings: Settings, flags: dict[str, Any]) -> None:

@@ -45,6 +45,7 @@ def mount(parts: Parts) -> None:
     parts.api.append(mint_token)
     if secret := parts.buffer.settings.secret:
         parts.guards.append(partial(authorize, secret))
+        parts.grant_of = partial(grant_of, secret=secret)
 
 
 def add_commands(commands: Commands) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 
 import pytest
 from conftest import until
-from resume_stream import ChunkBuffer, MessageEnd, Page, StoredChunk, Unavailable
+from resume_stream import ChunkBuffer, MessageEnd, Page, Signal, StoredChunk, Unavailable
+from resume_stream.extras.express import Detached
 
 # What a reader gets
 
@@ -84,6 +86,63 @@ async def follow(
     async with contextlib.aclosing(buffer.follow(position, **times)) as items:
         async for item in items:
             yield item
+
+
+class Lines:
+    """A format: what ``seen`` makes of each entry and signal, as JSON, on a line of its own."""
+
+    def frames(self, page: Page) -> list[bytes]:
+        return [json.dumps(seen(entry)).encode() + b"\n" for entry in page.entries]
+
+    def signal(self, signal: Signal, problem: Any = None) -> bytes:
+        return json.dumps(signal.value).encode() + b"\n"
+
+
+class Wire:
+    """A connection, and its transport and flow, whose client takes all that comes; set once it has the end."""
+
+    write_paused = False
+
+    def __init__(self, buffer: ChunkBuffer) -> None:
+        self.buffer, self.transport, self.flow = buffer, self, self
+        self.detached: Any = None
+        self.received = b""
+        self.ended = asyncio.Event()
+
+    def is_closing(self) -> bool:
+        return False
+
+    def write(self, data: bytes) -> None:
+        self.received += data
+
+    def on_response_complete(self) -> None:
+        self.ended.set()
+
+    def lines(self) -> list[Any]:
+        """Out of the chunks of the body (RFC 9112, 7.1)."""
+        body, rest = b"", self.received
+        while rest != b"0\r\n\r\n":
+            size, _, rest = rest.partition(b"\r\n")
+            body, rest = body + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
+        items = map(json.loads, body.splitlines())
+        return [Signal(item) if isinstance(item, str) else tuple(item) for item in items]
+
+
+async def detached(buffer: ChunkBuffer, thread_id: str, message_id: str | None = None, **place: Any) -> list[Any]:
+    """All that a reader gets whom a connection serves with no task, from the place of a cursor on."""
+    wire, reader = Wire(buffer), buffer.seat(idle_timeout=5)
+    reader.begin(await buffer.locate(thread_id, message_id, **place))
+    if reader.place.finished:
+        return []
+    wire.detached = Detached(wire, True, reader, Lines())
+    wire.detached()
+    await wire.ended.wait()
+    return wire.lines()
+
+
+def is_of_detached_reader(task: asyncio.Task[Any]) -> bool:
+    """That it reads for one from the store."""
+    return task.get_coro().__qualname__ == Detached._load.__qualname__
 
 
 async def locate_text(buffer: ChunkBuffer, thread_id: str, message_id: str, known: str) -> Any:
@@ -171,3 +230,8 @@ def history(db: Path | str, sql: str, folder: Path) -> list[Any]:
         with contextlib.closing(sqlite3.connect(copy)) as connection:
             answers.append(connection.execute(sql).fetchone()[0])
     return answers
+
+
+async def pack(buffer: ChunkBuffer) -> None:
+    """What the periodic task does with what has ended."""
+    await buffer._store.pack()

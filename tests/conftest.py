@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -217,6 +218,28 @@ def api_client(service: Service) -> httpx.Client:
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.hookimpl
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What a file that says ``BOTH_WAYS`` asks of a service is asked with and without its express ways."""
+    if getattr(metafunc.module, "BOTH_WAYS", False) and not inspect.iscoroutinefunction(metafunc.function):
+        metafunc.parametrize("way", ["express", "ordinary"], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Which way services answer; the ordinary one in a copy of this folder that lacks the other."""
+    way = getattr(request, "param", "express")
+    with pytest.MonkeyPatch.context() as patch:
+        if way == "ordinary":
+            copy = tmp_path_factory.mktemp("ordinary")
+            for name in ("app.py", "schema.sql"):
+                shutil.copy(ROOT / name, copy)
+            for name in ("extras", "static", "client"):
+                shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("express.py", "__pycache__"))
+            patch.setattr(Service, "command", [sys.executable, str(copy / "app.py")])
+        yield way
 
 
 @pytest.fixture

@@ -33,6 +33,8 @@ from wire import (
     websocket_address,
 )
 
+BOTH_WAYS = True
+
 SECRET = "correct horse battery staple, 32+"
 HOUR = 3600
 EVERY_SCOPE = "read write abort admin"
@@ -49,7 +51,7 @@ def bearer(text: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(tmp_path_factory: pytest.TempPathFactory, way: str) -> Iterator[Service]:
     with serving(tmp_path_factory.mktemp("authorization"), "--secret", SECRET) as service:
         yield service
 

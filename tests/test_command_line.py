@@ -28,6 +28,7 @@ SETTINGS: dict[str, tuple[str, Any, str, Any]] = {
     "heartbeat": ("500ms", 0.5, "20s", 20),
     "poll_interval": ("50ms", 0.05, "1s", 1),
     "producer_timeout": ("0", 0, "2m", 120),
+    "packing": ("false", False, "true", True),
     "synchronous": ("NORMAL", "NORMAL", "FULL", "FULL"),
     "max_chunk": ("64KiB", 65536, "1000", 1000),
     "max_body": ("2MiB", 2 * 1024**2, "1GiB", 1024**3),
@@ -288,7 +289,7 @@ def test_help_shows_values_as_one_writes_them(capsys: pytest.CaptureFixture[str]
         resume_stream.main(["serve", "--help"])
     assert left.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for default in ("1h", "5m", "30s", "100ms", "1MiB", "64MiB", "10000", "none", "off", "FULL"):
+    for default in ("1h", "5m", "30s", "100ms", "1MiB", "64MiB", "10000", "none", "false", "true", "FULL"):
         assert f"(default: {default})" in shown
     for flag in ("--ttl DURATION", "--max-chunk SIZE", "--synchronous FULL|NORMAL", "--log-format auto|console|json"):
         assert f"[{flag}]" in shown

@@ -120,6 +120,7 @@ async def test_a_thread_tells_of_its_messages_by_pages(buffer: ChunkBuffer) -> N
 async def test_the_text_of_a_message_deleted_by_hand_is_never_anothers(buffer: ChunkBuffer) -> None:
     await buffer.add_chunks("t", "deleted", ["old text"])
     with sqlite3.connect(buffer.settings.db) as shell:
+        resume_stream.open_packs(shell)
         shell.execute("delete from messages where message_id = 'deleted'")
     shell.close()
     await buffer.add_chunks("t", "new", ["new text"], complete=True)

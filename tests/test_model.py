@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import conftest
+import pytest
 import resume_stream
-from buffers import follow, locate_text
+from buffers import follow, locate_text, pack
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -391,6 +392,14 @@ class BufferIsLikeItsModel(RuleBasedStateMachine):
         return got
 
     # The service
+
+    @rule()
+    def pack(self) -> None:
+        """All that has ended, however short: in runs of up to three, so that there are many."""
+        with pytest.MonkeyPatch.context() as context:
+            context.setattr(resume_stream, "LEAST_PACKED", 1)
+            context.setattr(resume_stream, "PACK_ROWS", 3)
+            self.runner.run(pack(self.buffer))
 
     @rule()
     def restart(self) -> None:

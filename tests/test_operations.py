@@ -21,6 +21,7 @@ from uuid import uuid4
 import httpx
 import jwt
 import pytest
+import resume_stream
 from conftest import ROOT, TIMEOUT, Service, api_client, append, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from resume_stream import main
@@ -524,6 +525,7 @@ def test_a_backup_is_taken_while_appends_go_on(
             assert main(["backup", "--db", str(service.db), str(copy)]) == 0
             assert main(["check", "--db", str(copy)]) == 0
             with contextlib.closing(sqlite3.connect(copy)) as db:
+                resume_stream.open_packs(db)
                 (text,) = db.execute("select text from transcript").fetchone()
             texts = text.split()
             assert texts == [str(place) for place in range(len(texts))]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import resume_stream
-from buffers import follow, store_of, take
+from buffers import detached, follow, is_of_detached_reader, store_of, take
 from resume_stream import ChunkBuffer, Signal
 
 pytestmark = pytest.mark.anyio
@@ -48,7 +48,8 @@ class Gates:
         read, commit = store.read, store.commit
 
         async def gated_read(*work: Any) -> Any:
-            mine = asyncio.current_task() is self.reader
+            task = asyncio.current_task()
+            mine = task is self.reader or is_of_detached_reader(task)
             return await self._through(next(self._reads, None) if mine else None, lambda: read(*work))
 
         async def gated_commit(operations: Any) -> Any:
@@ -101,7 +102,16 @@ async def read_thread(buffer: ChunkBuffer, thread_id: str, after: str | None) ->
     return await take(follow(buffer, thread_id, after=after, idle_timeout=5))
 
 
-READERS = [read_message, read_by_content, read_thread]
+async def read_message_detached(buffer: ChunkBuffer, thread_id: str, after: str | None) -> list[Any]:
+    return await detached(buffer, thread_id, "m", after=after)
+
+
+async def read_thread_detached(buffer: ChunkBuffer, thread_id: str, after: str | None) -> list[Any]:
+    return await detached(buffer, thread_id, after=after)
+
+
+BY_CURSOR = [read_message, read_thread, read_message_detached, read_thread_detached]
+READERS = [read_by_content, *BY_CURSOR]
 
 
 async def happen(
@@ -151,7 +161,7 @@ async def test_each_chunk_once_and_the_end_last(make_buffer: Any, read: Any, tog
         assert buffer.readers == 0
 
 
-@pytest.mark.parametrize("read", [read_message, read_thread])
+@pytest.mark.parametrize("read", BY_CURSOR)
 async def test_an_end_by_somebody_else_is_the_last_thing_too(make_buffer: Any, read: Any) -> None:
     async with make_buffer(synchronous="NORMAL") as buffer:
         for number, order in enumerate(ORDERS):
@@ -166,7 +176,7 @@ async def test_an_end_by_somebody_else_is_the_last_thing_too(make_buffer: Any, r
             assert await happen(buffer, order, read(buffer, thread_id, None), changes) == [(1, "stop")], order
 
 
-@pytest.mark.parametrize("read", [read_message, read_thread])
+@pytest.mark.parametrize("read", BY_CURSOR)
 @pytest.mark.parametrize("together", [False, True], ids=["in-two-commits", "in-one-commit"])
 async def test_a_thread_cleared_and_made_again_never_looks_like_the_old_one(
     make_buffer: Any, read: Any, together: bool

@@ -16,19 +16,21 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 from wire import serving, websocket_address
 
+BOTH_WAYS = True
+
 ALLOWED, FOREIGN = "https://chat.example", "https://evil.example"
 SECRET = "correct horse battery staple, 32+"
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(tmp_path_factory: pytest.TempPathFactory, way: str) -> Iterator[Service]:
     """Without a secret, and with one allowed origin."""
     with serving(tmp_path_factory.mktemp("origins"), "--cors-origins", f"{ALLOWED},http://localhost:3000/") as service:
         yield service
 
 
 @pytest.fixture(scope="module")
-def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def closed(tmp_path_factory: pytest.TempPathFactory, way: str) -> Iterator[Service]:
     """Without a secret, and with no other origin."""
     with serving(tmp_path_factory.mktemp("closed")) as service:
         yield service

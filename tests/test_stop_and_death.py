@@ -21,6 +21,7 @@ from conftest import TIMEOUT, Service, append, until, wait_until
 from resume_stream import ChunkBuffer, MessageEnd
 
 pytestmark = pytest.mark.anyio
+BOTH_WAYS = True
 
 # Dead producers
 
@@ -326,9 +327,10 @@ def test_nothing_acknowledged_is_missing_after_the_service_was_killed(service: S
     service.kill()
 
     with contextlib.closing(sqlite3.connect(service.db)) as connection:
+        resume_stream.open_packs(connection)
         assert connection.execute("pragma integrity_check").fetchall() == [("ok",)]
         stored = connection.execute(
-            "select seq, message_id, content from chunks join messages using (message) order by seq"
+            "select seq, message_id, content from entries join messages using (message) order by seq"
         ).fetchall()
         assert connection.execute("select last_seq from threads").fetchone() == (len(stored),)
     assert [seq for seq, _, _ in stored] == list(range(1, len(stored) + 1))

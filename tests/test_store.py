@@ -104,7 +104,7 @@ def test_a_file_that_is_damaged_or_no_database_is_refused_and_left_as_it_was(
     ("sql", "says"),
     [
         ("create table recipes (name); insert into recipes values ('soup')", "is the database of another application"),
-        ("pragma application_id = 0x72737472; pragma user_version = 2; create table t (c)", "has version 2"),
+        ("pragma application_id = 0x72737472; pragma user_version = 3; create table t (c)", "has version 3"),
     ],
 )
 def test_a_database_of_another_application_or_version_is_refused_and_left_as_it_was(
@@ -232,8 +232,8 @@ async def test_the_schema_is_strict_and_says_what_made_it(buffer: ChunkBuffer, t
         for _, name, kind, _, without_rowid, strict in query(db, "pragma table_list")
         if kind == "table" and not name.startswith("sqlite_")
     }
-    assert tables == {"clock": (0, 1), "threads": (0, 1), "messages": (0, 1), "chunks": (1, 1)}
-    pragmas = {"user_version": 1, "application_id": 0x72737472, "auto_vacuum": 2, "journal_mode": "wal"}
+    assert tables == {"clock": (0, 1), "threads": (0, 1), "messages": (0, 1), "chunks": (1, 1), "packs": (0, 1)}
+    pragmas = {"user_version": 2, "application_id": 0x72737472, "auto_vacuum": 2, "journal_mode": "wal"}
     assert {name: query(db, f"pragma {name}")[0][0] for name in pragmas} == pragmas
     assert {name for (name,) in query(db, "select name from sqlite_schema where type = 'view'")} >= {
         "overview",
@@ -456,6 +456,7 @@ async def test_a_thread_made_again_has_a_higher_generation_whatever_the_clock_do
             await buffer.add_chunks("t", "m", ["text"], complete=True)
             generations.append(int((await buffer.get_accumulated_content("t")).cursor.split("-")[0]))
             with contextlib.closing(sqlite3.connect(buffer.settings.db)) as shell, shell:
+                resume_stream.open_packs(shell)
                 shell.execute("delete from threads")
             clock[0] += later_by
     async with make_buffer() as buffer:
@@ -599,6 +600,7 @@ async def test_a_reader_in_the_way_delays_the_erasure_and_no_more(
         await buffer.add_chunks("doomed", "m", [marked(1) * 500])
         await buffer.add_chunks("live", "m", [marked(2) * 500])
         with contextlib.closing(sqlite3.connect(f"file:{db}?mode=ro", uri=True, isolation_level=None)) as person:
+            resume_stream.open_packs(person)
             person.execute("begin")
             text = person.execute("select text from transcript where thread = 'doomed'").fetchone()
             await buffer.clear_thread_buffer("doomed")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import resume_stream
 from conftest import Service
 
 from .base import TIMEOUT, Answer, Verdict, append, call, eventually, piece, thread_path
@@ -111,7 +112,7 @@ async def survive_full_disk(folder: Path, *, times: int) -> Verdict:
                     for _ in range(5):
                         await writer.append(SIZE)
                     await writer.check("while the disk is full")
-                    if number % 2:
+                    if not number % 2:
                         service.kill()
                         await asyncio.to_thread(service.start)
                         await writer.check("restarted on a full disk")
@@ -227,7 +228,8 @@ async def survive_failing_disk(folder: Path, *, errors: tuple[str, ...], calls: 
             service.kill()
             verdict.expect(integrity(service.db) == "ok", integrity(service.db))
             with contextlib.closing(sqlite3.connect(service.db)) as connection:
-                rows = connection.execute("select content from chunks order by seq").fetchall()
+                resume_stream.open_packs(connection)
+                rows = connection.execute("select content from entries order by seq").fetchall()
             found = "".join(content for (content,) in rows)
             verdict.compare("killed after all of it", found, writer.pieces, writer.acknowledged)
         verdict.expect(not service.tracebacks(), "there is a traceback in the log")

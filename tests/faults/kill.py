@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+import resume_stream
 from conftest import Service
 from websockets.asyncio.client import connect
 from websockets.exceptions import WebSocketException
@@ -251,16 +252,17 @@ class World:
     def check(self, acknowledged: dict[str, int]) -> None:
         """What is in the file now, with what had been acknowledged."""
         with contextlib.closing(sqlite3.connect(f"file:{self.service.db}?mode=ro", uri=True)) as connection:
+            resume_stream.open_packs(connection)
             for producer in self.producers:
                 rows = connection.execute(
-                    "select content from chunks join messages using (message)"
+                    "select content from entries join messages using (message)"
                     " where message_id = ? and content is not null order by seq",
                     (producer.message,),
                 )
                 found = "".join(content for (content,) in rows)
                 self.verdict.compare(producer.message, found, producer.pieces, acknowledged[producer.message])
             for thread, count, last in connection.execute(
-                "select thread_id, count(seq), last_seq from threads left join chunks using (thread) group by thread"
+                "select thread_id, count(seq), last_seq from threads left join entries using (thread) group by thread"
             ):
                 self.verdict.expect(count == last, f"{thread}: {count} places in a sequence up to {last}")
 

@@ -1,0 +1,159 @@
+"""The row of layers: where the processor's time for an append and for a delivery goes."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from .load import CHUNK, MARK, TIMEOUT, Client, Stream, append_request, create, stream_request, wrk
+from .plan import Plan, Stage
+from .results import OLD, BenchError, Figure, Line, Row, Samples, Stack, Unavailable, interleave
+from .servers import Api, Server, free_port, old_service, program, running, service
+
+OURS = "resume-stream"
+LAYERS = {  # each with those before it, by what bench.peer_layers calls it
+    "sockets": "sockets and event loop",
+    "parsed": "HTTP parser",
+    "asgi": "uvicorn",
+    "litestar": "Litestar",
+}
+LAYER = Api("/api/threads/@/messages/run/chunks", "/api/threads/@/stream")
+ON_THE_LOOP = "this service, on the event loop"
+OTHER_THREADS = "its other threads: SQL, commit, sync"
+PRODUCERS = 32
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Microseconds of processor time for one operation, of the thread with the event loop and of the others."""
+
+    loop: float
+    others: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.loop + self.others
+
+
+def processor_time(pid: int) -> Cost:
+    """What a process's threads have had so far, in microseconds. Raises Unavailable."""
+    spent = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
+            spent[int(task.name)] = int((task / "schedstat").read_text().split()[0]) / 1000
+    if pid not in spent:
+        raise Unavailable("the kernel does not tell the processor time of threads (schedstat)")
+    return Cost(spent.pop(pid), sum(spent.values()))
+
+
+def cost(server: Server, work: Callable[[], int]) -> Cost:
+    """Of each of the operations that the work has done, whose number it gives."""
+    before = processor_time(server.pid)
+    count = work()
+    after = processor_time(server.pid)
+    return Cost((after.loop - before.loop) / count, (after.others - before.others) / count)
+
+
+def cost_of_append(plan: Plan, server: Server, number: int) -> Cost:
+    return cost(server, lambda: wrk(server, f"layer-{number}-", PRODUCERS, plan.seconds(number)).requests)
+
+
+def cost_of_delivery(server: Server, readers: int, chunks: int, number: int) -> Cost:
+    """One chunk at a time, and the next only once all readers have it: a write for each."""
+    name = f"layer-{number}"
+    create(server, name)
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(Stream(server.port, stream_request(server, name))) for _ in range(readers)]
+        waiting = stack.enter_context(contextlib.closing(select.epoll()))
+        by_descriptor = {stream.fileno(): stream for stream in streams}
+        for descriptor in by_descriptor:
+            waiting.register(descriptor, select.EPOLLIN)
+        client = stack.enter_context(Client(server.port))
+
+        def deliver() -> int:
+            for _ in range(chunks):
+                client.exchange(append_request(server, name, CHUNK))
+                missing = readers
+                while missing > 0:
+                    if not (ready := waiting.poll(TIMEOUT)):
+                        raise BenchError(f"{missing} of {readers} readers did not get a chunk")
+                    missing -= sum(by_descriptor[descriptor].receive().count(MARK) for descriptor, _ in ready)
+            return readers * chunks
+
+        return cost(server, deliver)
+
+
+def layer(name: str, folder: Path) -> contextlib.AbstractContextManager[Server]:
+    """A server of ``bench.peer_layers``."""
+    port = free_port()
+    return running([sys.executable, "-m", "bench.peer_layers", name, str(port)], folder, port, LAYER)
+
+
+def parts(totals: list[float], service: Samples, others: Samples) -> dict[str, float]:
+    """What each layer adds to those before it, if anything; the last are the service's own, and make up the whole."""
+    names = [*list(LAYERS.values())[: len(totals)], ON_THE_LOOP, OTHER_THREADS]
+    ends = [*totals, service.median - others.median, service.median]
+    found, start = {}, 0.0
+    for name, total in zip(names, ends, strict=True):
+        end = min(max(start, total), service.median)
+        found[name], start = end - start, end
+    return found
+
+
+def layers(plan: Plan) -> Row:
+    """Processor time by layer, before and after."""
+    program("wrk")
+    readers, chunks = plan.scaled(1_000, 200), plan.scaled(30, 10)
+    costs: dict[str, dict[str, list[Cost]]] = {}
+    with Stage(plan, "layers") as stage:
+        stage.start(OURS, service)
+        stage.start(OLD, old_service)
+        for name in LAYERS:
+            stage.start(name, partial(layer, name))
+        append, delivery = f"an append, {PRODUCERS} connections", f"a delivery, {readers:,} readers"
+        for what, measure in (
+            (append, partial(cost_of_append, plan)),
+            (delivery, lambda server, number: cost_of_delivery(server, readers, chunks, number)),
+        ):
+            measures = {name: partial(measure, server) for name, server in stage.servers.items()}
+            costs[what] = interleave(plan.rounds, measures)
+
+    def samples(what: str, name: str, of: Callable[[Cost], float] = lambda cost: cost.total) -> Samples:
+        return Samples(tuple(map(of, costs[what][name])))
+
+    def line(what: str) -> Line:
+        old: Figure = stage.missing.get(OLD) or samples(what, OLD)
+        alone = {f"up to {title}": samples(what, name) for name, title in LAYERS.items()}
+        return Line(what, "µs of processor time", samples(what, OURS), {OLD: old, **alone})
+
+    def stack(what: str) -> Stack:
+        totals = [samples(what, name).median for name in LAYERS]
+        bars = {}
+        if OLD in stage.servers:
+            bars[OLD] = parts(totals, samples(what, OLD), samples(what, OLD, others))
+        parser = totals[:2] if what == append else totals[:1]
+        bars["now"] = parts(parser, samples(what, OURS), samples(what, OURS, others))
+        return Stack(what, "µs of processor time", bars)
+
+    return Row(
+        "Processor time by layer",
+        f"What all threads of a server have had (schedstat), for each append and for each delivery. Appends are wrk's"
+        f" over {PRODUCERS} connections, synchronous=FULL. Deliveries are of one chunk at a time to {readers:,} SSE"
+        " readers, the next only once all have it, so that each is a write of its own. Beside it are servers that go"
+        " only so far up the stack, store nothing, and answer and send as many bytes: a protocol of uvloop that takes"
+        " each read for a request, the same with httptools, an ASGI app on uvicorn, and a Litestar app on that, which"
+        " also decodes and encodes the JSON. In the chart a layer is what it adds to those before it, and this service"
+        " what is left; the kernel's work for a call is in the layer that makes it. The service now answers appends"
+        " behind the parser, and writes deliveries to the socket: the layers in between are not passed at all.",
+        [line(append), line(delivery)],
+        stacks=[stack(append), stack(delivery)],
+    )
+
+
+def others(cost: Cost) -> float:
+    return cost.others
