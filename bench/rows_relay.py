@@ -198,8 +198,9 @@ def relay(plan: Plan) -> Row:
     many_p50, many_p99 = ({name: samples(together, name, of) for name in servers} for of in ("p50", "p99"))
     memory = {name: samples(together, name, "memory") for name in (OURS, *beside)}
 
-    def line(title: str, unit: str, figures: dict[str, Figure], aim: Aim | None = None, charted: bool = False) -> Line:
-        return Line(title, unit, figures[OURS], {name: figures[name] for name in figures if name != OURS}, aim, charted)
+    def line(title: str, unit: str, figures: dict[str, Figure], *aims: Aim) -> Line:
+        others = {name: figures[name] for name in figures if name != OURS}
+        return Line(title, unit, figures[OURS], others, aims, charted=bool(aims))
 
     share = at_least(0.6, rates[OURS], rates[HTTPX], HTTPX)
     return Row(
@@ -211,8 +212,8 @@ def relay(plan: Plan) -> Row:
         " it is passed on; nothing is stored by what stands beside it. Memory is what a server has more once all"
         " answers have begun.",
         [
-            line("relayed events/s, one answer", "events/s", rates, share, True),
-            line("added to an event, p50", "ms", p50, under(2, "ms", p50[OURS]), True),
+            line("relayed events/s, one answer", "events/s", rates, share),
+            line("added to an event, p50", "ms", p50, under(2, "ms", p50[OURS])),
             line("added to an event, p99", "ms", p99),
             line("added to the first event", "ms", first),
             line(f"{MANY} answers at once: age of an event, p50", "ms", many_p50),
