@@ -463,8 +463,7 @@ class Relay:
 
     async def _find(self, call: Call, dialect: Any, ids: Mapping[str, str], scopes: AbstractSet[str]) -> Relayed | None:
         """The message that such a call is about, if it is here, and the caller may do this with it."""
-        thread_id = call.thread_id or usable(ids.get("thread", ids.get("message")))
-        if thread_id is None or not call.grant.has(scopes) or not call.grant.covers(thread_id):
+        if (thread_id := thread_for(call, ids, scopes)) is None:
             return None
         message_id = usable(ids["message"]) if "message" in ids else await self._active(call, dialect, thread_id)
         message = await self.known(thread_id, message_id) if message_id else None
@@ -481,7 +480,9 @@ class Relay:
 
     async def _resumed(self, call: Call, dialect: Any, ids: Mapping[str, str]) -> Answer | None:
         if (message := await self._find(call, dialect, ids, READ)) is None:
-            return None
+            thread_id = thread_for(call, ids, READ) if dialect.absent_is_204 else None
+            is_here = thread_id is not None and (await self.buffer.page(thread_id, None, limit=1))[0].generation
+            return NOTHING if is_here else None
         if dialect.if_stream is not None and call.flag(dialect.if_stream) != "true":
             return await self._thing_of(message)
         return await self._reading(call, message, await self._had(call, message))
@@ -673,6 +674,13 @@ class Relay:
         return Answer(response.status_code, headers, as_it_comes(response), close)
 
 
+def thread_for(call: Call, ids: Mapping[str, str], scopes: AbstractSet[str]) -> str | None:
+    """The thread that a dialect's call is about, where the caller may do this with it."""
+    thread_id = call.thread_id or usable(ids.get("thread", ids.get("message")))
+    is_allowed = thread_id is not None and call.grant.has(scopes) and call.grant.covers(thread_id)
+    return thread_id if is_allowed else None
+
+
 def is_stream(call: Call, response: Any) -> bool:
     kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
     return response.status_code == 200 and kind == "text/event-stream" and call.method != "HEAD"
@@ -750,13 +758,17 @@ class Pump:
             if events is None and self._dialect.completes:
                 raise self._useless(LOST)
             await self._recorded(events or [])
-            with suppress(Failed, TimeoutError):
-                async with asyncio.timeout(LAST_WORDS):
-                    while await self._source.take() is not None:
-                        pass
+            if self._is_over:
+                await self._hear_out()
             return self._outcome
         finally:
             await self._source.close()
+
+    async def _hear_out(self) -> None:
+        with suppress(Failed, TimeoutError):
+            async with asyncio.timeout(LAST_WORDS):
+                while await self._source.take() is not None:
+                    pass
 
     def _useless(self, reason: str) -> BadGateway:
         return BadGateway(f"The upstream {self._asked.call.target.name!r} gave nothing to record. {FAILURES[reason]}")

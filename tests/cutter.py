@@ -1,0 +1,73 @@
+"""Between a client and the service: a connection that is lost in a place of the test's choice.
+
+``with Cutter(service.port) as cutter``: what connects to ``cutter.url`` is connected to the service.
+``cutter.cut(2, 5)`` cuts the next connection that is made once two events and five bytes have come back
+on it; ``cut(0)`` before the first byte. Connections after that are left alone.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections import deque
+from contextlib import suppress
+from typing import Self
+
+
+class Cutter:
+    def __init__(self, port: int) -> None:
+        self._service = port
+        self._cuts: deque[tuple[int, int]] = deque()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.connections = 0
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with suppress(OSError):  # nobody may be connected
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def cut(self, events: int, more: int = 0) -> None:
+        self._cuts.append((events, more))
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # it was closed
+            while True:
+                client, _ = self._listener.accept()
+                self.connections += 1
+                cut = self._cuts.popleft() if self._cuts else None
+                threading.Thread(target=self._carry, args=[client, cut], daemon=True).start()
+
+    def _carry(self, client: socket.socket, cut: tuple[int, int] | None) -> None:
+        with client, suppress(OSError), socket.create_connection(("127.0.0.1", self._service)) as service:
+            threading.Thread(target=self._forward, args=[client, service], daemon=True).start()
+            sent = b""
+            while piece := service.recv(65536):
+                sent += piece
+                if cut is not None and (end := place_of(sent, *cut)) is not None:
+                    client.sendall(sent[len(sent) - len(piece) : end])
+                    break
+                client.sendall(piece)
+            for end_of in (client, service):
+                end_of.shutdown(socket.SHUT_RDWR)
+
+    def _forward(self, client: socket.socket, service: socket.socket) -> None:
+        with suppress(OSError):  # the other side is closed first
+            while piece := client.recv(65536):
+                service.sendall(piece)
+            service.shutdown(socket.SHUT_WR)
+
+
+def place_of(sent: bytes, events: int, more: int) -> int | None:
+    """Where so many events have ended, and some bytes after that; None where it is still to come."""
+    at = 0
+    for _ in range(events):
+        if (found := sent.find(b"\n\n", at)) < 0:
+            return None
+        at = found + 2
+    return at + more if len(sent) >= at + more else None
