@@ -21,9 +21,9 @@ async function openai({ url, retries = 0 }) {
   return new OpenAI({ baseURL: `${url}/v1`, apiKey: "key", maxRetries: retries });
 }
 
-async function langgraph({ url }) {
+async function langgraph({ url, retries = 4 }) {
   const { Client } = await import("@langchain/langgraph-sdk");
-  return new Client({ apiUrl: url, apiKey: null, callerOptions: { maxRetries: 0 } });
+  return new Client({ apiUrl: url, apiKey: null, callerOptions: { maxRetries: retries } });
 }
 
 const part = ({ event, data }) => ({ event, data });
