@@ -4049,6 +4049,17 @@ async def stream_message(
     )
 
 
+async def unfinished_at(buffer: ChunkBuffer, thread_id: str, cursor: Cursor, form: str | None) -> str | None:
+    """The message that the cursor is in, if one who has all up to there can be sent more of it."""
+    state, page = await buffer.page(thread_id, None, cursor.seq - 1, 1)
+    had = page.entries[0] if page.entries else None
+    if had is None or had.seq != cursor.seq or cursor.generation not in (None, state.generation):
+        return None
+    state, page = await buffer.page(thread_id, had.message_id, cursor.seq, 1)
+    is_more = any(form is None or isinstance(entry, StoredChunk) for entry in page.entries)
+    return had.message_id if is_more or state.status == "active" else None
+
+
 @get(THREAD + "/live", summary="Follow the active message of a thread (SSE)", scopes=READ, token_in_query=True)
 async def stream_active_message(
     request: Request[Any, Any, Any],
@@ -4059,8 +4070,14 @@ async def stream_active_message(
     poll_interval: FromQuery[str | None] = None,
     form: FormatName = None,
 ) -> Response[Any]:
-    """From its start; 204 where none is active. Of several it is the one that began last."""
-    if (message_id := await buffer.get_active_message(thread_id)) is None:
+    """From its start; 204 where none is active. Of several it is the one that began last.
+
+    One who comes back with a cursor first gets the rest of the message that it is in, though that has ended meanwhile.
+    """
+    cursor = request.headers.get("last-event-id") or after
+    message_id = None if cursor is None else await unfinished_at(buffer, thread_id, Cursor.parse(cursor), form)
+    message_id = message_id or await buffer.get_active_message(thread_id)
+    if message_id is None:
         return Response(None, status_code=204)
     return await stream(
         request, buffer, thread_id, message_id, Reading(after, False, idle_timeout, poll_interval, form)

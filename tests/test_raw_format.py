@@ -89,6 +89,25 @@ def test_live_is_the_active_message_from_its_start(service: Service, client: htt
         assert stream.rest().decode() == f"id: {of}-4\ndata: more\n\n"
 
 
+@pytest.mark.parametrize("form", ["", "?format=raw"])
+def test_who_comes_back_to_live_gets_the_rest_of_the_message_that_its_cursor_is_in(
+    service: Service, client: httpx.Client, thread: str, form: str
+) -> None:
+    append(client, thread, "m", "a")
+    of = generation(client, thread)
+    append(client, thread, "m", "b", complete=True)
+    append(client, thread, "next", "c")
+    path = f"/threads/{thread}/live{form}"
+    with Stream(service, path, {"Last-Event-ID": f"{of}-1"}) as stream:
+        rest = stream.rest()
+        assert (b"data: b" in rest or b'"content":"b"' in rest, f"id: {of}-4\n".encode() in rest) == (True, False)
+    with Stream(service, path, {"Last-Event-ID": f"{of}-3"}) as stream:  # of which that is the end
+        assert [stream.line(), stream.line()] == [b"retry: 1000\n", f"id: {of}-4\n".encode()]
+    client.post(message_path(thread, "next", "abort")).raise_for_status()
+    assert client.get(path, headers={"Last-Event-ID": f"{of}-3"}).status_code == 204
+    assert client.get(path, headers={"Last-Event-ID": f"{of}-4"}).status_code == (204 if form else 200)
+
+
 def test_live_has_our_own_events_without_the_format(service: Service, client: httpx.Client, thread: str) -> None:
     append(client, thread, "m", "a")
     with Stream(service, f"/threads/{thread}/live") as stream:
