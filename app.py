@@ -63,6 +63,7 @@ from typing import (
     Any,
     ClassVar,
     Concatenate,
+    Generic,
     Literal,
     NamedTuple,
     NewType,
@@ -125,21 +126,31 @@ FOR_EXTRAS = [
     "Body",
     "BrokenOff",
     "Buffer",
+    "CHUNK_OVERHEAD",
+    "CHUNK_WEIGHT",
     "Change",
     "ChunkPage",
     "Commands",
     "Conflict",
     "Cursor",
     "CursorGone",
+    "DatabaseFull",
+    "Elsewhere",
+    "Entry",
     "Forbidden",
     "Format",
     "Gate",
     "Grant",
+    "GroupCommit",
     "HEARTBEAT",
     "InvalidContent",
     "Listener",
     "MAX_REASON",
+    "MESSAGES",
+    "MessageStatus",
     "NotFound",
+    "PAGE_BYTES",
+    "PAGE_ROWS",
     "PRODUCER_TIMEOUT",
     "Page",
     "Parts",
@@ -152,14 +163,22 @@ FOR_EXTRAS = [
     "Record",
     "SCOPES",
     "SMALL_BODY",
+    "SQLiteStore",
     "SSE_HEADERS",
+    "Snapshot",
     "StartupError",
+    "State",
+    "Status",
     "Step",
+    "Stopping",
+    "Store",
     "StreamedBody",
     "TAKES_READER",
     "THREAD",
     "ThreadId",
     "ThreadPage",
+    "ThreadSummary",
+    "Told",
     "TooLarge",
     "UNDECODABLE",
     "Unauthorized",
@@ -169,11 +188,17 @@ FOR_EXTRAS = [
     "WRITE",
     "__version__",
     "add_command",
+    "another_goes_on",
+    "another_is_stored",
     "answered_early",
     "body_pieces",
+    "bytes_known",
+    "check_exists",
     "checked_id",
     "checked_sizes",
+    "chunk_page_of",
     "chunks_from_json",
+    "database_problems",
     "database_uri",
     "decode_body",
     "encode_json",
@@ -181,17 +206,26 @@ FOR_EXTRAS = [
     "has_word_for_end",
     "invalid_json",
     "mark_as_copy",
+    "message_ended",
+    "message_too_large",
+    "no_message",
+    "no_thread",
+    "now_ms",
     "open_packs",
     "parse_duration",
+    "place_of",
     "problem_document",
     "renew_generations",
     "seconds",
     "sole_owner",
+    "store_for",
+    "thread_cleared",
     "token_expired",
     "unpacked",
     "utf8_size",
     "whole_body",
     "word_for",
+    "would_leave_a_gap",
 ]
 
 # This file is the package resume_stream, also where it is run as it is, and extras/ beside it is part of that.
@@ -199,6 +233,7 @@ __path__ = [str(Path(__file__).parent)]
 sys.modules.setdefault("resume_stream", sys.modules[__name__])
 
 T = TypeVar("T")
+W = TypeVar("W")
 P = ParamSpec("P")
 S = TypeVar("S", bound="ThreadSummary")
 log = logging.getLogger("resume_stream")
@@ -275,6 +310,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     port: Annotated[int, described("port to listen on; 0 picks a free one and prints it")] = 8000
     uds: Annotated[str, described("Unix socket to listen on, in place of host and port")] = ""
     db: Annotated[str, described("the SQLite file")] = "resume-stream.db"
+    store: Annotated[
+        str, described("Redis in place of the SQLite file: redis://host:6379/0, rediss://… or unix:///path")
+    ] = ""
     ttl: Annotated[Duration, described("a thread untouched for so long is erased")] = Duration(3600)
     cleanup_interval: Annotated[Duration, described("how often expired threads are looked for")] = Duration(300)
     idle_timeout: Annotated[Duration, described("a stream with nothing new for so long ends; 0: never")] = Duration(30)
@@ -615,6 +653,12 @@ class State(Record, frozen=True):
     first: int | None = None  # the message's first and last place
     last: int | None = None
     updated_at: int = 0  # the message, ms since 1970
+    version: int = 0  # of the thread: grows with each change, where changes may be told of out of order
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """By which of two states of one thread, the later is known."""
+        return self.last_seq, self.version
 
     @property
     def ended(self) -> bool:
@@ -913,6 +957,13 @@ def now_ms() -> int:
 Told = Callable[[Sequence[tuple[Change, float]], float], None]
 
 
+class Elsewhere(NamedTuple):
+    """What other processes did: these changes, and nobody knows what to these threads (None: to all watched)."""
+
+    changes: Sequence[Change] = ()
+    unsure: AbstractSet[str] | None = None
+
+
 class Store(Protocol):
     """What the buffer needs of whatever keeps its threads.
 
@@ -922,6 +973,8 @@ class Store(Protocol):
     took: before anybody is answered, in order. What one call reads is of one moment. All of them raise
     Problem; a write that does has changed nothing. Times are ms since 1970.
     """
+
+    is_shared: bool  # other processes of the service write to it too, which it tells of a little later
 
     async def open(self, told: Told) -> None:
         """Raises StartupError, and leaves everything as it was, where it cannot be served."""
@@ -1012,8 +1065,57 @@ class Store(Protocol):
     def watching(self, thread_id: str, within: float) -> AbstractContextManager[None]:
         """Have what other processes do to a thread noticed within so many seconds."""
 
-    def changed_elsewhere(self) -> AsyncGenerator[None, None]:
-        """Yields each time that another process may have changed what is watched."""
+    def changed_elsewhere(self) -> AsyncGenerator[Elsewhere, None]:
+        """Yields what other processes did to what is watched, or may have done."""
+
+
+def check_exists(found: State, thread_id: str, message_id: str | None = None) -> None:
+    """Raises NotFound."""
+    if not found.generation:
+        raise no_thread(thread_id)
+    if message_id is not None and found.status is None:
+        raise no_message(thread_id, message_id)
+
+
+def place_of(found: State, thread_id: str, message_id: str | None, cursor: Cursor | None, follow: bool) -> Place:
+    """Where a reader with this cursor begins. Raises NotFound."""
+    if not follow:
+        check_exists(found, thread_id, message_id)
+    if not found.generation:
+        return Place(thread_id, message_id, 0, 0, follow, reset=cursor is not None and str(cursor) != "0")
+    lies = cursor is not None and (cursor.generation not in (None, found.generation) or cursor.seq > found.last_seq)
+    after = 0 if lies or cursor is None else cursor.seq
+    if message_id is None:
+        finished = not (follow or found.active) and after >= found.last_seq
+    else:
+        after = max(after, found.before)
+        finished = found.ended and after >= cast(int, found.last)
+    return Place(thread_id, message_id, found.generation, after, follow, reset=lies, finished=finished and not lies)
+
+
+def bytes_known(known: bytes, text: bytes) -> int | None:
+    """How many bytes of the text a reader has who knows this of it: up to where it ends, if it is a
+    prefix or occurs exactly once. In UTF-8 a text occurs where its bytes do (RFC 3629, 1)."""
+    start = 0 if text.startswith(known) else text.find(known)
+    is_unique = start == 0 or (start > 0 and text.find(known, start + 1) < 0)
+    return start + len(known) if is_unique else None
+
+
+def chunk_page_of(place: Place, found: State, page: Page, latest: Status) -> ChunkPage:
+    """``latest`` is the status of the whole thread. Raises NotFound."""
+    if found.generation != place.generation:
+        raise no_thread(place.thread_id)
+    status: Status = "active"
+    if place.message_id is None:
+        status = latest if found.last_seq == page.last_seq else "active"
+    elif found.ended and cast(int, found.last) <= page.last_seq:
+        status = cast(Status, found.status)
+    return ChunkPage(
+        [entry for entry in page.entries if isinstance(entry, StoredChunk)],
+        [entry for entry in page.entries if isinstance(entry, MessageEnd)],
+        str(Cursor(page.last_seq, page.generation)),
+        status,
+    )
 
 
 def database_problem(error: Exception) -> Problem:
@@ -1070,7 +1172,7 @@ class Snapshot:
             "select t.generation, t.last_seq,"
             " exists (select 1 from messages where thread = t.thread and status = 'active'),"
             " m.status, m.reason, coalesce(m.chunk_count, 0), coalesce(m.size, 0), m.first_seq, m.last_seq,"
-            " coalesce(m.updated_at, 0), t.thread, m.message"
+            " coalesce(m.updated_at, 0), 0, t.thread, m.message"
             " from threads as t left join messages as m on m.thread = t.thread and m.message_id = ?"
             " where t.thread_id = ?",
             (message_id, thread_id),
@@ -1083,34 +1185,20 @@ class Snapshot:
     def existing(self, thread_id: str, message_id: str | None = None) -> Row:
         """Raises NotFound."""
         found = self.find(thread_id, message_id)
-        if found.thread is None:
-            raise no_thread(thread_id)
-        if found.message is None and message_id is not None:
-            raise no_message(thread_id, message_id)
+        check_exists(found, thread_id, message_id)
         return found
 
     def locate(self, thread_id: str, message_id: str | None, cursor: Cursor | None, follow: bool) -> Place:
-        found = self.find(thread_id, message_id) if follow else self.existing(thread_id, message_id)
-        if found.thread is None:
-            return Place(thread_id, message_id, 0, 0, follow, reset=cursor is not None and str(cursor) != "0")
-        lies = cursor is not None and (cursor.generation not in (None, found.generation) or cursor.seq > found.last_seq)
-        after = 0 if lies or cursor is None else cursor.seq
-        if message_id is None:
-            finished = not (follow or found.active) and after >= found.last_seq
-        else:
-            after = max(after, found.before)
-            finished = found.ended and after >= cast(int, found.last)
-        return Place(thread_id, message_id, found.generation, after, follow, reset=lies, finished=finished and not lies)
+        return place_of(self.find(thread_id, message_id), thread_id, message_id, cursor, follow)
 
     def match(self, thread_id: str, message_id: str, known_content: str) -> Place:
         """After it, if it is a prefix of the message's text or occurs in it exactly once; otherwise
-        at the start, with a reset. In UTF-8 a text occurs where its bytes do (RFC 3629, 1)."""
+        at the start, with a reset."""
         found = self.existing(thread_id, message_id)
-        known, text = known_content.encode(), self._text(found)
-        start = 0 if text.startswith(known) else text.find(known)
-        unique = start == 0 or (start > 0 and text.find(known, start + 1) < 0)
-        begin = Place(thread_id, message_id, found.generation, found.before, reset=not unique)
-        return self._after_bytes(begin, found, len(text), start + len(known)) if unique and known else begin
+        text = self._text(found)
+        offset = bytes_known(known_content.encode(), text)
+        begin = Place(thread_id, message_id, found.generation, found.before, reset=offset is None)
+        return self._after_bytes(begin, found, len(text), offset) if offset else begin
 
     def _text(self, found: Row) -> bytes:
         # As a blob, since SQLite's own text functions stop at a NUL.
@@ -1189,20 +1277,8 @@ class Snapshot:
 
     def chunk_page(self, place: Place, limit: int) -> ChunkPage:
         found, page = self.page(place.thread_id, place.message_id, place.after, limit)
-        if found.generation != place.generation:
-            raise no_thread(place.thread_id)
-        status: Status = "active"
-        if place.message_id is not None:
-            if found.ended and cast(int, found.last) <= page.last_seq:
-                status = cast(Status, found.status)
-        elif not found.active and found.last_seq == page.last_seq:
-            status = self.summary(place.thread_id).status
-        return ChunkPage(
-            [entry for entry in page.entries if isinstance(entry, StoredChunk)],
-            [entry for entry in page.entries if isinstance(entry, MessageEnd)],
-            str(Cursor(page.last_seq, page.generation)),
-            status,
-        )
+        is_thread_over = place.message_id is None and found.generation and not found.active
+        return chunk_page_of(place, found, page, self.summary(place.thread_id).status if is_thread_over else "active")
 
     def content(self, thread_id: str, message_id: str | None) -> AccumulatedContent:
         found = self.existing(thread_id, message_id)
@@ -1987,87 +2063,48 @@ def owner_of(file: os.stat_result) -> str:
     return "unknown"
 
 
-class Write(NamedTuple):
+class Write(NamedTuple, Generic[W]):
     """What is to be done in a transaction, and who waits for it."""
 
-    work: Callable[[Transaction], Change]
+    work: W
     size: int
     asked: float
     done: asyncio.Future[Change]
 
 
-def writes(
-    work: Callable[Concatenate[Transaction, P], Change],
-) -> Callable[Concatenate[SQLiteStore, P], Awaitable[Change]]:
-    """A write of a transaction as a method of the store."""
+class GroupCommit(Generic[W]):
+    """Commits together, in order, what is asked for in one turn of the loop, and tells of it before it answers."""
 
-    def method(store: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[Change]:
-        return store.write(lambda transaction: work(transaction, *args, **kwargs))
-
-    return method
-
-
-def reads(
-    work: Callable[Concatenate[Snapshot, P], T], heavy: bool = False
-) -> Callable[Concatenate[SQLiteStore, P], Coroutine[Any, Any, T]]:
-    """What a snapshot can tell, as a method of the store; what is ``heavy`` does not hold up what is not."""
-
-    async def method(store: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await store.read(lambda snapshot: work(snapshot, *args, **kwargs), heavy)
-
-    return method
-
-
-class SQLiteStore:
-    """Threads in a SQLite file (see Store)."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._file = File(Path(settings.db), settings.synchronous, settings.max_db)
-        self._max_message = settings.max_message
+    def __init__(self) -> None:
         self._told: Told = lambda changes, took: None
-        self._waiting: list[Write] = []
+        self._waiting: list[Write[W]] = []
         self._waiting_bytes = 0
         self._has_room = asyncio.Event()
         self._has_room.set()
         self._committing: asyncio.Task[None] | None = None
         self._refused_ms = 0  # when a commit failed last
-        self._hot: dict[str, Hot] = {}  # by thread_id, as of the last commit
-        self._hot_version: int | None = None  # of the data (PRAGMA data_version) that they are of
-        self._expired_up_to = 0  # the number of a thread
-        self._erasing = asyncio.Lock()
-        self._packing = settings.packing
-        self._packed_until = 0  # ms since 1970: what nobody touched since is packed
-        self._poll_intervals: Multiset[float] = Multiset()
-        self._hurry = asyncio.Event()
 
-    async def open(self, told: Told) -> None:
-        await self._file.open()
-        self._told = told
-        self._version = await self._file.data_version()
+    async def commit(self, works: Sequence[W]) -> list[Change | Problem]:
+        """What became of each. Raises an error where nothing became of any, or nobody knows."""
+        raise NotImplementedError
 
-    async def close(self) -> None:
+    def explained(self, error: Exception) -> Exception:
+        """What is told, of an error that ``commit`` raised, to each of those who wait."""
+        raise NotImplementedError
+
+    def is_of_one(self, error: Exception) -> bool:
+        """Whether it may be that of one of several, none of which were committed: then each is tried alone."""
+        return False
+
+    async def all_committed(self) -> None:
         if self._committing is not None:
             await self._committing
-        await self._file.close()
-
-    def stop(self) -> None:
-        self._file.stop()
-
-    # Writing
-
-    open_message = writes(Transaction.open_message)
-    end_message = writes(Transaction.end_message)
-    clear = writes(Transaction.clear)
-
-    def append(self, append: Append) -> Awaitable[Change]:
-        size = sum(append.sizes) + CHUNK_OVERHEAD * len(append.chunks)
-        return self.write(lambda transaction: transaction.append(append), size)
 
     async def room(self) -> None:
         while not self._has_room.is_set():  # the first of those who waited may have filled it again
             await self._has_room.wait()
 
-    def write(self, work: Callable[[Transaction], Change], size: int = CHUNK_OVERHEAD) -> asyncio.Future[Change]:
+    def write(self, work: W, size: int = CHUNK_OVERHEAD) -> asyncio.Future[Change]:
         """Commit it, right behind what was asked for before, and with all else that is waiting by then."""
         done: asyncio.Future[Change] = asyncio.get_running_loop().create_future()
         self._waiting.append(Write(work, size, time.perf_counter(), done))
@@ -2100,7 +2137,7 @@ class SQLiteStore:
         try:
             await self._commit_together(batch)
         except Exception as error:
-            if len(batch) == 1 or not is_of_its_rows(error):
+            if len(batch) == 1 or not self.is_of_one(error):
                 self._refuse(batch, error)
                 return
             for write in batch:  # so that nobody is refused for another's thread
@@ -2109,15 +2146,15 @@ class SQLiteStore:
                 except Exception as own:
                     self._refuse([write], own)
 
-    def _refuse(self, batch: Sequence[Write], error: Exception) -> None:
+    def _refuse(self, batch: Sequence[Write[W]], error: Exception) -> None:
         log.error("commit failed: %s", error)
         self._refused_ms = now_ms()
-        is_known = isinstance(error, (sqlite3.Error, OSError, UnicodeDecodeError))
+        explained = self.explained(error)
         for write in batch:
             if not write.done.done():
-                write.done.set_exception(database_problem(error) if is_known else error)
+                write.done.set_exception(explained)
 
-    async def _commit_together(self, batch: Sequence[Write]) -> None:
+    async def _commit_together(self, batch: Sequence[Write[W]]) -> None:
         began = time.perf_counter()
         outcomes = await self.commit([write.work for write in batch])
         done = zip(outcomes, batch, strict=True)
@@ -2131,7 +2168,7 @@ class SQLiteStore:
             else:
                 write.done.set_exception(outcome)
 
-    def _batch(self) -> list[Write]:
+    def _batch(self) -> list[Write[W]]:
         """What one transaction takes; what came first, first."""
         size = taken = 0
         for write in self._waiting:
@@ -2144,6 +2181,69 @@ class SQLiteStore:
         if self._waiting_bytes < PENDING_BYTES:
             self._has_room.set()
         return batch
+
+
+def writes(
+    work: Callable[Concatenate[Transaction, P], Change],
+) -> Callable[Concatenate[SQLiteStore, P], Awaitable[Change]]:
+    """A write of a transaction as a method of the store."""
+
+    def method(store: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[Change]:
+        return store.write(lambda transaction: work(transaction, *args, **kwargs))
+
+    return method
+
+
+def reads(
+    work: Callable[Concatenate[Snapshot, P], T], heavy: bool = False
+) -> Callable[Concatenate[SQLiteStore, P], Coroutine[Any, Any, T]]:
+    """What a snapshot can tell, as a method of the store; what is ``heavy`` does not hold up what is not."""
+
+    async def method(store: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await store.read(lambda snapshot: work(snapshot, *args, **kwargs), heavy)
+
+    return method
+
+
+class SQLiteStore(GroupCommit[Callable[[Transaction], Change]]):
+    """Threads in a SQLite file (see Store)."""
+
+    is_shared = False
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self._file = File(Path(settings.db), settings.synchronous, settings.max_db)
+        self._max_message = settings.max_message
+        self._erasing = asyncio.Lock()
+        self._hot: dict[str, Hot] = {}  # by thread_id, as of the last commit
+        self._hot_version: int | None = None  # of the data (PRAGMA data_version) that they are of
+        self._expired_up_to = 0  # the number of a thread
+        self._packing = settings.packing
+        self._packed_until = 0  # ms since 1970: what nobody touched since is packed
+        self._poll_intervals: Multiset[float] = Multiset()
+        self._hurry = asyncio.Event()
+
+    async def open(self, told: Told) -> None:
+        await self._file.open()
+        self._told = told
+        self._version = await self._file.data_version()
+
+    async def close(self) -> None:
+        await self.all_committed()
+        await self._file.close()
+
+    def stop(self) -> None:
+        self._file.stop()
+
+    # Writing
+
+    open_message = writes(Transaction.open_message)
+    end_message = writes(Transaction.end_message)
+    clear = writes(Transaction.clear)
+
+    def append(self, append: Append) -> Awaitable[Change]:
+        size = sum(append.sizes) + CHUNK_OVERHEAD * len(append.chunks)
+        return self.write(lambda transaction: transaction.append(append), size)
 
     async def commit(self, works: Sequence[Callable[[Transaction], Change]]) -> list[Change | Problem]:
         """What became of each, all committed together. Raises sqlite3.Error and OSError: of none."""
@@ -2160,6 +2260,12 @@ class SQLiteStore:
 
         outcomes, self._hot = await self._file.change(commit)
         return outcomes
+
+    def explained(self, error: Exception) -> Exception:
+        return database_problem(error) if isinstance(error, (sqlite3.Error, OSError, UnicodeDecodeError)) else error
+
+    def is_of_one(self, error: Exception) -> bool:
+        return is_of_its_rows(error)
 
     # Reading
 
@@ -2287,7 +2393,7 @@ class SQLiteStore:
             self._poll_intervals[within] -= 1
             self._poll_intervals += Multiset()  # drops what has come to zero
 
-    async def changed_elsewhere(self) -> AsyncGenerator[None, None]:
+    async def changed_elsewhere(self) -> AsyncGenerator[Elsewhere, None]:
         """Looked for in the whole file, and only while somebody is watching."""
         while True:
             self._hurry.clear()
@@ -2298,7 +2404,7 @@ class SQLiteStore:
             with database_problems():
                 latest = await self._file.data_version()
             if latest != self._version:
-                yield
+                yield Elsewhere()
                 self._version = latest  # once it has been taken in
 
 
@@ -2439,6 +2545,44 @@ def outcome_of(work: Callable[[Transaction], Change], transaction: Transaction) 
 
 
 # ---------------------------------------------------------------------------------------------
+# What is beside this file
+# ---------------------------------------------------------------------------------------------
+
+EXTRAS = (
+    *("logs", "tokens", "metrics", "page", "websocket", "uploads", "operate", "copy", "clients", "openapi"),
+    *("dialects", "relay", "limits", "express"),
+)
+STORES = {"redis": "redis_store", "rediss": "redis_store", "unix": "redis_store"}  # by the scheme of their address
+
+
+def found_extras() -> Iterator[ModuleType]:
+    """Those that are beside this file; each has some of ``mount``, ``add_commands`` and ``set_up``."""
+    for name in EXTRAS:
+        try:
+            yield importlib.import_module(f"resume_stream.extras.{name}")
+        except ModuleNotFoundError as error:
+            if error.name not in ("resume_stream.extras", f"resume_stream.extras.{name}"):
+                raise
+
+
+def store_for(settings: Settings) -> Store:
+    """Where threads are kept: the SQLite file, or what ``--store`` names. Raises StartupError."""
+    scheme, found, _ = settings.store.partition("://")
+    if not settings.store:
+        return SQLiteStore(settings)
+    if not found or scheme not in STORES:
+        raise StartupError(f"--store is no address of a store; it begins with {', '.join(STORES)}, and then ://")
+    try:
+        extra = importlib.import_module(f"resume_stream.extras.{STORES[scheme]}")
+    except ModuleNotFoundError as error:
+        raise StartupError(
+            f"--store {scheme}:// needs {error.name}, which is not here; pip install 'resume-stream[redis]'"
+        ) from error
+    store: Store = extra.store_for(settings)
+    return store
+
+
+# ---------------------------------------------------------------------------------------------
 # The buffer
 # ---------------------------------------------------------------------------------------------
 
@@ -2487,11 +2631,12 @@ class Tail:
     def __init__(self, generation: int, live: Live) -> None:
         self.generation = generation
         self.last_seq: int | None = None
+        self.version = 0
         self.active = True
         self.gone = False
         self.users = 0
         self.followers = 0  # of the users, those who read
-        self.uploads: dict[asyncio.Timeout, str] = {}  # of which message
+        self.uploads: dict[asyncio.Timeout, str] = {}  # of which message, if that can still end
         self._pages: dict[int, Page] = {}  # by the place of their first entry
         self._cost = 0  # of these, about how many bytes they take
         self._live = live
@@ -2503,12 +2648,12 @@ class Tail:
 
     def learn(self, state: State) -> None:
         """Take what a reader found, if it is newer: a change may have been told of since that takes no place."""
-        if self.last_seq is None or state.last_seq > self.last_seq:
+        if self.last_seq is None or state.order > (self.last_seq, self.version):
             self._set(state)
 
-    def take(self, change: Change, asked: float) -> None:
+    def take(self, change: Change, asked: float | None) -> None:
         state = change.state
-        if self.last_seq is None or state.last_seq >= self.last_seq:
+        if self.last_seq is None or state.order >= (self.last_seq, self.version):
             self._set(state)
         if self.followers and (entries := change.entries()):
             self._keep(Page(state.generation, state.last_seq, entries, change.size, asked))
@@ -2517,9 +2662,10 @@ class Tail:
         self.wake()
 
     def renew(self, state: State) -> None:
-        """Take over what another process may have changed."""
+        """Take over what another process may have changed, unless a later change has been told of."""
         self.forget()
-        self._set(state)
+        if state.version >= self.version:
+            self._set(state)
         self.wake()
 
     def retire(self) -> None:
@@ -2527,6 +2673,11 @@ class Tail:
         self.forget()
         self.cut()
         self.wake()
+
+    def knows_more_than(self, found: State) -> bool:
+        """Whether something has been told of since a state was read."""
+        is_same = not self.gone and self.generation == found.generation and self.last_seq is not None
+        return is_same and found.order < (self.last_seq or 0, self.version)
 
     def may_have_more(self, seq: int) -> bool:
         return self.last_seq is None or seq < self.last_seq
@@ -2597,7 +2748,8 @@ class Tail:
                 timer.cancel()
 
     def _set(self, state: State) -> None:
-        self.generation, self.last_seq, self.active = state.generation, state.last_seq, state.active
+        self.generation, self.active = state.generation, state.active
+        self.last_seq, self.version = state.order
 
     def _keep(self, page: Page) -> None:
         """The newest stays, whatever its size: all who follow are about to be sent it."""
@@ -2806,14 +2958,14 @@ class ChunkBuffer:
     An asynchronous context manager: entering it opens the store, leaving it commits what is
     waiting and closes it. All methods belong to the event loop it was entered in. Errors are
     subclasses of Problem, whose ``status_code`` is that of the HTTP answer. ``store`` is where
-    the threads are kept: by default the SQLite file of the settings.
+    the threads are kept: by default what the settings name.
     """
 
     def __init__(self, settings: Settings | None = None, store: Store | None = None) -> None:
         self.settings = settings = settings or Settings()
         self.listener = Listener()
         self.stopping = False
-        self._threads: Store = store or SQLiteStore(settings)
+        self._threads: Store = store or store_for(settings)
         self._entered = False
         self._tails: dict[str, Tail] = {}
         self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()  # gone with their streams, be they read or not
@@ -3080,7 +3232,9 @@ class ChunkBuffer:
         """
         upload = asyncio.timeout(None if expires == math.inf else expires - time.time())
         with self._attached(thread_id) as tail:
-            tail.uploads[upload] = message_id
+            had_ended = self._store.is_shared and await self._has_ended(tail, thread_id, message_id)
+            # What has ended before is not ended by anyone now; a retry of its last upload is answered as before.
+            tail.uploads[upload] = "" if had_ended else message_id
             lift = partial(tail.uploads.pop, upload, None)
             try:
                 async with upload:
@@ -3093,6 +3247,15 @@ class ChunkBuffer:
                 ) from None
             finally:
                 lift()
+
+    async def _has_ended(self, tail: Tail, thread_id: str, message_id: str) -> bool:
+        """As of all that was told of by now. Raises Unavailable."""
+        found = await self._store.find(thread_id, message_id)
+        while tail.knows_more_than(found):
+            found = await self._store.find(thread_id, message_id)
+        if self.stopping:
+            raise Stopping
+        return found.ended
 
     async def _why_cut(self, thread_id: str, message_id: str) -> Problem:
         if self.stopping:
@@ -3400,6 +3563,9 @@ class ChunkBuffer:
 
     def _take(self, changes: Sequence[tuple[Change, float]], seconds: float) -> None:
         self.listener.committed([change for change, _ in changes], seconds)
+        self._tell(changes)
+
+    def _tell(self, changes: Sequence[tuple[Change, float | None]]) -> None:
         for change, asked in changes:
             tail, generation = self._tails.get(change.thread_id), change.state.generation
             if tail is None or (generation < tail.generation):
@@ -3415,16 +3581,18 @@ class ChunkBuffer:
     async def _watch_other_processes(self) -> None:
         while True:
             with logged_problems("watch other processes"):
-                async with aclosing(self._store.changed_elsewhere()) as changes:
-                    async for _ in changes:
-                        await self._refresh()
+                async with aclosing(self._store.changed_elsewhere()) as elsewhere:
+                    async for changes, unsure in elsewhere:
+                        self._tell([(change, None) for change in changes])
+                        await self._refresh(self._tails.keys() if unsure is None else unsure & self._tails.keys())
 
-    async def _refresh(self) -> None:
-        """Bring every tail up to date. What is committed in the meantime is told of after this."""
+    async def _refresh(self, thread_ids: AbstractSet[str]) -> None:
+        """Bring their tails up to date. What is committed in the meantime is told of after this."""
         tails = [
             (thread_id, message_id, tail, tail.generation)
             for thread_id, tail in self._tails.items()
-            for message_id in (None, *tail.uploads.values())
+            if thread_id in thread_ids
+            for message_id in (None, *filter(None, tail.uploads.values()))
         ]
         for start in range(0, len(tails), REFRESHED_AT_ONCE):
             await self._refresh_some(tails[start : start + REFRESHED_AT_ONCE])
@@ -4187,21 +4355,7 @@ async def ready(buffer: Buffer) -> dict[str, str]:
 # The app
 # ---------------------------------------------------------------------------------------------
 
-EXTRAS = (
-    *("logs", "tokens", "metrics", "page", "websocket", "uploads", "operate", "clients", "openapi"),
-    *("dialects", "relay", "limits", "express"),
-)
 TESTED_UVICORN = ((0, 54), (0, 55))  # from the first on, and before the second
-
-
-def found_extras() -> Iterator[ModuleType]:
-    """Those that are beside this file; each has some of ``mount``, ``add_commands`` and ``set_up``."""
-    for name in EXTRAS:
-        try:
-            yield importlib.import_module(f"resume_stream.extras.{name}")
-        except ModuleNotFoundError as error:
-            if error.name not in ("resume_stream.extras", f"resume_stream.extras.{name}"):
-                raise
 
 
 class Parts:
@@ -4478,6 +4632,13 @@ def url_of(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def kept_in(settings: Settings) -> str:
+    """Where, with no password in it."""
+    if settings.store:
+        return re.sub("//[^/]*@", "//", settings.store.partition("?")[0])
+    return f"SQLite {sqlite3.sqlite_version}, database {settings.db}"
+
+
 def start_line(settings: Settings, where: str) -> str:
     if settings.secret:
         who = "whoever has a token"
@@ -4486,7 +4647,7 @@ def start_line(settings: Settings, where: str) -> str:
     else:
         who = "this machine only"
     return (
-        f"resume-stream {__version__} on {where}, SQLite {sqlite3.sqlite_version}, database {settings.db}"
+        f"resume-stream {__version__} on {where}, {kept_in(settings)}"
         f" (synchronous={settings.synchronous}, ttl={settings.ttl:g}s, max_message={settings.max_message},"
         f" max_db={settings.max_db or 'none'}, max_readers={settings.max_readers}), open to {who}"
     )

@@ -22,6 +22,7 @@ from .rows_host import cold_start, footprint, held
 from .rows_latency import latency
 from .rows_layers import layers
 from .rows_packs import packs
+from .rows_redis import redis_appends, redis_fan_out, redis_latency
 from .rows_relay import relay
 from .rows_resume import catch_up, known_content, near_the_end
 from .rows_write import appends, streamed
@@ -37,6 +38,9 @@ ROWS: dict[str, Callable[[Plan], Row]] = {
     "known-content": known_content,
     "packs": packs,
     "relay": relay,
+    "redis-appends": redis_appends,
+    "redis-latency": redis_latency,
+    "redis-fan-out": redis_fan_out,
     "footprint": footprint,
     "held": held,
     "cold-start": cold_start,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from .results import BenchError
-from .servers import DURABLE_STREAMS, PACKAGE, Server, program
+from .servers import DURABLE_STREAMS_API, PACKAGE, Server, program
 
 TIMEOUT = 60.0  # seconds without a byte, after which a row fails
 RECEIVE = 256 * 1024
@@ -139,7 +139,7 @@ def stored_chunks(server: Server, name: str) -> int:
 
         with redis.Redis(port=server.store) as client:
             return int(client.xlen(name))
-    if server.api is DURABLE_STREAMS:
+    if server.api is DURABLE_STREAMS_API:
         return len(call(server.port, "GET", f"/{name}?offset=-1"))
     return int(call(server.port, "GET", f"/api/threads/{name}")["chunkCount"])
 

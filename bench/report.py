@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -17,10 +16,10 @@ from pathlib import Path
 from .chart import chart, layers_chart
 from .plan import Plan
 from .results import Line, Row
-from .servers import CACHE, PACKAGE
+from .servers import DURABLE_STREAMS, PACKAGE, RESUMABLE_STREAM, installed_version
 
 NOTES = PACKAGE / "NOTES.md"
-PACKAGES = ("litestar", "uvicorn", "uvloop", "httptools", "msgspec", "aiosqlite")
+PACKAGES = ("litestar", "uvicorn", "uvloop", "httptools", "msgspec", "aiosqlite", "redis")
 PROGRAMS = {
     "nginx": ("nginx", "-v"),
     "nchan": ("dpkg-query", "-W", "libnginx-mod-nchan"),
@@ -71,9 +70,9 @@ def versions() -> str:
     found = {"Python": platform.python_version(), "SQLite": sqlite3.sqlite_version}
     found |= {name: metadata.version(name) for name in PACKAGES}
     found |= {name: said for name, command in PROGRAMS.items() if (said := first_version(command))}
-    manifest = CACHE / "node_modules" / "@durable-streams" / "server" / "package.json"
-    if manifest.exists():
-        found["@durable-streams/server"] = json.loads(manifest.read_text())["version"]
+    for name, _ in (DURABLE_STREAMS, RESUMABLE_STREAM):
+        if version := installed_version(name):
+            found[name] = version
     return f"**Versions:** {', '.join(f'{name} {version}' for name, version in found.items())}."
 
 

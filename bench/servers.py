@@ -25,7 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "resume-stream-bench"
 OLD_COMMIT = "95ac55e4218facc73080f1a25a9ddae0969a7eea"  # of this project's own history: version 0.1
-DURABLE_STREAMS_VERSION = "0.3.7"
+DURABLE_STREAMS = ("@durable-streams/server", "0.3.7")
+RESUMABLE_STREAM = ("resumable-stream", "2.2.13")
+NODE_REDIS = ("redis", "6.3.1")  # the client that the latter takes
 NCHAN_PLACES = ("/usr/lib/nginx/modules", "/usr/lib64/nginx/modules", "/usr/share/nginx/modules")
 START_TIMEOUT = 30.0  # seconds
 
@@ -41,7 +43,8 @@ class Api:
 
 
 SERVICE = Api("/api/threads/@/messages/run/chunks", "/api/threads/@/stream?follow=true", "/api/threads/@/messages/run")
-DURABLE_STREAMS = Api("/@", "/@?offset=-1&live=sse", "/@", "application/json")
+DURABLE_STREAMS_API = Api("/@", "/@?offset=-1&live=sse", "/@", "application/json")
+RESUMABLE_STREAM_API = Api("/@", "/@", "/@")
 NCHAN = Api("/pub/@", "/sub/@")
 
 
@@ -62,7 +65,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running(
-    command: Sequence[str | Path], folder: Path, port: int | None = None, api: Api = SERVICE
+    command: Sequence[str | Path], folder: Path, port: int | None = None, api: Api = SERVICE, **variables: str
 ) -> Iterator[Server]:
     """The command as a server, once it accepts connections.
 
@@ -78,7 +81,7 @@ def running(
             stdout=output,
             stderr=output,
             stdin=subprocess.DEVNULL,
-            env=environment,
+            env={**environment, **variables},
             cwd=ROOT,
             start_new_session=True,
         )
@@ -162,9 +165,8 @@ def handler(folder: Path, *arguments: str) -> contextlib.AbstractContextManager[
     return running([sys.executable, "-m", "bench.peer_apps", str(port), *arguments], folder, port)
 
 
-@contextlib.contextmanager
-def handler_with_redis(folder: Path) -> Iterator[Server]:
-    """A Litestar handler in front of Redis Streams. Raises Unavailable."""
+def redis(folder: Path) -> contextlib.AbstractContextManager[Server]:
+    """A Redis that has on disk what it acknowledges. Raises Unavailable."""
     try:
         import redis  # noqa: F401
     except ImportError as error:
@@ -172,33 +174,61 @@ def handler_with_redis(folder: Path) -> Iterator[Server]:
     port = free_port()
     flags = ("--bind", "127.0.0.1", "--save", "", "--appendonly", "yes", "--appendfsync", "always")
     folder.mkdir(parents=True, exist_ok=True)
-    command = [program("redis-server"), "--port", str(port), "--dir", str(folder), *flags]
-    with running(command, folder, port) as store, handler(folder / "handler", str(port)) as server:
+    return running([program("redis-server"), "--port", str(port), "--dir", str(folder), *flags], folder, port)
+
+
+@contextlib.contextmanager
+def handler_with_redis(folder: Path) -> Iterator[Server]:
+    """A Litestar handler in front of Redis Streams. Raises Unavailable."""
+    with redis(folder) as store, handler(folder / "handler", str(store.port)) as server:
         yield dataclasses.replace(server, store=store.port)
+
+
+@contextlib.contextmanager
+def behind_nginx(folder: Path, count: int, flags: Sequence[str]) -> Iterator[Server]:
+    """So many processes of resume-stream, which nginx asks in turn. Raises Unavailable."""
+    with contextlib.ExitStack() as exits:
+        processes = [exits.enter_context(service(folder / f"process-{number}", flags)) for number in range(count)]
+        upstream = " ".join(f"server 127.0.0.1:{process.port};" for process in processes)
+        http = f"upstream processes {{ {upstream} keepalive 64; keepalive_timeout 4s; }}"
+        yield exits.enter_context(nginx(folder / "nginx", PASSES_ON, http))
 
 
 def durable_streams(folder: Path, *, in_memory: bool = False) -> contextlib.AbstractContextManager[Server]:
     """The Node server of Durable Streams with its file store, or the one in memory. Raises Unavailable."""
     node = program("node")
-    install_durable_streams()
+    install(DURABLE_STREAMS)
     data = folder / "data"
     data.mkdir(parents=True)
     where = [] if in_memory else [data]
-    return running([node, PACKAGE / "durable_streams.mjs", CACHE, *where], folder, api=DURABLE_STREAMS)
+    return running([node, PACKAGE / "durable_streams.mjs", CACHE, *where], folder, api=DURABLE_STREAMS_API)
 
 
-def install_durable_streams() -> None:
+def resumable_stream(folder: Path, store: Server) -> contextlib.AbstractContextManager[Server]:
+    """The Node library resumable-stream in a server of our own. Raises Unavailable."""
+    node = program("node")
+    install(RESUMABLE_STREAM, NODE_REDIS)
+    address = f"redis://127.0.0.1:{store.port}"
+    command = [node, PACKAGE / "resumable_stream.mjs", CACHE]
+    return running(command, folder, api=RESUMABLE_STREAM_API, REDIS_URL=address)
+
+
+def installed_version(name: str) -> str:
+    """Of an npm package in the cache; empty where there is none."""
+    manifest = CACHE / "node_modules" / name / "package.json"
+    return str(json.loads(manifest.read_text())["version"]) if manifest.exists() else ""
+
+
+def install(*packages: tuple[str, str]) -> None:
     """Once, into a cache outside of the repository. Raises Unavailable."""
-    manifest = CACHE / "node_modules" / "@durable-streams" / "server" / "package.json"
-    if manifest.exists() and json.loads(manifest.read_text())["version"] == DURABLE_STREAMS_VERSION:
+    wanted = [f"{name}@{version}" for name, version in packages if installed_version(name) != version]
+    if not wanted:
         return
     CACHE.mkdir(parents=True, exist_ok=True)
     command = [program("npm"), "install", "--prefix", str(CACHE), "--no-audit", "--no-fund", "--ignore-scripts"]
-    done = subprocess.run(
-        [*command, f"@durable-streams/server@{DURABLE_STREAMS_VERSION}"], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, *wanted], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise Unavailable(f"npm cannot install @durable-streams/server: {done.stderr[-200:]}")
+        raise Unavailable(f"npm cannot install {', '.join(wanted)}: {done.stderr[-200:]}")
 
 
 NGINX = """
@@ -223,6 +253,18 @@ http {{
 }}
 """
 
+PASSES_ON = """
+        location / {
+            proxy_pass http://processes;
+            proxy_http_version 1.1;
+            proxy_set_header Host $http_host;
+            proxy_set_header Connection "";
+            proxy_buffering off;
+            proxy_request_buffering off;
+            proxy_read_timeout 1h;
+            client_max_body_size 0;
+        }
+"""
 ANSWERS_201 = 'location / { return 201 "{}"; }'
 NCHAN_LOCATIONS = r"""
         location ~ ^/pub/(.+)$ {

@@ -59,7 +59,8 @@ def environment() -> Path:
     if not python.exists():
         venv.create(folder, with_pip=True, clear=True)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", PYINSTALLER, *project["dependencies"])
+    needed = [*project["dependencies"], *project["optional-dependencies"]["redis"]]
+    run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", PYINSTALLER, *needed)
     return python
 
 

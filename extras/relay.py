@@ -316,7 +316,9 @@ class Relay:
             # As a transport it sends and gives what it is told: no cookies, no redirects, no names of its own.
             limits = httpx.Limits(max_keepalive_connections=KEPT_CONNECTIONS, keepalive_expiry=KEPT_FOR)
             self._transport = httpx.AsyncHTTPTransport(limits=limits)
-            self._go(self.buffer.patiently(self._abort_orphans))
+            # Where others record into the same store, nobody can tell whose it is: producer_timeout ends it.
+            if not self.buffer.settings.store:
+                self._go(self.buffer.patiently(self._abort_orphans))
 
     def stop(self) -> None:
         """What is being recorded is aborted at the next start, so that nobody takes its end here for the answer's."""

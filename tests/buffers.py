@@ -165,7 +165,8 @@ async def on_writer(buffer: ChunkBuffer, work: Callable[[sqlite3.Connection], An
 
 def kept_for_readers(buffer: ChunkBuffer) -> list[Any]:
     """All that a buffer holds for the sake of those who read now, or watch for an end."""
-    return [*buffer._tails, *store_of(buffer)._poll_intervals]
+    store = store_of(buffer)
+    return [*buffer._tails, *(store._watched if buffer.settings.store else store._poll_intervals)]
 
 
 class Polls:

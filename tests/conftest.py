@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -113,10 +114,16 @@ class Service:
     command: ClassVar[list[str]] = [sys.executable, str(ROOT / "app.py")]
 
     def __init__(
-        self, db: Path, *flags: str, environment: dict[str, str] | None = None, wrap: Sequence[str] = ()
+        self,
+        db: Path,
+        *flags: str,
+        environment: dict[str, str] | None = None,
+        wrap: Sequence[str] = (),
+        store: str = "",
     ) -> None:
         self.db = db
-        self.flags = flags
+        self.flags = (*flags, "--store", store) if store else flags
+        self.is_elsewhere = bool(store)  # and the file is not made
         self.environment = environment or {}
         self.wrap = wrap
         self.log = db.with_name(f"{db.name}.log")
@@ -215,16 +222,96 @@ def api_client(service: Service) -> httpx.Client:
     return httpx.Client(base_url=service.api, timeout=TIMEOUT, verify=False)  # it is HTTP: spare the certificates
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
+class RedisServer:
+    """A Redis of its own, on a Unix socket, with a database for whoever asks; what it holds dies with it."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.folder = folder
+        self.socket = folder / "redis.sock"
+        self.options = options
+        self.databases = iter(range(4096))
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Self:
+        command = ["redis-server", "--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.folder)]
+        command += ["--save", "", "--databases", "4096", "--logfile", str(self.folder / "redis.log"), *self.options]
+        self.process = process = subprocess.Popen(command)
+        wait_until(lambda: self.answers() or process.poll() is not None, "Redis to answer")
+        assert process.poll() is None, (self.folder / "redis.log").read_text()
+        return self
+
+    def says(self, *command: str) -> bytes:
+        """To an inline command, as it comes (RESP)."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(TIMEOUT)
+            connection.connect(str(self.socket))
+            connection.sendall(" ".join(command).encode() + b"\r\n")
+            return connection.recv(65536)
+
+    def answers(self) -> bool:
+        with contextlib.suppress(OSError):
+            return self.says("PING") == b"+PONG\r\n"
+        return False
+
+    def send(self, sig: int) -> None:
+        assert self.process
+        self.process.send_signal(sig)
+
+    def end(self, sig: int = signal.SIGKILL) -> None:
+        process, self.process = self.process, None
+        if process is not None:
+            process.send_signal(sig)
+            process.wait(TIMEOUT)
+
+    def address(self) -> str:
+        """Of a database that nobody else has."""
+        return f"unix://{self.socket}?db={next(self.databases)}"
+
+
+def why_no_redis() -> str:
+    if importlib.util.find_spec("redis") is None:
+        return "there is no redis-py; pip install '.[redis]'"
+    return "" if shutil.which("redis-server") else "there is no redis-server"
 
 
 @pytest.hookimpl
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """What a file that says ``BOTH_WAYS`` asks of a service is asked with and without its express ways."""
-    if getattr(metafunc.module, "BOTH_WAYS", False) and not inspect.iscoroutinefunction(metafunc.function):
+    """Where a file says ``STORES``, its tests that have a store run on each of them; where it says ``BOTH_WAYS``,
+    what it asks of a service is asked with and without its express ways, which have to do with no store."""
+    stores = getattr(metafunc.module, "STORES", ()) if "store" in metafunc.fixturenames else ()
+    if metafunc.definition.get_closest_marker("sqlite"):
+        stores = stores[:1]
+    is_asked_twice = getattr(metafunc.module, "BOTH_WAYS", False) and not inspect.iscoroutinefunction(metafunc.function)
+    if stores and is_asked_twice:
+        ways = [(stores[0], "ordinary"), *((store, "express") for store in stores)]
+        metafunc.parametrize(("store", "way"), ways, indirect=True, scope="module")
+    elif stores:
+        metafunc.parametrize("store", stores, indirect=True, scope="module")
+    elif is_asked_twice:
         metafunc.parametrize("way", ["express", "ordinary"], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    if reason := why_no_redis():
+        pytest.skip(reason)
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield server.start()
+    server.end()
+
+
+@pytest.fixture(scope="module")
+def store(request: pytest.FixtureRequest) -> Callable[[], str]:
+    """Addresses of stores that hold nothing yet, as ``--store`` takes them: empty for a SQLite file."""
+    if getattr(request, "param", "sqlite") == "sqlite":
+        return str
+    server: RedisServer = request.getfixturevalue("redis_server")
+    return server.address
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -243,12 +330,13 @@ def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture
-def start_service(tmp_path: Path) -> Iterator[Callable[..., Service]]:
+def start_service(tmp_path: Path, store: Callable[[], str]) -> Iterator[Callable[..., Service]]:
     """Start services; what is still running at the end of the test is killed."""
     started: list[Service] = []
+    address = store()
 
     def start(*flags: str, db: Path | None = None, environment: dict[str, str] | None = None) -> Service:
-        service = Service(db or tmp_path / "chunks.db", *flags, environment=environment)
+        service = Service(db or tmp_path / "chunks.db", *flags, environment=environment, store=address)
         started.append(service)
         return service.start()
 
@@ -277,12 +365,16 @@ def thread() -> str:
 
 
 @pytest.fixture
-def make_buffer(tmp_path: Path) -> Callable[..., contextlib.AbstractAsyncContextManager[ChunkBuffer]]:
+def make_buffer(
+    tmp_path: Path, store: Callable[[], str]
+) -> Callable[..., contextlib.AbstractAsyncContextManager[ChunkBuffer]]:
     """Make buffers on the test's own database: ``async with make_buffer(ttl=1) as buffer``."""
+    address = store()
 
     def make(**settings: Any) -> ChunkBuffer:
-        return ChunkBuffer(Settings(**{"db": str(tmp_path / "chunks.db"), **settings}))
+        return ChunkBuffer(Settings(**{"db": str(tmp_path / "chunks.db"), "store": address, **settings}))
 
+    make.address = address
     return make
 
 

@@ -15,20 +15,21 @@ from hypothesis import strategies as st
 from resume_stream import Chunk, ChunkBuffer, MessageEnd, Settings, Signal
 
 RESET = Signal.RESET
+STORES = ("sqlite", "redis")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+def run(tmp_path_factory: pytest.TempPathFactory, store: Callable[[], str]) -> Iterator[Callable[..., Any]]:
     """Run a coroutine on the loop of one buffer that all of these tests share."""
     folder: Path = tmp_path_factory.mktemp("matching")
-    buffer = ChunkBuffer(Settings(db=str(folder / "chunks.db"), synchronous="NORMAL"))
+    buffer = ChunkBuffer(Settings(db=str(folder / "chunks.db"), store=store(), synchronous="NORMAL"))
     with asyncio.Runner() as runner:
         runner.run(buffer.__aenter__())
         yield lambda work, *arguments: runner.run(work(buffer, *arguments))
         runner.run(buffer.__aexit__(None, None, None))
 
 
-async def store(buffer: ChunkBuffer, pieces: Sequence[Chunk | str], others: Sequence[str] = ()) -> None:
+async def put(buffer: ChunkBuffer, pieces: Sequence[Chunk | str], others: Sequence[str] = ()) -> None:
     """The message "run" of a new thread, with another message's chunks between its own."""
     for thread in (await buffer.get_threads()).threads:
         await buffer.clear_thread_buffer(thread.thread_id)
@@ -47,7 +48,7 @@ async def resumed(buffer: ChunkBuffer, known: str) -> list[Any]:
 
 
 async def resume_of(buffer: ChunkBuffer, pieces: Sequence[Chunk | str], known: str, others: Sequence[str] = ()) -> Any:
-    await store(buffer, pieces, others)
+    await put(buffer, pieces, others)
     return await resumed(buffer, known)
 
 
@@ -118,7 +119,7 @@ def test_empty_chunks_right_after_the_text_are_not_skipped(run: Callable[..., An
 
 def test_a_cut_chunk_keeps_its_event_and_the_end_is_delivered_to_one_who_has_all(run: Callable[..., Any]) -> None:
     async def check(buffer: ChunkBuffer) -> None:
-        await store(buffer, ["a", Chunk("bcd", "tool")])
+        await put(buffer, ["a", Chunk("bcd", "tool")])
         end = await buffer.complete_message("thread", "run")
         first, last = [item async for item in buffer.resume_stream("thread", "run", "ab")]
         assert (first.content, first.event, first.seq) == ("cd", "tool", 2)
@@ -136,7 +137,7 @@ def test_other_messages_are_no_part_of_the_text(run: Callable[..., Any]) -> None
 
 def test_a_reader_who_has_all_there_is_waits_for_what_comes_next(run: Callable[..., Any]) -> None:
     async def check(buffer: ChunkBuffer) -> None:
-        await store(buffer, ["ab"])
+        await put(buffer, ["ab"])
         reading = await attached(buffer, buffer.resume_stream("thread", "run", "ab"), 1)
         await buffer.add_chunks("thread", "run", ["c"])
         assert await reading == [(2, "c")]
@@ -149,7 +150,7 @@ def test_a_long_text_is_matched_too(run: Callable[..., Any]) -> None:
     text = "".join(pieces)
 
     async def check(buffer: ChunkBuffer) -> None:
-        await store(buffer, [])
+        await put(buffer, [])
         for start in range(0, len(pieces), 500):
             await buffer.add_chunks("thread", "other", ["x"] * 7)
             await buffer.add_chunks("thread", "run", pieces[start : start + 500])
@@ -172,7 +173,7 @@ def test_what_follows_any_prefix_is_the_rest(run: Callable[..., Any], pieces: li
     text = "".join(pieces)
 
     async def check(buffer: ChunkBuffer) -> None:
-        await store(buffer, pieces, others)
+        await put(buffer, pieces, others)
         for cut in range(len(text) + 1):
             found = await resumed(buffer, text[:cut])
             assert RESET not in found

@@ -38,7 +38,7 @@ def test_extras_are_told_of_nothing_that_none_of_them_uses() -> None:
 
 
 def test_every_extra_is_mounted() -> None:
-    assert sorted(resume_stream.EXTRAS) == [path.stem for path in EXTRAS]
+    assert sorted({*resume_stream.EXTRAS, *resume_stream.STORES.values()}) == [path.stem for path in EXTRAS]
 
 
 def test_app_imports_no_file_beside_it() -> None:

@@ -22,6 +22,7 @@ CHUNK, BODY, MESSAGE = 100, 1024, 500
 WEIGHT = 16  # of a chunk, besides its text
 
 
+STORES = ("sqlite", "redis")
 service = shared_service("--max-chunk", f"{CHUNK}B", "--max-body", "1KiB", "--max-message", str(MESSAGE))
 
 
@@ -201,6 +202,7 @@ def fill(client: httpx.Client, text: str = "x" * 20_000) -> tuple[int, httpx.Res
     raise AssertionError("max_db did nothing")
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("by_cleanup", [False, True], ids=["DELETE", "cleanup"])
 def test_a_full_database_takes_appends_again_once_there_is_room(
     start_service: Callable[..., Service], by_cleanup: bool
@@ -236,6 +238,7 @@ def test_a_full_database_takes_appends_again_once_there_is_room(
     assert service.db.stat().st_size <= limit
 
 
+@pytest.mark.sqlite
 def test_a_stream_goes_on_over_a_full_database(start_service: Callable[..., Service]) -> None:
     service = start_service("--max-db", "400KiB")
     with api_client(service) as client, Stream(service, "/threads/t/stream?follow=true") as stream:
@@ -248,6 +251,7 @@ def test_a_stream_goes_on_over_a_full_database(start_service: Callable[..., Serv
         assert b"event: complete" in stream.frame()
 
 
+@pytest.mark.sqlite
 def test_a_size_that_holds_no_database_is_refused(start_service: Callable[..., Service]) -> None:
     """Not taken for no limit at all."""
     with pytest.raises(RuntimeError, match=r"max_db|max-db"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import resume_stream
 from buffers import follow, locate_text, pack
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from resume_stream import Appended, Chunk, ChunkBuffer, MessageEnd, Problem, Settings, Signal, StoredChunk
 
 THREADS = st.sampled_from(["t", "ü"])
@@ -174,10 +175,13 @@ def plain(entry: StoredChunk | MessageEnd) -> tuple[int, str, Any]:
 
 
 class BufferIsLikeItsModel(RuleBasedStateMachine):
+    address = staticmethod(str)  # of a store that holds nothing yet: a SQLite file
+
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
-        self.settings = Settings(db=str(Path(self.folder.name) / "chunks.db"), synchronous="NORMAL")
+        db = str(Path(self.folder.name) / "chunks.db")
+        self.settings = Settings(db=db, store=self.address(), synchronous="NORMAL")
         self.runner = asyncio.Runner()
         self.model = Model()
         self.generation = 0
@@ -455,14 +459,23 @@ async def first(call: Any) -> Any:
     return (await call)[0]
 
 
-BufferIsLikeItsModel.TestCase.settings = settings(
-    max_examples=60,
-    stateful_step_count=30,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    print_blob=True,
-    phases=[Phase.generate],  # to shrink a case that waits in vain would take minutes
-    suppress_health_check=list(HealthCheck),
-)
-TestBufferIsLikeItsModel = BufferIsLikeItsModel.TestCase
+STORES = ("sqlite", "redis")
+
+
+def test_the_buffer_is_like_its_model(store: Callable[[], str]) -> None:
+    class OnThisStore(BufferIsLikeItsModel):
+        address = staticmethod(store)
+
+    run_state_machine_as_test(
+        OnThisStore,
+        settings=settings(
+            max_examples=60 if store is str else 20,
+            stateful_step_count=30,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            print_blob=True,
+            phases=[Phase.generate],  # to shrink a case that waits in vain would take minutes
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

@@ -18,6 +18,7 @@ from buffers import detached, follow, is_of_detached_reader, store_of, take
 from resume_stream import ChunkBuffer, Signal
 
 pytestmark = pytest.mark.anyio
+STORES = ("sqlite", "redis")
 
 READER = ("locates", "registers", "reads", "gets")
 PRODUCER = ("commits 1", "publishes 1", "commits 2", "publishes 2")
@@ -47,10 +48,10 @@ class Gates:
         store = store_of(buffer)
         read, commit = store.read, store.commit
 
-        async def gated_read(*work: Any) -> Any:
+        async def gated_read(*work: Any, **options: Any) -> Any:
             task = asyncio.current_task()
             mine = task is self.reader or is_of_detached_reader(task)
-            return await self._through(next(self._reads, None) if mine else None, lambda: read(*work))
+            return await self._through(next(self._reads, None) if mine else None, lambda: read(*work, **options))
 
         async def gated_commit(operations: Any) -> Any:
             return await self._through(next(self._commits, None), lambda: commit(operations))

@@ -12,6 +12,7 @@ import pytest
 from conftest import api_client, append
 from wire import JSON, NDJSON, TEXT, contents, message_path, problem, serving, shared_service
 
+STORES = ("sqlite", "redis")
 BOTH_WAYS = True
 
 service = shared_service()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import random
 import signal
@@ -10,7 +11,7 @@ import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,39 @@ from conftest import TIMEOUT, Service, append, until, wait_until
 from resume_stream import ChunkBuffer, MessageEnd
 
 pytestmark = pytest.mark.anyio
+STORES = ("sqlite", "redis")
 BOTH_WAYS = True
 
 # Dead producers
 
 
 class Clock:
-    """Time that goes on when the test says so, and knows when somebody has looked at it."""
+    """Time that goes on when the test says so, also for a Redis, and knows when somebody has looked at it."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+        self._redis = None
+        if address:
+            redis_store = importlib.import_module("resume_stream.extras.redis_store")
+            self._redis = importlib.import_module("redis").Redis.from_url(address)
+            monkeypatch.setattr(redis_store, "TIME", "redis.call('MGET', 'clock:s', 'clock:us')")
+            monkeypatch.setattr(redis_store, "now_ms", self)
         self.now = 1_763_829_000_000
         self.looks = 0
         monkeypatch.setattr(resume_stream, "now_ms", self)
+
+    @property
+    def now(self) -> int:
+        return self._now
+
+    @now.setter
+    def now(self, ms: int) -> None:
+        self._now = ms
+        if self._redis is not None:
+            self._redis.mset({"clock:s": ms // 1000, "clock:us": ms % 1000 * 1000})
+
+    def close(self) -> None:
+        if self._redis is not None:
+            self._redis.close()
 
     def __call__(self) -> int:
         self.looks += 1
@@ -45,6 +67,13 @@ class Clock:
         await until(lambda: self.looks >= looks, f"{looks} looks at the clock")
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch, make_buffer: Any) -> Iterator[Clock]:
+    clock = Clock(monkeypatch, make_buffer.address)
+    yield clock
+    clock.close()
+
+
 async def status_of(buffer: ChunkBuffer, message_id: str = "m") -> tuple[str, str | None]:
     (found,) = (m for m in (await buffer.get_thread_status("t")).messages if m.message_id == message_id)
     return found.status, found.reason
@@ -54,10 +83,7 @@ TIMEOUTS = {"producer_timeout": 0.2, "ttl": 1e9, "cleanup_interval": 1e9}
 TIMED_OUT = ("aborted", "producer_timeout")
 
 
-async def test_a_silent_message_is_aborted_and_its_readers_are_told(
-    make_buffer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Clock(monkeypatch)
+async def test_a_silent_message_is_aborted_and_its_readers_are_told(make_buffer: Any, clock: Clock) -> None:
     async with make_buffer(**TIMEOUTS) as buffer:
         await buffer.add_chunks("t", "m", ["text"])
         await buffer.open_message("t", "opened")
@@ -86,9 +112,8 @@ async def test_a_silent_message_is_aborted_and_its_readers_are_told(
     ],
 )
 async def test_a_sign_of_life_postpones_the_abort(
-    make_buffer: Any, monkeypatch: pytest.MonkeyPatch, sign_of_life: Callable[[ChunkBuffer], Any]
+    make_buffer: Any, clock: Clock, sign_of_life: Callable[[ChunkBuffer], Any]
 ) -> None:
-    clock = Clock(monkeypatch)
     async with make_buffer(**TIMEOUTS) as buffer:
         await buffer.add_chunks("t", "m", ["text"])
         for _ in range(3):
@@ -100,11 +125,11 @@ async def test_a_sign_of_life_postpones_the_abort(
         assert await status_of(buffer) == TIMED_OUT
 
 
+@pytest.mark.sqlite
 async def test_time_in_which_the_database_was_locked_does_not_count(
-    make_buffer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    make_buffer: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(resume_stream, "BUSY_TIMEOUT", 0.01)
-    clock = Clock(monkeypatch)
     async with make_buffer(**TIMEOUTS) as buffer:
         await buffer.add_chunks("t", "m", ["text"])
         with contextlib.closing(sqlite3.connect(tmp_path / "chunks.db", isolation_level=None)) as other:
@@ -117,10 +142,7 @@ async def test_time_in_which_the_database_was_locked_does_not_count(
         assert (await buffer.add_chunks("t", "m", ["more"])).status == "active"
 
 
-async def test_time_in_which_the_service_was_down_does_not_count(
-    make_buffer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Clock(monkeypatch)
+async def test_time_in_which_the_service_was_down_does_not_count(make_buffer: Any, clock: Clock) -> None:
     async with make_buffer(**TIMEOUTS) as buffer:
         await buffer.add_chunks("t", "m", ["text"])
     clock.now += 3_600_000
@@ -132,8 +154,7 @@ async def test_time_in_which_the_service_was_down_does_not_count(
         assert await status_of(buffer) == TIMED_OUT
 
 
-async def test_no_producer_timeout_is_no_abort(make_buffer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
+async def test_no_producer_timeout_is_no_abort(make_buffer: Any, clock: Clock) -> None:
     async with make_buffer(**TIMEOUTS | {"producer_timeout": 0, "cleanup_interval": 0.01}) as buffer:
         await buffer.add_chunks("t", "m", ["text"])
         await clock.moves_on(86_400_000)
@@ -209,7 +230,7 @@ def test_a_service_that_is_told_to_stop_is_gone_within_a_second(
             thread.join(TIMEOUT)
     service.process.stdout.close()
     service.process = None
-    assert not Path(f"{service.db}-wal").exists()
+    assert not Path(f"{service.db}-wal").exists()  # nor where there is no such file at all
 
     service.start()
     with httpx.Client(base_url=service.api, timeout=TIMEOUT) as again:
@@ -259,6 +280,7 @@ def producers(service: Service, count: int) -> tuple[list[tuple[str, int | None]
     return answers, threads
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
 def test_a_service_with_nothing_to_do_stops_cleanly(service: Service, client: httpx.Client, sig: int) -> None:
     append(client, "t", "m", "text")
@@ -324,15 +346,16 @@ def test_nothing_acknowledged_is_missing_after_the_service_was_killed(service: S
         loader.join(TIMEOUT)
         assert loader.conflicts == []
         assert loader.retries > 0
+    with httpx.Client(base_url=service.api, timeout=TIMEOUT) as client:
+        found = chunks_of(client, "t")
+        last_seq = int(client.get("/threads/t").json()["cursor"].partition("-")[2])
     service.kill()
 
-    with contextlib.closing(sqlite3.connect(service.db)) as connection:
-        resume_stream.open_packs(connection)
-        assert connection.execute("pragma integrity_check").fetchall() == [("ok",)]
-        stored = connection.execute(
-            "select seq, message_id, content from entries join messages using (message) order by seq"
-        ).fetchall()
-        assert connection.execute("select last_seq from threads").fetchone() == (len(stored),)
+    if not service.is_elsewhere:
+        with contextlib.closing(sqlite3.connect(service.db)) as connection:
+            assert connection.execute("pragma integrity_check").fetchall() == [("ok",)]
+    stored = [(chunk["seq"], chunk["messageId"], chunk["content"]) for chunk in found]
+    assert last_seq == len(stored)
     assert [seq for seq, _, _ in stored] == list(range(1, len(stored) + 1))
     for loader in loaders:
         mine = [(seq, content) for seq, message_id, content in stored if message_id == loader.message]

@@ -20,6 +20,7 @@ RESET_FRAME = b"event: reset\ndata: {}\n\n"
 GONE_FRAME = b"event: gone\ndata: {}\n\n"
 
 
+STORES = ("sqlite", "redis")
 service = shared_service()
 
 

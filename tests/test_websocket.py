@@ -26,6 +26,7 @@ BOTH_WAYS = True
 MIB = 1024**2
 
 
+STORES = ("sqlite", "redis")
 service = shared_service()
 
 
@@ -303,6 +304,7 @@ def test_each_chunk_arrives_once_over_drops_and_restarts(start_service: Callable
 # Appends and aborts
 
 
+@pytest.mark.sqlite
 def test_an_append_is_acknowledged_once_it_is_committed(service: Service, ws: Socket, thread: str) -> None:
     with contextlib.closing(sqlite3.connect(f"file:{service.db}?mode=ro", uri=True)) as shell:
         resume_stream.open_packs(shell)
@@ -540,7 +542,8 @@ def test_a_reader_that_never_reads_hurts_nobody(start_service: Callable[..., Ser
         grown = service.memory() - before
         assert len(received) == total
         assert min(received) > len(text)
-        assert grown < 30 * MIB, f"{grown / MIB:.0f} MiB more"
+        allowed = 45 if service.is_elsewhere else 30  # what goes to Redis and is heard from there takes some more
+        assert grown < allowed * MIB, f"{grown / MIB:.0f} MiB more"
 
 
 def test_a_producer_that_never_reads_its_answers_is_slowed(start_service: Callable[..., Service]) -> None:

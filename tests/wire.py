@@ -20,17 +20,17 @@ NDJSON = {"Content-Type": "application/x-ndjson"}
 TEXT = {"Content-Type": "text/plain"}
 
 
-def serving(folder: Path, *flags: str) -> Service:
-    """A service for ``with``, with its database in this folder."""
-    return Service(folder / "chunks.db", *flags)
+def serving(folder: Path, *flags: str, store: str = "") -> Service:
+    """A service for ``with``, with its database in this folder, or in another store."""
+    return Service(folder / "chunks.db", *flags, store=store)
 
 
 def shared_service(*flags: str, fill: Callable[[httpx.Client], Any] = lambda client: None) -> Any:
     """The fixture ``service`` of a file whose tests share one, and what that holds from the start."""
 
     @pytest.fixture(scope="module")
-    def service(tmp_path_factory: pytest.TempPathFactory, way: str) -> Iterator[Service]:
-        with serving(tmp_path_factory.mktemp("shared"), *flags) as service:
+    def service(tmp_path_factory: pytest.TempPathFactory, store: Callable[[], str], way: str) -> Iterator[Service]:
+        with serving(tmp_path_factory.mktemp("shared"), *flags, store=store()) as service:
             with api_client(service) as client:
                 fill(client)
             yield service

@@ -16,7 +16,7 @@ import httpx
 import pytest
 import resume_stream
 import wire
-from conftest import ROOT, TIMEOUT, Service, api_client, append, wait_until
+from conftest import ROOT, TIMEOUT, RedisServer, Service, api_client, append, wait_until
 from relayed import Relay
 from upstream import CHAT, Upstream
 from websockets.sync.client import connect
@@ -198,6 +198,20 @@ def test_a_token_that_it_makes_opens_what_it_serves(
         client.headers["Authorization"] = f"Bearer {token}"
         assert append(client, "t", "m", "Hello").status_code == 201
         assert append(client, "another", "m", "Hello").status_code == 403
+
+
+def test_it_keeps_threads_in_redis_and_copies_them(
+    start_binary: Callable[..., Binary], run: Callable[..., subprocess.CompletedProcess[str]], redis_server: RedisServer
+) -> None:
+    binary, address = start_binary(), redis_server.address()
+    with api_client(binary) as client:
+        append(client, "t", "m", "Hello")
+    copied = run("copy", binary.db, address)
+    assert copied.returncode == 0, copied.stderr
+    binary.end()
+    with api_client(start_binary("--store", address)) as client:
+        assert append(client, "t", "m", " world", index=1).json()["seq"] == 2
+        assert client.get("/threads/t/content").json()["content"] == "Hello world"
 
 
 def test_size() -> None:

@@ -13,9 +13,9 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
-from conftest import load_app
+from conftest import load_app, why_no_redis
 
-from . import clock, crowd, disk, fuzz, heavy, kill, power
+from . import clock, crowd, disk, fuzz, heavy, instances, kill, power
 from .base import Verdict
 
 EXPECTED_MINUTES = 20  # in which every count below is tried once
@@ -30,6 +30,15 @@ def faults(minutes: float) -> Iterator[tuple[str, Callable[[Path], Verdict | Cor
 
     no_strace = power.why_not()
     yield "", lambda folder: kill.survive_kills(folder, kills=times(100, 50), producers=32, readers=64, longest=3)
+    on_redis = [
+        (instances.kill_an_instance, times(30, 5)),
+        (instances.kill_redis, times(10, 3)),
+        (instances.cut_connections, times(10, 2)),
+        (instances.pause_redis, times(4)),
+        (instances.stop_redis, times(4)),
+        (instances.fill_redis, times(4)),
+    ]
+    yield why_no_redis(), lambda folder: instances.survive_on_redis(folder, faults=on_redis)
     yield no_strace, lambda folder: power.survive_power_cuts(folder, cuts=times(1500, 100), appends=times(300, 50))
     yield "", lambda folder: disk.survive_full_disk(folder, times=times(20, 4))
     yield "", lambda folder: disk.survive_size_limit(folder, times=times(10, 2))

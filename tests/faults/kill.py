@@ -8,7 +8,7 @@ import json
 import random
 import signal
 import sqlite3
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ class Broken(Exception):
 class Producer:
     """Sends the pieces of one message, and sends again, with ``index``, what was not acknowledged."""
 
+    for_now: tuple[int, ...] = (503,)  # what it is answered where it is to try again
+
     def __init__(self, verdict: Verdict, service: Service, thread: str, message: str, way: str, rng: random.Random):
         self.verdict, self.service, self.rng = verdict, service, rng
         self.thread, self.message, self.way = thread, message, way
@@ -41,6 +43,7 @@ class Producer:
         self.acknowledged = 0
         self.index = 0  # the service's number of the next chunk: plain text is cut by the service
         self.finishing = False
+        self.refusals: Counter[int] = Counter()
 
     async def run(self) -> None:
         while True:
@@ -51,7 +54,9 @@ class Producer:
             except BROKEN_LINK:
                 await asyncio.sleep(0.05)
                 continue
-            if answer.status == 503:
+            if answer.status in self.for_now:
+                self.refusals[answer.status] += 1
+                self.verdict.expect(answer.is_problem, f"{answer.status} came with {answer.body[:200]!r}")
                 await asyncio.sleep(0.1)
             elif answer.status not in (200, 201):
                 self.verdict.fail(f"{self.message} ({self.way}): {answer.status} {answer.body[:200]!r}")

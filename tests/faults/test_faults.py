@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import why_no_redis
 
-from . import clock, crowd, disk, fuzz, heavy, kill, power
+from . import clock, crowd, disk, fuzz, heavy, instances, kill, power
 from .base import Verdict
 
 
@@ -22,6 +23,13 @@ def expect_sound(found: Verdict | Coroutine[Any, Any, Verdict]) -> None:
 
 def test_sigkill_under_load_loses_nothing(tmp_path: Path) -> None:
     expect_sound(kill.survive_kills(tmp_path, kills=3, producers=6, readers=9, longest=0.5))
+
+
+@pytest.mark.skipif(bool(why_no_redis()), reason=why_no_redis())
+def test_instances_and_redis_killed_under_load_lose_nothing(tmp_path: Path) -> None:
+    faults = [(instances.kill_an_instance, 1), (instances.kill_redis, 1), (instances.fill_redis, 1)]
+    size = {"instances": 2, "producers": 4, "readers": 6, "longest": 0.3}
+    expect_sound(instances.survive_on_redis(tmp_path, faults=faults, **size))
 
 
 @pytest.mark.skipif(bool(power.why_not()), reason=power.why_not())
