@@ -163,7 +163,9 @@ def wrk(server: Server, names: str, connections: int, seconds: float) -> Load:
     arguments = [server.api.append.replace("@", f"{names}@"), str(connections), CHUNK.decode()]
     result = _run_wrk(server.port, arguments, connections, f"{seconds:.0f}s")
     found = json.loads(result.partition("RESULT ")[2])
-    if found["bad_status"]:
+    if found["bad_status"] and server.api is DURABLE_STREAMS_API:  # which now and then refuses some
+        found["requests"] -= found["bad_status"]
+    elif found["bad_status"]:
         shown = _run_wrk(server.port, [*arguments, "hunt"], connections, "1s").partition("BAD ")[2].partition("\n")[0]
         raise BenchError(f"{found['bad_status']} answers to {names}… were not 2xx, one of them: {shown[:500]}")
     if found["socket_errors"] or not found["requests"]:
