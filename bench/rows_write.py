@@ -117,10 +117,11 @@ def appends(plan: Plan) -> Row:
         " same Python with the same packages. The handler is Litestar's under the same uvicorn settings: it reads and"
         " decodes the same body, stores nothing, and answers 201 with as many bytes. Redis is the same handler with an"
         " XADD, one pool of connections, and `appendfsync always`; Durable Streams is its Node server with the file"
-        " store, a stream for each thread, and what it refuses now and then is not counted; both sync each append in the lines of NORMAL too. Bare sqlite3 commits one"
-        " row at a time with the writes of an append, in one process, with no HTTP; with the wire's round trip added"
-        " it is the rate of one such commit, and then one answer of nginx over one connection, for each append, both"
-        " as measured in the same round. With a long poll_interval nothing but the producers themselves decides what"
+        " store, a stream for each thread, and what it refuses now and then is not counted; both sync each append in"
+        " the lines of NORMAL too. Bare sqlite3 commits one row at a time with the writes of an append, in one"
+        " process, with no HTTP; with the wire's round trip added it is the rate of one such commit, and then one"
+        " answer of nginx over one connection, for each append, both as measured in the same round. With a long"
+        " poll_interval nothing but the producers themselves decides what"
         " a commit takes. The load's ceiling is the same wrk against nginx that answers 201 at once.",
         [line(mode, count) for mode in MODES for count in CONNECTIONS],
         f"**Appends:** {most} single appends/s are committed and acknowledged over 32 connections with"
