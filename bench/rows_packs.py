@@ -53,7 +53,7 @@ def is_packed(database: Path, thread: str) -> bool:
             "select count(*) from (select 1 from chunks join threads using (thread) where thread_id = ? limit 64)",
             (thread,),
         ).fetchone()
-    return left < 64
+    return bool(left < 64)
 
 
 def wait_until_packed(folder: Path, thread: str) -> None:
@@ -91,7 +91,7 @@ def sizes(plan: Plan) -> list[Line]:
     for name, texts in {"5 bytes": tokens(count), **recordings(count // 5)}.items():
         ours, unpacked = (bytes_for_each(plan, name, texts, is_packing) for is_packing in (True, False))
         aim = under(5, "bytes", ours) if name == "5 bytes" else at_most_times(1 / 5, ours, unpacked, UNPACKED)
-        lines.append(Line(f"disk for each chunk of {name}", "bytes", ours, {UNPACKED: unpacked}, aim))
+        lines.append(Line(f"disk for each chunk of {name}", "bytes", ours, {UNPACKED: unpacked}, [aim]))
     return lines
 
 
@@ -116,7 +116,7 @@ def catch_up(plan: Plan) -> Line:
             }
         )
     ours, unpacked = figures[title], figures[UNPACKED]
-    return Line(title, "ms", ours, {UNPACKED: unpacked}, at_most_times(1, ours, unpacked, UNPACKED))
+    return Line(title, "ms", ours, {UNPACKED: unpacked}, [at_most_times(1, ours, unpacked, UNPACKED)])
 
 
 def longest_wait(client: Client, request: bytes, until: float) -> float:
@@ -153,7 +153,7 @@ def wait_of_appends(plan: Plan) -> Line:
     ours, without = (Samples(tuple(pair[place] for pair in taken)) for place in (0, 1))
     more = ours.median - without.median
     aim = Aim("under 20 ms more than without", f"{more:.1f} ms more", more < 20)
-    return Line("the longest append while 64 MiB are packed", "ms", ours, {"without": without}, aim)
+    return Line("the longest append while 64 MiB are packed", "ms", ours, {"without": without}, [aim])
 
 
 def packs(plan: Plan) -> Row:

@@ -200,7 +200,7 @@ def durable_streams(folder: Path, *, in_memory: bool = False) -> contextlib.Abst
     install(DURABLE_STREAMS)
     data = folder / "data"
     data.mkdir(parents=True)
-    where = [] if in_memory else [data]
+    where: list[str | Path] = [] if in_memory else [data]
     return running([node, PACKAGE / "durable_streams.mjs", CACHE, *where], folder, api=DURABLE_STREAMS_API)
 
 
