@@ -209,7 +209,7 @@ def resumable_stream(folder: Path, store: Server) -> contextlib.AbstractContextM
     node = program("node")
     install(RESUMABLE_STREAM, NODE_REDIS)
     address = f"redis://127.0.0.1:{store.port}"
-    command = [node, PACKAGE / "resumable_stream.mjs", CACHE]
+    command: list[str | Path] = [node, PACKAGE / "resumable_stream.mjs", CACHE]
     return running(command, folder, api=RESUMABLE_STREAM_API, REDIS_URL=address)
 
 
