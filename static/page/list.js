@@ -1,6 +1,7 @@
 /** The threads: a page of them at a time, the last words of those in sight, and finding one by its id. */
 
 import { ResumeStreamError, getThreadStatus, listThreads } from "../resume-stream.js";
+import { Words } from "./dialects.js";
 import { ago, counted, find, make, show, showFacts, sized } from "./dom.js";
 import { lookNow, watch } from "./poll.js";
 import { ask, report, service, showStatus, urlOf } from "./service.js";
@@ -85,7 +86,8 @@ class Row {
       throw error;
     });
     this.wordsOf = updatedAt;
-    const text = chunks.filter(({ event }) => event === null).map(({ content }) => content).join("");
+    const said = new Words();
+    const text = chunks.map(({ event, content }) => wordsOf(said, event, content)).join("");
     const reason = this.summary.status === "aborted" && ends.at(-1)?.reason;
     const last = chunks.at(-1);
     this.words.classList.toggle("reason", Boolean(reason));
@@ -101,6 +103,12 @@ class Row {
  */
 const entriesAfter = (threadId, after) =>
   ask(urlOf(["threads", threadId, "chunks"], { after: Math.max(after, 0), limit: 500 }));
+
+/** @param {Words} stream  @param {string | null} event  @param {string} content */
+function wordsOf(stream, event, content) {
+  const said = stream.of(event, content);
+  return said ? (said.words ?? "") : event === null ? content : "";
+}
 
 /** The end of a text, on one line, cut between words. @param {string} text  @param {number} length  characters */
 function lastOf(text, length) {

@@ -1,6 +1,7 @@
 /** A message as text: what it says, as it is written. */
 
 import { abortMessage } from "../resume-stream.js";
+import { RELAYED, Words, originOf } from "./dialects.js";
 import { announce, copyButton, find, make, makeButton, preferences, show } from "./dom.js";
 import { curlOf, report, service, showStatus, socket, urlOf } from "./service.js";
 
@@ -14,11 +15,15 @@ export class MessageView {
   cursor = "";
   state = ""; // its status, as far as it is shown
   /** @type {Piece[]} */ #waiting = [];
+  /** @type {Piece[] | null} */ #relayed = null; // as they came, where their words are shown in their place
+  /** @type {Words | null} */ #dialect = null;
+  #words = "";
   #isResumed = false;
   /** @type {AbortController | null} */ #reading = null;
 
   element = make("article", "message");
   #status = make("span", "status");
+  #origin = make("span", "origin");
   #body = make("div", "text");
   #reason = make("p", "reason");
   #carried = make("p", "carried");
@@ -30,23 +35,28 @@ export class MessageView {
     this.stop = makeButton("Stop", `Stop ${messageId}`, () => this.#abort());
     this.stop.className = "small danger";
     this.stop.hidden = true;
-    this.#status.hidden = this.#reason.hidden = this.#carried.hidden = true;
+    this.#origin.hidden = this.#status.hidden = this.#reason.hidden = this.#carried.hidden = true;
     this.#body.dir = "auto";
     this.copies = [
-      copyButton("Text", `text of ${messageId}`, () => this.text, report),
+      copyButton("Text", `text of ${messageId}`, () => this.#readable, report),
       copyButton("Cursor", `cursor of ${messageId}`, () => this.cursor, report),
       copyButton("curl", `curl that resumes ${messageId} here`, () => this.#curl(), report),
     ];
     const copies = make("span", "copies", "Copy");
     copies.append(...this.copies);
     const header = make("header");
-    header.append(make("h3", "", messageId), this.#status, this.stop, copies);
+    header.append(make("h3", "", messageId), this.#origin, this.#status, this.stop, copies);
     this.element.append(header, this.#body, this.#reason, this.#carried);
     this.#moveTo(kept?.cursor ?? "");
     if (!kept) return;
     kept.pieces.forEach((piece) => this.#add(piece));
     this.flush();
     this.#isResumed = true;
+  }
+
+  get #readable() {
+    this.flush();
+    return this.#relayed ? this.#words : this.text;
   }
 
   #curl() {
@@ -63,6 +73,7 @@ export class MessageView {
   /** What a reload is to find again. @returns {Kept} */
   get kept() {
     this.flush();
+    if (this.#relayed) return { pieces: this.#relayed, cursor: this.cursor };
     const pieces = [...this.#body.childNodes].map((node) => ({
       content: node.textContent ?? "",
       event: (node instanceof HTMLElement && node.dataset.event) || null,
@@ -113,22 +124,47 @@ export class MessageView {
       this.#carried.hidden = false;
       show(this.#carried, "Carried on from the text that this tab kept over the reload.");
     }
-    for (const { content, event } of this.#waiting.splice(0)) {
-      const last = /** @type {any} */ (this.#body.lastChild);
-      if (event !== null) {
-        if (last?.dataset?.event === event) last.append(content);
-        else {
-          const block = make("span", "event", content);
-          block.dataset.event = event;
-          this.#body.append(block);
-        }
-      } else if (last instanceof Text) last.appendData(content);
-      else this.#body.append(content);
+    for (const piece of this.#waiting.splice(0)) {
+      if (piece.event?.startsWith(RELAYED)) this.#showOrigin(piece.event);
+      else this.#write(this.#dialect ? this.#inWords(this.#dialect, piece) : piece);
+      this.#relayed?.push(piece);
     }
   }
 
+  /** @param {string} mark */
+  #showOrigin(mark) {
+    const { dialect, label } = originOf(mark);
+    [this.#dialect, this.#relayed] = [new Words(dialect), []];
+    this.#origin.hidden = false;
+    show(this.#origin, label);
+  }
+
+  /** @param {Words} dialect  @param {Piece} piece  @returns {Piece} */
+  #inWords(dialect, { content, event }) {
+    const said = dialect.of(event, content);
+    if (!said) return { content, event: event ?? "event" };
+    this.#words += said.words ?? "";
+    return said.note ? { content: said.note, event: "note" } : { content: said.words ?? "", event: null };
+  }
+
+  /** @param {Piece} piece */
+  #write({ content, event }) {
+    const last = /** @type {any} */ (this.#body.lastChild);
+    if (event !== null) {
+      if (last?.dataset?.event === event) last.append(content);
+      else {
+        const block = make("span", "event", content);
+        block.dataset.event = event;
+        this.#body.append(block);
+      }
+    } else if (last instanceof Text) last.appendData(content);
+    else this.#body.append(content);
+  }
+
   #clear() {
-    this.text = "";
+    this.text = this.#words = "";
+    this.#dialect = this.#relayed = null;
+    this.#origin.hidden = true;
     this.#moveTo("");
     this.#waiting = [];
     this.#isResumed = false;
