@@ -845,15 +845,17 @@ class Pump:
                     while events is not None:
                         await self._take(events, lift)
                         events = None if self._is_over else await self._source.take()
-                except (Failed, TooLarge) as failed:
-                    self._failed(failed.args[0] if isinstance(failed, Failed) else "message_too_large")
+                except Failed as failed:
+                    self._failed(failed.args[0])
+                except TooLarge:
+                    self._not_recorded("message_too_large")
                 except Conflict:
                     raise
                 except Problem as problem:
                     if not self._asked.answer.done() or self._buffer.stopping:
                         raise
                     log.warning("an answer of %s cannot be recorded any more: %s", message.upstream, problem.detail)
-                    self._failed("not_recorded")
+                    self._not_recorded("not_recorded")
                 lift()
                 await self._end()
         except Conflict:
@@ -866,6 +868,12 @@ class Pump:
             raise self._useless(reason)
         if self._status is None:
             self._status, self._outcome, self._reason = "aborted", reason, reason
+
+    def _not_recorded(self, reason: str) -> None:
+        """What was to end it is not in the store either, unless it was an error, which stays one."""
+        if self._status == "completed":
+            self._status = None
+        self._failed(reason)
 
     async def _take(self, events: list[Chunk], lift: Callable[[], Any]) -> None:
         for number, event in enumerate(events):

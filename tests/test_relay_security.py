@@ -13,7 +13,7 @@ from conftest import TIMEOUT, Service, wait_until
 from relayed import RETRY, Relay, bare_events, framed
 from resume_stream import Grant
 from resume_stream.extras.tokens import token_for
-from upstream import CHAT, EVENTS, OTHER, Recording, Upstream, relaying, shared_upstream
+from upstream import AG_UI, CHAT, EVENTS, OTHER, Recording, Upstream, relaying, shared_upstream
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 from wire import problem
@@ -311,6 +311,19 @@ def test_an_endless_upstream_ends_at_max_message(relay: Relay, upstream: Upstrea
     assert b'"code":"message_too_large"' in answer.content
     assert answer.content.count(b"data: x") > 10
     wait_until(lambda: upstream.left, "the upstream's connection is closed")
+
+
+@pytest.mark.parametrize("recording", [CHAT, AG_UI], ids=["its last event", "an end that others may follow"])
+def test_an_end_that_is_not_recorded_is_none(relay: Relay, upstream: Upstream, recording: Recording) -> None:
+    large = b'data: {"text":"%s"}\n\n' % (b"x" * 900)
+    filling, rest = large * 60, large * 20 + recording.pieces[-1]
+    upstream.answer(recording.ended(1, filling, rest).held(2))
+    with relay.reading(recording, **bearer("write")) as reading:
+        reading.events(61)
+        upstream.go_on()
+        *_, last = reading.rest().split(b"\n\n")[:-1]
+        assert b"message_too_large" in last
+        assert ended(relay, reading.response) == ("aborted", "message_too_large")
 
 
 def test_a_compressed_stream_is_502(relay: Relay, upstream: Upstream) -> None:
