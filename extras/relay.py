@@ -571,6 +571,7 @@ class Relay:
         if not isinstance(answer, tuple):
             return self._passed(answer)
         message, headers = answer
+        call.grant.require(WRITE, message.thread_id)  # as another one's answer may be in a thread that its body names
         return Answer(200, [*headers, *message.headers], await self._told(message, reader))
 
     async def taken(self, asked: Asked, thread_id: str, message_id: str, is_new: bool = False) -> Relayed | None:
@@ -580,6 +581,8 @@ class Relay:
         """
         key = (thread_id, message_id)
         while (holder := self._claims.setdefault(key, asked)) is not asked:
+            if holder.call.target is not asked.call.target:
+                raise not_of_this_upstream(message_id)
             with suppress(Problem):  # which the other is told
                 answer = await asyncio.shield(holder.answer)
                 if isinstance(answer, tuple):
@@ -591,7 +594,7 @@ class Relay:
         state, _ = await self.buffer.page(thread_id, message_id, limit=1)
         message = await self.known(thread_id, message_id) if state.status else None
         if state.status and (message is None or message.upstream != asked.call.target.name):
-            raise Conflict(f"The message {message_id!r} is there, and not of this upstream; name another one.")
+            raise not_of_this_upstream(message_id)
         return message
 
     def _release(self, asked: Asked) -> None:
@@ -678,6 +681,10 @@ class Relay:
 
         headers = [(name, value) for name, value in response.headers.raw if is_passed_on(name, NOT_PASSED_ON)]
         return Answer(response.status_code, headers, as_it_comes(response), close)
+
+
+def not_of_this_upstream(message_id: str) -> Conflict:
+    return Conflict(f"The message {message_id!r} is there, and not of this upstream; name another one.")
 
 
 def thread_for(call: Call, ids: Mapping[str, str], scopes: AbstractSet[str]) -> str | None:

@@ -13,7 +13,7 @@ from conftest import TIMEOUT, Service, wait_until
 from relayed import RETRY, Relay, bare_events, framed
 from resume_stream import Grant
 from resume_stream.extras.tokens import token_for
-from upstream import AG_UI, CHAT, EVENTS, OTHER, Recording, Upstream, relaying, shared_upstream
+from upstream import AG_UI, AI_SDK, CHAT, EVENTS, OTHER, Recording, Upstream, relaying, shared_upstream
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 from wire import problem
@@ -249,6 +249,31 @@ def test_a_token_for_some_threads_asks_for_one_of_them(relay: Relay, upstream: U
     status, document = problem(relay.ask(CHAT, **some))
     assert (status, "Resume-Thread" in document["detail"]) == (403, True)
     assert relay.ask(CHAT, Resume_Thread="user-7-b", **some).status_code == 200
+
+
+def test_who_joins_sees_no_thread_that_the_token_does_not_cover(relay: Relay, upstream: Upstream) -> None:
+    upstream.answer(AI_SDK.held(1))
+    with relay.reading(AI_SDK, Idempotency_Key="user-7-x", **bearer("write")) as reading:
+        reading.events(1)
+        assert reading.ids == ("chat-1", "user-7-x")
+        some = bearer("write", threads=("user-7-*",))
+        with relay.reading(AI_SDK, Idempotency_Key="user-7-x", **some) as theirs:
+            assert theirs.status == 403
+        upstream.go_on()
+        reading.rest()
+
+
+def test_a_message_of_one_upstream_is_not_joined_at_another(upstream: Upstream, tmp_path: Path) -> None:
+    named = [flag for name in ("up", "other") for flag in ("--upstream", f"{name}={upstream.url}")]
+    upstream.answer(CHAT.held(1))
+    with Service(tmp_path / "chunks.db", *named) as two, Relay(two) as relay, Relay(two, "other") as other:
+        with relay.reading(CHAT, Resume_Message="m") as reading:
+            reading.events(1)
+            with other.reading(CHAT, Resume_Message="m") as theirs:
+                assert theirs.status == 409
+            upstream.go_on()
+            reading.rest()
+        assert problem(other.ask(CHAT, Resume_Message="m"))[0] == 409
 
 
 # What an upstream may send
