@@ -289,6 +289,16 @@ class Asked:
         # What comes of it: a message with what its first answer says besides, or an answer that is none.
         self.answer: asyncio.Future[tuple[Relayed, Headers] | Any] = asyncio.get_running_loop().create_future()
 
+    @property
+    def threads(self) -> list[str]:
+        """Those in which its message may be, where that is named: before the upstream answers, nobody knows which."""
+        if self.message_id is None:
+            return []
+        if self.call.thread_id is not None:
+            return [self.call.thread_id]
+        in_body = filter(None, map(usable, self.members.values()))
+        return list(dict.fromkeys([self.message_id, *filter(self.call.grant.covers, in_body)]))
+
     def fail(self, problem: Problem) -> None:
         if not self.answer.done():
             self.answer.set_exception(problem)
@@ -607,13 +617,13 @@ class Relay:
         """From the question to the end of its answer, whoever waits for it."""
         call, outcome = asked.call, "interrupted"
         try:
-            if asked.message_id is not None:
-                there = await self.taken(asked, call.thread_id or asked.message_id, asked.message_id)
+            asked.members = self._members(call, body)
+            for thread_id in asked.threads:
+                there = await self.taken(asked, thread_id, cast(str, asked.message_id))
                 if there is not None:
                     outcome = "joined"
                     asked.answer.set_result((there, []))
                     return
-            asked.members = self._members(call, body)
             response = await self._send(call, body)
             del body
             if not is_stream(call, response):

@@ -345,6 +345,14 @@ def test_whoever_retries_joins_and_the_upstream_is_asked_once(relay: Relay, upst
     assert len(upstream.asked) == 1
 
 
+def test_whoever_retries_after_the_end_joins_though_the_body_names_the_thread(relay: Relay, upstream: Upstream) -> None:
+    upstream.answer(AI_SDK)
+    first, again = (relay.ask(AI_SDK, Resume_Message="in-a-chat") for _ in range(2))
+    assert (first.headers["resume-thread"], first.content) == (again.headers["resume-thread"], again.content)
+    assert first.headers["resume-thread"] == "chat-1"
+    assert len(upstream.asked) == 1
+
+
 def test_after_an_answer_that_was_no_stream_a_retry_asks_again(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(plain(429, {}))
     assert relay.ask(CHAT, Resume_Message="again").status_code == 429
