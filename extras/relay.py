@@ -97,7 +97,7 @@ OF_CONNECTION = frozenset(
     b" upgrade".split()
 )
 NOT_SENT = OF_CONNECTION | frozenset(
-    b"host accept-encoding content-length expect last-event-id resume-thread resume-message".split()
+    b"host accept-encoding content-length expect resume-thread resume-message".split()
 )
 NOT_PASSED_ON = OF_CONNECTION | frozenset(b"date alt-svc strict-transport-security".split())
 NOT_OF_A_STREAM = NOT_PASSED_ON | frozenset(b"content-length content-type cache-control x-accel-buffering".split())
@@ -395,6 +395,7 @@ class Relay:
                 is_absent_204 = is_absent_204 or dialect.absent_is_204
             if (ids := call.asks(dialect.cancel)) and (message := await self._find(call, dialect, ids, ABORT)):
                 return await self._cancelled(call, message)
+        # One that goes on to the upstream is a word of the dialect's, and no id.
         if last and all(last != dialect.from_start for dialect in self.dialects.values()):
             raise CursorGone("This Last-Event-ID was not given here; ask anew, without it.")
         answer = await self._joined(call)
