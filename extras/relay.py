@@ -225,7 +225,7 @@ class Call:
         if has_secret:
             self.left_out |= TOKENS
             pairs = self.query.split(b"&")
-            self.query = b"&".join(pair for pair in pairs if not pair.startswith(b"access_token="))
+            self.query = b"&".join(pair for pair in pairs if not names_token(pair))
         name, slash, path = scope["raw_path"].partition(b"/relay/")[2].partition(b"/")
         target = targets.get(name.decode("latin-1"))
         if target is None:
@@ -254,6 +254,11 @@ class Call:
 
     def flag(self, name: str) -> str | None:
         return self.request.query_params.get(name)
+
+
+def names_token(pair: bytes) -> bool:
+    """Whether it is one of a query's that may hold the caller's token, however it is encoded."""
+    return unquote_to_bytes(pair.partition(b"=")[0]) == b"access_token"
 
 
 def check_path(path: bytes) -> None:

@@ -151,7 +151,8 @@ def test_an_upstreams_key_is_set_here_and_the_callers_token_goes_no_further(rela
     token = token_of("write")
     assert relay.ask(CHAT, Authorization=f"Bearer {token}", X_Org="theirs").status_code == 200
     assert relay.ask(CHAT, X_Api_Key=token).status_code == 200
-    assert relay.ask(CHAT.at(f"/v1/x?a=1&access_token={token}&b=2")).status_code == 200
+    for name in ("access_token", "access%5ftoken", "%61ccess_token"):
+        assert relay.ask(CHAT.at(f"/v1/x?a=1&{name}={token}&b=2")).status_code == 200
     for asked in upstream.asked:
         assert asked.headers["authorization"] == f"Bearer {KEY}"
         assert asked.headers["x-org"] == "ours"
