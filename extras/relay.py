@@ -902,6 +902,8 @@ class Pump:
         for number, event in enumerate(events):
             if kind := self._dialect.end_of(event):
                 self._look(kind, event)
+            elif self._status == "completed" and self._dialect.begins_with(event):
+                self._status = None  # until this one, too, has ended
             if self._is_over:
                 events = events[: number + 1]
                 break

@@ -16,6 +16,7 @@ from resume_stream import Chunk
 from resume_stream.extras.dialects import DIALECTS
 from resume_stream.extras.relay import Events, Failed
 from upstream import (
+    AG_UI,
     AI_SDK,
     ERRORS,
     LANGGRAPH,
@@ -283,6 +284,21 @@ def test_a_stop_reaches_the_producer(relay: Relay, upstream: Upstream) -> None:
 def test_an_endpoint_whose_path_only_looks_like_a_chats_is_asked(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(plain(200, {"theirs": 1}))
     assert live(relay, "no-chat").json() == {"theirs": 1}
+
+
+# AG-UI
+
+
+def test_of_one_run_after_the_other_the_last_has_to_end(relay: Relay, upstream: Upstream) -> None:
+    upstream.answer(AG_UI.ended(6, *AG_UI.pieces[:3]))
+    answer = relay.ask(AG_UI)
+    assert b'"type":"RUN_ERROR"' in answer.content.split(b"\n\n")[-2]
+    assert relay.ended(*(answer.headers[f"resume-{name}"] for name in ("thread", "message"))) == (
+        "aborted",
+        "upstream_lost",
+    )
+    upstream.answer(AG_UI.ended(6, *AG_UI.pieces))
+    assert relay.ask(AG_UI).content.count(b"RUN_FINISHED") == 2
 
 
 # LangGraph
