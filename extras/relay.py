@@ -100,7 +100,9 @@ NOT_SENT = OF_CONNECTION | frozenset(
     b"host accept-encoding content-length expect resume-thread resume-message".split()
 )
 NOT_PASSED_ON = OF_CONNECTION | frozenset(b"date alt-svc strict-transport-security".split())
-NOT_OF_A_STREAM = NOT_PASSED_ON | frozenset(b"content-length content-type cache-control x-accel-buffering".split())
+NOT_OF_A_STREAM = NOT_PASSED_ON | frozenset(
+    b"content-length content-type cache-control x-accel-buffering resume-thread resume-message".split()
+)
 TOKENS = frozenset({b"authorization", b"x-api-key"})
 ANY_SCOPE = READ | WRITE | ABORT  # to be let in; what a call takes is found out with it
 SHOWN = (b"access-control-expose-headers", b"Resume-Thread, Resume-Message, Location, Content-Location")
@@ -675,7 +677,7 @@ class Relay:
             headers=target.headers_for(call.headers, body, call.left_out),
             content=once(body) if body else None,  # which, unlike bytes, nobody keeps once it is sent
             extensions={
-                "target": target.path + call.path + (b"?" + call.query if call.query else b""),
+                "target": (target.path + call.path or b"/") + (b"?" + call.query if call.query else b""),
                 "timeout": {"connect": CONNECT_TIMEOUT, "read": silence, "write": silence, "pool": silence},
             },
         )
