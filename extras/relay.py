@@ -96,9 +96,7 @@ OF_CONNECTION = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding"
     b" upgrade".split()
 )
-NOT_SENT = OF_CONNECTION | frozenset(
-    b"host accept-encoding content-length expect resume-thread resume-message".split()
-)
+NOT_SENT = OF_CONNECTION | frozenset(b"host accept-encoding content-length expect resume-thread resume-message".split())
 NOT_PASSED_ON = OF_CONNECTION | frozenset(b"date alt-svc strict-transport-security".split())
 NOT_OF_A_STREAM = NOT_PASSED_ON | frozenset(
     b"content-length content-type cache-control x-accel-buffering resume-thread resume-message".split()
