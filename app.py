@@ -288,7 +288,8 @@ def parse_upstreams(text: str) -> tuple[Upstream, ...]:
     for item in filter(None, map(str.strip, text.split(","))):
         match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9_-]*)=(https?://[^/?#@\s]+(?:/[^?#@\s]*)?)", item, re.ASCII)
         if match is None:
-            raise ValueError(f"{item!r} is not an upstream; write it like openai=https://api.openai.com")
+            shown = re.sub(r"\?.*", "?…", re.sub("//.*@", "//…@", item))  # as either may hold a key
+            raise ValueError(f"{shown!r} is not an upstream; write it like openai=https://api.openai.com")
         if match[1] in found:
             raise ValueError(f"there are two upstreams {match[1]}; give each a name of its own")
         found[match[1]] = Upstream(match[1], match[2].rstrip("/"))

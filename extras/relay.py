@@ -96,11 +96,11 @@ OF_CONNECTION = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding"
     b" upgrade".split()
 )
-NOT_SENT = OF_CONNECTION | frozenset(
-    b"host accept-encoding content-length expect last-event-id resume-thread resume-message".split()
-)
+NOT_SENT = OF_CONNECTION | frozenset(b"host accept-encoding content-length expect resume-thread resume-message".split())
 NOT_PASSED_ON = OF_CONNECTION | frozenset(b"date alt-svc strict-transport-security".split())
-NOT_OF_A_STREAM = NOT_PASSED_ON | frozenset(b"content-length content-type cache-control x-accel-buffering".split())
+NOT_OF_A_STREAM = NOT_PASSED_ON | frozenset(
+    b"content-length content-type cache-control x-accel-buffering resume-thread resume-message".split()
+)
 TOKENS = frozenset({b"authorization", b"x-api-key"})
 ANY_SCOPE = READ | WRITE | ABORT  # to be let in; what a call takes is found out with it
 SHOWN = (b"access-control-expose-headers", b"Resume-Thread, Resume-Message, Location, Content-Location")
@@ -225,7 +225,7 @@ class Call:
         if has_secret:
             self.left_out |= TOKENS
             pairs = self.query.split(b"&")
-            self.query = b"&".join(pair for pair in pairs if not pair.startswith(b"access_token="))
+            self.query = b"&".join(pair for pair in pairs if not names_token(pair))
         name, slash, path = scope["raw_path"].partition(b"/relay/")[2].partition(b"/")
         target = targets.get(name.decode("latin-1"))
         if target is None:
@@ -254,6 +254,11 @@ class Call:
 
     def flag(self, name: str) -> str | None:
         return self.request.query_params.get(name)
+
+
+def names_token(pair: bytes) -> bool:
+    """Whether it is one of a query's that may hold the caller's token, however it is encoded."""
+    return unquote_to_bytes(pair.partition(b"=")[0]) == b"access_token"
 
 
 def check_path(path: bytes) -> None:
@@ -288,6 +293,16 @@ class Asked:
         self.members: dict[str, Any] = {}  # of the body, where a dialect has a thread's id there
         # What comes of it: a message with what its first answer says besides, or an answer that is none.
         self.answer: asyncio.Future[tuple[Relayed, Headers] | Any] = asyncio.get_running_loop().create_future()
+
+    @property
+    def threads(self) -> list[str]:
+        """Those in which its message may be, where that is named: before the upstream answers, nobody knows which."""
+        if self.message_id is None:
+            return []
+        if self.call.thread_id is not None:
+            return [self.call.thread_id]
+        in_body = filter(None, map(usable, self.members.values()))
+        return list(dict.fromkeys([self.message_id, *filter(self.call.grant.covers, in_body)]))
 
     def fail(self, problem: Problem) -> None:
         if not self.answer.done():
@@ -385,6 +400,7 @@ class Relay:
                 is_absent_204 = is_absent_204 or dialect.absent_is_204
             if (ids := call.asks(dialect.cancel)) and (message := await self._find(call, dialect, ids, ABORT)):
                 return await self._cancelled(call, message)
+        # One that goes on to the upstream is a word of the dialect's, and no id.
         if last and all(last != dialect.from_start for dialect in self.dialects.values()):
             raise CursorGone("This Last-Event-ID was not given here; ask anew, without it.")
         answer = await self._joined(call)
@@ -571,6 +587,7 @@ class Relay:
         if not isinstance(answer, tuple):
             return self._passed(answer)
         message, headers = answer
+        call.grant.require(WRITE, message.thread_id)  # as another one's answer may be in a thread that its body names
         return Answer(200, [*headers, *message.headers], await self._told(message, reader))
 
     async def taken(self, asked: Asked, thread_id: str, message_id: str, is_new: bool = False) -> Relayed | None:
@@ -580,6 +597,8 @@ class Relay:
         """
         key = (thread_id, message_id)
         while (holder := self._claims.setdefault(key, asked)) is not asked:
+            if holder.call.target is not asked.call.target:
+                raise not_of_this_upstream(message_id)
             with suppress(Problem):  # which the other is told
                 answer = await asyncio.shield(holder.answer)
                 if isinstance(answer, tuple):
@@ -591,7 +610,7 @@ class Relay:
         state, _ = await self.buffer.page(thread_id, message_id, limit=1)
         message = await self.known(thread_id, message_id) if state.status else None
         if state.status and (message is None or message.upstream != asked.call.target.name):
-            raise Conflict(f"The message {message_id!r} is there, and not of this upstream; name another one.")
+            raise not_of_this_upstream(message_id)
         return message
 
     def _release(self, asked: Asked) -> None:
@@ -604,13 +623,13 @@ class Relay:
         """From the question to the end of its answer, whoever waits for it."""
         call, outcome = asked.call, "interrupted"
         try:
-            if asked.message_id is not None:
-                there = await self.taken(asked, call.thread_id or asked.message_id, asked.message_id)
+            asked.members = self._members(call, body)
+            for thread_id in asked.threads:
+                there = await self.taken(asked, thread_id, cast(str, asked.message_id))
                 if there is not None:
                     outcome = "joined"
                     asked.answer.set_result((there, []))
                     return
-            asked.members = self._members(call, body)
             response = await self._send(call, body)
             del body
             if not is_stream(call, response):
@@ -656,7 +675,7 @@ class Relay:
             headers=target.headers_for(call.headers, body, call.left_out),
             content=once(body) if body else None,  # which, unlike bytes, nobody keeps once it is sent
             extensions={
-                "target": target.path + call.path + (b"?" + call.query if call.query else b""),
+                "target": (target.path + call.path or b"/") + (b"?" + call.query if call.query else b""),
                 "timeout": {"connect": CONNECT_TIMEOUT, "read": silence, "write": silence, "pool": silence},
             },
         )
@@ -678,6 +697,10 @@ class Relay:
 
         headers = [(name, value) for name, value in response.headers.raw if is_passed_on(name, NOT_PASSED_ON)]
         return Answer(response.status_code, headers, as_it_comes(response), close)
+
+
+def not_of_this_upstream(message_id: str) -> Conflict:
+    return Conflict(f"The message {message_id!r} is there, and not of this upstream; name another one.")
 
 
 def thread_for(call: Call, ids: Mapping[str, str], scopes: AbstractSet[str]) -> str | None:
@@ -845,15 +868,17 @@ class Pump:
                     while events is not None:
                         await self._take(events, lift)
                         events = None if self._is_over else await self._source.take()
-                except (Failed, TooLarge) as failed:
-                    self._failed(failed.args[0] if isinstance(failed, Failed) else "message_too_large")
+                except Failed as failed:
+                    self._failed(failed.args[0])
+                except TooLarge:
+                    self._not_recorded("message_too_large")
                 except Conflict:
                     raise
                 except Problem as problem:
                     if not self._asked.answer.done() or self._buffer.stopping:
                         raise
                     log.warning("an answer of %s cannot be recorded any more: %s", message.upstream, problem.detail)
-                    self._failed("not_recorded")
+                    self._not_recorded("not_recorded")
                 lift()
                 await self._end()
         except Conflict:
@@ -867,10 +892,18 @@ class Pump:
         if self._status is None:
             self._status, self._outcome, self._reason = "aborted", reason, reason
 
+    def _not_recorded(self, reason: str) -> None:
+        """What was to end it is not in the store either, unless it was an error, which stays one."""
+        if self._status == "completed":
+            self._status = None
+        self._failed(reason)
+
     async def _take(self, events: list[Chunk], lift: Callable[[], Any]) -> None:
         for number, event in enumerate(events):
             if kind := self._dialect.end_of(event):
                 self._look(kind, event)
+            elif self._status == "completed" and self._dialect.begins_with(event):
+                self._status = None  # until this one, too, has ended
             if self._is_over:
                 events = events[: number + 1]
                 break

@@ -16,6 +16,7 @@ from resume_stream import Chunk
 from resume_stream.extras.dialects import DIALECTS
 from resume_stream.extras.relay import Events, Failed
 from upstream import (
+    AG_UI,
     AI_SDK,
     ERRORS,
     LANGGRAPH,
@@ -285,6 +286,21 @@ def test_an_endpoint_whose_path_only_looks_like_a_chats_is_asked(relay: Relay, u
     assert live(relay, "no-chat").json() == {"theirs": 1}
 
 
+# AG-UI
+
+
+def test_of_one_run_after_the_other_the_last_has_to_end(relay: Relay, upstream: Upstream) -> None:
+    upstream.answer(AG_UI.ended(6, *AG_UI.pieces[:3]))
+    answer = relay.ask(AG_UI)
+    assert b'"type":"RUN_ERROR"' in answer.content.split(b"\n\n")[-2]
+    assert relay.ended(*(answer.headers[f"resume-{name}"] for name in ("thread", "message"))) == (
+        "aborted",
+        "upstream_lost",
+    )
+    upstream.answer(AG_UI.ended(6, *AG_UI.pieces))
+    assert relay.ask(AG_UI).content.count(b"RUN_FINISHED") == 2
+
+
 # LangGraph
 
 
@@ -310,7 +326,7 @@ def test_a_run_that_is_not_here_is_joined_there_and_then_here(relay: Relay, upst
     upstream.answer(join)
     assert relay.ask(join, Last_Event_ID="-1").content == relay.ask(join).content
     assert len(upstream.asked) == 1
-    assert "last-event-id" not in upstream.asked[0].headers
+    assert upstream.asked[0].headers["last-event-id"] == "-1"  # without it LangGraph would give only what is new
 
 
 def test_a_location_at_the_upstream_leads_here(relay: Relay, upstream: Upstream) -> None:

@@ -150,12 +150,23 @@ def test_what_an_upstream_says_besides_comes_with_its_first_answer(relay: Relay,
         "Access-Control-Allow-Origin": "*",
         "Alt-Svc": "h3",
         "Cache-Control": "public",
+        "Resume-Thread": "its own",
+        "Resume-Message": "its own",
     }
     upstream.answer(Recording(OTHER.pieces, headers=said))
     answer = relay.ask(OTHER)
     assert answer.headers["x-request-id"] == "r-1"
     assert answer.headers["cache-control"] == "no-cache"
     assert not {"access-control-allow-origin", "alt-svc"} & answer.headers.keys()
+    assert "its own" not in answer.headers["resume-thread"] + answer.headers["resume-message"]
+
+
+def test_an_upstream_without_a_path_is_asked_for_its_root(upstream: Upstream, tmp_path: Path) -> None:
+    upstream.answer(OTHER)
+    with Service(tmp_path / "chunks.db", "--upstream", f"up={upstream.url}") as service, Relay(service) as relay:
+        assert relay.ask(OTHER.at("")).status_code == 200
+        assert relay.ask(OTHER.at("?a=1")).status_code == 200
+    assert [asked.target for asked in upstream.asked] == ["/", "/?a=1"]
 
 
 def test_an_event_is_committed_before_it_is_passed_on(relay: Relay, upstream: Upstream, client: httpx.Client) -> None:
@@ -342,6 +353,14 @@ def test_whoever_retries_joins_and_the_upstream_is_asked_once(relay: Relay, upst
         answers = [answer.result().content for answer in early]
     assert {late.seen, relay.ask(CHAT, **named).content} == set(answers)
     assert late.seen.count(b"\ndata: ") == len(CHAT.pieces)
+    assert len(upstream.asked) == 1
+
+
+def test_whoever_retries_after_the_end_joins_though_the_body_names_the_thread(relay: Relay, upstream: Upstream) -> None:
+    upstream.answer(AI_SDK)
+    first, again = (relay.ask(AI_SDK, Resume_Message="in-a-chat") for _ in range(2))
+    assert (first.headers["resume-thread"], first.content) == (again.headers["resume-thread"], again.content)
+    assert first.headers["resume-thread"] == "chat-1"
     assert len(upstream.asked) == 1
 
 

@@ -13,7 +13,7 @@ from conftest import TIMEOUT, Service, wait_until
 from relayed import RETRY, Relay, bare_events, framed
 from resume_stream import Grant
 from resume_stream.extras.tokens import token_for
-from upstream import CHAT, EVENTS, OTHER, Recording, Upstream, relaying, shared_upstream
+from upstream import AG_UI, AI_SDK, CHAT, EVENTS, OTHER, Recording, Upstream, relaying, shared_upstream
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 from wire import problem
@@ -151,7 +151,8 @@ def test_an_upstreams_key_is_set_here_and_the_callers_token_goes_no_further(rela
     token = token_of("write")
     assert relay.ask(CHAT, Authorization=f"Bearer {token}", X_Org="theirs").status_code == 200
     assert relay.ask(CHAT, X_Api_Key=token).status_code == 200
-    assert relay.ask(CHAT.at(f"/v1/x?a=1&access_token={token}&b=2")).status_code == 200
+    for name in ("access_token", "access%5ftoken", "%61ccess_token"):
+        assert relay.ask(CHAT.at(f"/v1/x?a=1&{name}={token}&b=2")).status_code == 200
     for asked in upstream.asked:
         assert asked.headers["authorization"] == f"Bearer {KEY}"
         assert asked.headers["x-org"] == "ours"
@@ -251,6 +252,31 @@ def test_a_token_for_some_threads_asks_for_one_of_them(relay: Relay, upstream: U
     assert relay.ask(CHAT, Resume_Thread="user-7-b", **some).status_code == 200
 
 
+def test_who_joins_sees_no_thread_that_the_token_does_not_cover(relay: Relay, upstream: Upstream) -> None:
+    upstream.answer(AI_SDK.held(1))
+    with relay.reading(AI_SDK, Idempotency_Key="user-7-x", **bearer("write")) as reading:
+        reading.events(1)
+        assert reading.ids == ("chat-1", "user-7-x")
+        some = bearer("write", threads=("user-7-*",))
+        with relay.reading(AI_SDK, Idempotency_Key="user-7-x", **some) as theirs:
+            assert theirs.status == 403
+        upstream.go_on()
+        reading.rest()
+
+
+def test_a_message_of_one_upstream_is_not_joined_at_another(upstream: Upstream, tmp_path: Path) -> None:
+    named = [flag for name in ("up", "other") for flag in ("--upstream", f"{name}={upstream.url}")]
+    upstream.answer(CHAT.held(1))
+    with Service(tmp_path / "chunks.db", *named) as two, Relay(two) as relay, Relay(two, "other") as other:
+        with relay.reading(CHAT, Resume_Message="m") as reading:
+            reading.events(1)
+            with other.reading(CHAT, Resume_Message="m") as theirs:
+                assert theirs.status == 409
+            upstream.go_on()
+            reading.rest()
+        assert problem(other.ask(CHAT, Resume_Message="m"))[0] == 409
+
+
 # What an upstream may send
 
 
@@ -311,6 +337,19 @@ def test_an_endless_upstream_ends_at_max_message(relay: Relay, upstream: Upstrea
     assert b'"code":"message_too_large"' in answer.content
     assert answer.content.count(b"data: x") > 10
     wait_until(lambda: upstream.left, "the upstream's connection is closed")
+
+
+@pytest.mark.parametrize("recording", [CHAT, AG_UI], ids=["its last event", "an end that others may follow"])
+def test_an_end_that_is_not_recorded_is_none(relay: Relay, upstream: Upstream, recording: Recording) -> None:
+    large = b'data: {"text":"%s"}\n\n' % (b"x" * 900)
+    filling, rest = large * 60, large * 20 + recording.pieces[-1]
+    upstream.answer(recording.ended(1, filling, rest).held(2))
+    with relay.reading(recording, **bearer("write")) as reading:
+        reading.events(61)
+        upstream.go_on()
+        *_, last = reading.rest().split(b"\n\n")[:-1]
+        assert b"message_too_large" in last
+        assert ended(relay, reading.response) == ("aborted", "message_too_large")
 
 
 def test_a_compressed_stream_is_502(relay: Relay, upstream: Upstream) -> None:
