@@ -1,7 +1,7 @@
 /** The threads: a page of them at a time, the last words of those in sight, and finding one by its id. */
 
 import { ResumeStreamError, getThreadStatus, listThreads } from "../resume-stream.js";
-import { Words } from "./dialects.js";
+import { Relayed, isMark } from "./dialects.js";
 import { ago, counted, find, make, show, showFacts, sized } from "./dom.js";
 import { lookNow, watch } from "./poll.js";
 import { ask, report, service, showStatus, urlOf } from "./service.js";
@@ -13,6 +13,7 @@ const PAGE = 50; // threads
 const MOST_ACTIVE = 200; // threads that are looked at each time, wherever in the list they stand
 const ENOUGH_FOUND = 50; // threads, after which a search asks before it goes on
 const LAST_WORDS = 1000; // bytes of text, about, that the last words are taken from
+const LAST_EVENTS = 20_000; // and of a relayed message's events, of which few have words
 const MOST_ENTRIES = 60; // chunks and ends that they are looked for in
 const LONG_WORD = 15; // characters
 const AT_A_TIME = 6; // requests for last words
@@ -37,6 +38,8 @@ class Row {
   isSeen = false;
   wordsOf = 0; // the `updatedAt` that the last words are of
   askedAt = 0;
+  /** @type {{messageId: string, mark: string}} of the newest message; "" where it is not relayed */
+  #source = { messageId: "", mark: "" };
 
   /** @param {Summary} summary */
   constructor(summary) {
@@ -54,7 +57,10 @@ class Row {
 
   /** @param {Summary} summary */
   update(summary) {
-    if (this.summary.createdAt !== summary.createdAt) [this.wordsOf, this.askedAt] = [0, 0];
+    if (this.summary.createdAt !== summary.createdAt) {
+      [this.wordsOf, this.askedAt] = [0, 0];
+      this.#source = { messageId: "", mark: "" };
+    }
     this.summary = summary;
     this.render();
   }
@@ -67,6 +73,7 @@ class Row {
       counted(messageCount, "message"),
       sized(size),
       ...(readers > 0 ? [counted(readers, "reader")] : []),
+      ...(this.#source.mark ? [new Relayed(this.#source.mark).label] : []),
     ]);
     const [made, touched] = [createdAt, updatedAt].map((time) => new Date(time).toLocaleString());
     this.facts.title = `Made ${made}, last activity ${touched}`;
@@ -77,38 +84,63 @@ class Row {
   }
 
   async fetchWords() {
-    const { threadId, chunkCount, messageCount, size, updatedAt } = this.summary;
+    const { updatedAt } = this.summary;
     this.askedAt = Date.now();
-    const start = chunkCount - Math.min(2 + Math.ceil((LAST_WORDS * chunkCount) / (size || 1)), MOST_ENTRIES);
-    // Each message that has ended took one more place in the sequence. Where many are active that is beyond the end.
-    const { chunks, ends } = await entriesAfter(threadId, start + messageCount).catch((error) => {
-      if (error instanceof ResumeStreamError && error.status === 410) return entriesAfter(threadId, start);
-      throw error;
-    });
+    let { chunks, ends } = await this.#lastEntries();
+    if (await this.#findSource(chunks)) ({ chunks, ends } = await this.#lastEntries());
     this.wordsOf = updatedAt;
-    const said = new Words();
-    const text = chunks.map(({ event, content }) => wordsOf(said, event, content)).join("");
+    const { messageId, mark } = this.#source;
+    const relayed = mark ? new Relayed(mark) : null;
+    const own = chunks.filter((chunk) => chunk.messageId === messageId && !isMark(chunk));
+    const said = relayed ? own.flatMap((chunk) => relayed.read(chunk)) : own;
+    const text = said.filter(({ event }) => event === null).map(({ content }) => content).join("");
     const reason = this.summary.status === "aborted" && ends.at(-1)?.reason;
-    const last = chunks.at(-1);
+    const last = said.at(-1);
     this.words.classList.toggle("reason", Boolean(reason));
     const words = lastOf(text, this.link.clientWidth / CHARACTER);
     show(this.#words, reason || words || (last ? `${last.event}: ${last.content.slice(0, 80)}` : ""));
+    this.render();
+  }
+
+  #lastEntries() {
+    const { threadId, chunkCount, messageCount, size } = this.summary;
+    const bytes = this.#source.mark ? LAST_EVENTS : LAST_WORDS;
+    const start = chunkCount - Math.min(2 + Math.ceil((bytes * chunkCount) / (size || 1)), MOST_ENTRIES);
+    // Each message that has ended took one more place in the sequence. Where many are active that is beyond the end.
+    return entriesAfter(threadId, start + messageCount).catch((error) => {
+      if (error instanceof ResumeStreamError && error.status === 410) return entriesAfter(threadId, start);
+      throw error;
+    });
+  }
+
+  /** Find out whose the newest message is: its first chunk says so.
+   * @param {Entry[]} chunks  the last of the thread
+   * @returns {Promise<boolean>} whether it is a relayed one that was not known
+   */
+  async #findSource(chunks) {
+    const messageId = chunks.at(-1)?.messageId ?? "";
+    if (messageId === "" || messageId === this.#source.messageId) return false;
+    const first = chunks.find((chunk) => chunk.messageId === messageId);
+    const isFirst = chunks[0]?.seq === 1 || (first && isMark(first));
+    const mark = isFirst ? first : await firstOf(this.summary.threadId, messageId);
+    this.#source = { messageId, mark: mark && isMark(mark) ? String(mark.event) : "" };
+    return this.#source.mark !== "";
   }
 }
+
+/** @typedef {{seq: number, messageId: string, content: string, event: string | null}} Entry  a chunk */
+
+/** @param {string} threadId  @param {string} messageId  @returns {Promise<Entry | undefined>} */
+const firstOf = async (threadId, messageId) =>
+  (await ask(urlOf(["threads", threadId, "chunks"], { message_id: messageId, limit: 1 }))).chunks[0];
 
 /**
  * @param {string} threadId
  * @param {number} after  a place in its sequence; before its start is the start
- * @returns {Promise<{chunks: {content: string, event: string | null}[], ends: {reason: string | null}[]}>}
+ * @returns {Promise<{chunks: Entry[], ends: {reason: string | null}[]}>}
  */
 const entriesAfter = (threadId, after) =>
   ask(urlOf(["threads", threadId, "chunks"], { after: Math.max(after, 0), limit: 500 }));
-
-/** @param {Words} stream  @param {string | null} event  @param {string} content */
-function wordsOf(stream, event, content) {
-  const said = stream.of(event, content);
-  return said ? (said.words ?? "") : event === null ? content : "";
-}
 
 /** The end of a text, on one line, cut between words. @param {string} text  @param {number} length  characters */
 function lastOf(text, length) {

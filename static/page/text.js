@@ -1,29 +1,29 @@
 /** A message as text: what it says, as it is written. */
 
 import { abortMessage } from "../resume-stream.js";
-import { RELAYED, Words, originOf } from "./dialects.js";
+import { Relayed, isMark } from "./dialects.js";
 import { announce, copyButton, find, make, makeButton, preferences, show } from "./dom.js";
 import { curlOf, report, service, showStatus, socket, urlOf } from "./service.js";
 
 /** @typedef {import("./thread.js").ThreadView} ThreadView */
 /** @typedef {{content: string, event: string | null}} Piece */
-/** @typedef {{pieces: Piece[], cursor: string}} Kept  from before a reload */
+/** @typedef {import("./dialects.js").KeptRelayed} KeptRelayed */
+/** @typedef {{pieces: Piece[], cursor: string, relayed?: KeptRelayed}} Kept  from before a reload */
 
 /** A message on the screen, and the reading of it. */
 export class MessageView {
-  text = "";
+  text = ""; // of a relayed message only the words
   cursor = "";
   state = ""; // its status, as far as it is shown
   /** @type {Piece[]} */ #waiting = [];
-  /** @type {Piece[] | null} */ #relayed = null; // as they came, where their words are shown in their place
-  /** @type {Words | null} */ #dialect = null;
-  #words = "";
   #isResumed = false;
+  #isAfterRemark = false;
+  /** @type {Relayed | null} */ #relayed = null;
   /** @type {AbortController | null} */ #reading = null;
 
   element = make("article", "message");
+  #source = make("span", "source");
   #status = make("span", "status");
-  #origin = make("span", "origin");
   #body = make("div", "text");
   #reason = make("p", "reason");
   #carried = make("p", "carried");
@@ -35,28 +35,24 @@ export class MessageView {
     this.stop = makeButton("Stop", `Stop ${messageId}`, () => this.#abort());
     this.stop.className = "small danger";
     this.stop.hidden = true;
-    this.#origin.hidden = this.#status.hidden = this.#reason.hidden = this.#carried.hidden = true;
+    this.#source.hidden = this.#status.hidden = this.#reason.hidden = this.#carried.hidden = true;
     this.#body.dir = "auto";
     this.copies = [
-      copyButton("Text", `text of ${messageId}`, () => this.#readable, report),
+      copyButton("Text", `text of ${messageId}`, () => this.text, report),
       copyButton("Cursor", `cursor of ${messageId}`, () => this.cursor, report),
       copyButton("curl", `curl that resumes ${messageId} here`, () => this.#curl(), report),
     ];
     const copies = make("span", "copies", "Copy");
     copies.append(...this.copies);
     const header = make("header");
-    header.append(make("h3", "", messageId), this.#origin, this.#status, this.stop, copies);
+    header.append(make("h3", "", messageId), this.#source, this.#status, this.stop, copies);
     this.element.append(header, this.#body, this.#reason, this.#carried);
     this.#moveTo(kept?.cursor ?? "");
     if (!kept) return;
+    if (kept.relayed) this.#showSource(Relayed.from(kept.relayed));
     kept.pieces.forEach((piece) => this.#add(piece));
     this.flush();
     this.#isResumed = true;
-  }
-
-  get #readable() {
-    this.flush();
-    return this.#relayed ? this.#words : this.text;
   }
 
   #curl() {
@@ -73,23 +69,23 @@ export class MessageView {
   /** What a reload is to find again. @returns {Kept} */
   get kept() {
     this.flush();
-    if (this.#relayed) return { pieces: this.#relayed, cursor: this.cursor };
     const pieces = [...this.#body.childNodes].map((node) => ({
       content: node.textContent ?? "",
       event: (node instanceof HTMLElement && node.dataset.event) || null,
     }));
-    return { pieces: pieces.filter(({ content }) => content !== ""), cursor: this.cursor };
+    return { pieces: pieces.filter(({ content }) => content !== ""), cursor: this.cursor, relayed: this.#relayed?.kept };
   }
 
   async read() {
     if (this.#reading || (this.state !== "active" && this.state !== "")) return;
     const { threadId } = this.thread;
-    const { messageId, text } = this;
+    const { messageId } = this;
+    const from = this.#relayed ? { after: this.#relayed.cursor } : { knownContent: this.text };
     this.#reading = new AbortController();
     const { signal } = this.#reading;
     try {
-      for await (const item of socket.resumeStream({ threadId, messageId, knownContent: text, signal })) {
-        if (item.type === "chunk") this.#add(item);
+      for await (const item of socket.resumeStream({ threadId, messageId, ...from, signal })) {
+        if (item.type === "chunk") this.#take(item);
         else if (item.type === "reset") this.#clear();
         else if (item.type === "complete") this.#end(item);
         else if (item.type === "gone") this.thread.showGone();
@@ -106,9 +102,26 @@ export class MessageView {
     this.#reading = null;
   }
 
+  /** @param {Piece & {cursor: string}} chunk */
+  #take(chunk) {
+    if (isMark(chunk)) this.#showSource(new Relayed(String(chunk.event)));
+    else if (this.#relayed) this.#relayed.read(chunk).forEach((piece) => this.#add(piece));
+    else this.#add(chunk);
+    if (this.#relayed) this.#relayed.cursor = chunk.cursor;
+  }
+
+  /** @param {Relayed | null} relayed */
+  #showSource(relayed) {
+    this.#relayed = relayed;
+    this.#source.hidden = relayed === null;
+    show(this.#source, relayed?.label ?? "");
+  }
+
   /** @param {Piece} piece */
   #add({ content, event }) {
-    this.text += content;
+    const isRemark = this.#relayed !== null && event !== null;
+    if (!isRemark) this.text += this.#isAfterRemark && this.text ? `\n\n${content}` : content;
+    this.#isAfterRemark = isRemark;
     if (this.#waiting.length === 0) this.thread.draw(this);
     this.#waiting.push({ content, event });
     this.thread.isDirty = true;
@@ -124,47 +137,24 @@ export class MessageView {
       this.#carried.hidden = false;
       show(this.#carried, "Carried on from the text that this tab kept over the reload.");
     }
-    for (const piece of this.#waiting.splice(0)) {
-      if (piece.event?.startsWith(RELAYED)) this.#showOrigin(piece.event);
-      else this.#write(this.#dialect ? this.#inWords(this.#dialect, piece) : piece);
-      this.#relayed?.push(piece);
+    for (const { content, event } of this.#waiting.splice(0)) {
+      const last = /** @type {any} */ (this.#body.lastChild);
+      if (event !== null) {
+        if (last?.dataset?.event === event) last.append(content);
+        else {
+          const block = make("span", "event", content);
+          block.dataset.event = event;
+          this.#body.append(block);
+        }
+      } else if (last instanceof Text) last.appendData(content);
+      else this.#body.append(content);
     }
   }
 
-  /** @param {string} mark */
-  #showOrigin(mark) {
-    const { dialect, label } = originOf(mark);
-    [this.#dialect, this.#relayed] = [new Words(dialect), []];
-    this.#origin.hidden = false;
-    show(this.#origin, label);
-  }
-
-  /** @param {Words} dialect  @param {Piece} piece  @returns {Piece} */
-  #inWords(dialect, { content, event }) {
-    const said = dialect.of(event, content);
-    if (!said) return { content, event: event ?? "event" };
-    this.#words += said.words ?? "";
-    return said.note ? { content: said.note, event: "note" } : { content: said.words ?? "", event: null };
-  }
-
-  /** @param {Piece} piece */
-  #write({ content, event }) {
-    const last = /** @type {any} */ (this.#body.lastChild);
-    if (event !== null) {
-      if (last?.dataset?.event === event) last.append(content);
-      else {
-        const block = make("span", "event", content);
-        block.dataset.event = event;
-        this.#body.append(block);
-      }
-    } else if (last instanceof Text) last.appendData(content);
-    else this.#body.append(content);
-  }
-
   #clear() {
-    this.text = this.#words = "";
-    this.#dialect = this.#relayed = null;
-    this.#origin.hidden = true;
+    this.text = "";
+    this.#isAfterRemark = false;
+    this.#showSource(null);
     this.#moveTo("");
     this.#waiting = [];
     this.#isResumed = false;
