@@ -986,8 +986,12 @@ class Store(Protocol):
     def stop(self) -> None:
         """It is about to be closed: let nothing go on that takes long."""
 
+    @property
+    def has_room(self) -> bool:
+        """Whether less than the limit is waiting to be committed."""
+
     async def room(self) -> None:
-        """Wait until less than the limit is waiting to be committed. Whoever writes text does so first."""
+        """Wait until it is so. Whoever writes text does so first."""
 
     def open_message(self, thread_id: str, message_id: str) -> Awaitable[Change]:
         """Make the message (and its thread) if need be."""
@@ -1760,10 +1764,11 @@ class File:
         """Run it in a transaction, all of it or nothing."""
 
         def in_transaction(connection: sqlite3.Connection) -> T:
-            self._check_in_place()
+            wal_size = self._check_in_place()
             with writing(connection):
                 answer = work(connection)
-            self._limit_wal(connection)
+            if wal_size > self._wal_limit:
+                self._limit_wal(connection)
             return answer
 
         return await self.maintain(in_transaction)
@@ -1862,7 +1867,7 @@ class File:
                 carry_over(connection)
                 if is_copy(connection) or (was_killed and self._synchronous == "NORMAL"):
                     renew_generations(connection)
-        self._opened_inodes = self._inodes()
+        self._opened_inodes = os.stat(self._path).st_ino, os.stat(self._wal).st_ino
 
     async def _empty_wal(self) -> None:
         """Which SQLite does itself only where no other process has the file open."""
@@ -1872,26 +1877,24 @@ class File:
             log.warning("the last checkpoint failed, and is done at the next start: %s", error)
 
     def _limit_wal(self, connection: sqlite3.Connection) -> None:
-        if self._wal.stat().st_size > self._wal_limit:
-            # Readers that always overlap would keep the WAL growing; where one of another process
-            # stays, wait for it no longer than this, and not again before the WAL has grown.
-            try:
-                is_reset = checkpoint(connection)
-            except sqlite3.Error as error:
-                log.warning("checkpoint failed, and will be tried again: %s", error)  # what is committed stays so
-                is_reset = False
-            self._wal_limit = WAL_BYTES if is_reset else self._wal.stat().st_size + WAL_BYTES
+        """Readers that always overlap would keep the WAL growing.
 
-    def _check_in_place(self) -> None:
-        """SQLite itself would go on writing to files that nobody can open any more."""
-        if self._inodes() != self._opened_inodes:
-            raise FileNotFoundError(f"{self._path.name} or its WAL was deleted or replaced; restart the service")
-
-    def _inodes(self) -> tuple[int, int] | None:
+        Where one of another process stays, wait for it no longer than this, and not again before the WAL has grown.
+        """
         try:
-            return os.stat(self._path).st_ino, os.stat(self._wal).st_ino
-        except FileNotFoundError:
-            return None
+            is_reset = checkpoint(connection)
+        except sqlite3.Error as error:
+            log.warning("checkpoint failed, and will be tried again: %s", error)  # what is committed stays so
+            is_reset = False
+        self._wal_limit = WAL_BYTES if is_reset else self._wal.stat().st_size + WAL_BYTES
+
+    def _check_in_place(self) -> int:
+        """The bytes of the WAL. SQLite itself would go on writing to files that nobody can open any more."""
+        with contextlib.suppress(FileNotFoundError):
+            wal = os.stat(self._wal)
+            if (os.stat(self._path).st_ino, wal.st_ino) == self._opened_inodes:
+                return wal.st_size
+        raise FileNotFoundError(f"{self._path.name} or its WAL was deleted or replaced; restart the service")
 
 
 def is_database(path: Path) -> bool:
@@ -2083,6 +2086,7 @@ class GroupCommit(Generic[W]):
         self._has_room = asyncio.Event()
         self._has_room.set()
         self._committing: asyncio.Task[None] | None = None
+        self._together = 1  # of the last commit, how many writes
         self._refused_ms = 0  # when a commit failed last
 
     async def commit(self, works: Sequence[W]) -> list[Change | Problem]:
@@ -2100,6 +2104,10 @@ class GroupCommit(Generic[W]):
     async def all_committed(self) -> None:
         if self._committing is not None:
             await self._committing
+
+    @property
+    def has_room(self) -> bool:
+        return self._has_room.is_set()
 
     async def room(self) -> None:
         while not self._has_room.is_set():  # the first of those who waited may have filled it again
@@ -2125,16 +2133,17 @@ class GroupCommit(Generic[W]):
         """Let in what is about to come, as a commit costs about the same for many as for one.
 
         Those whom the last commit answered come again at about the same time. Without them, producers
-        would split into halves that wait for each other's commits.
+        would split into halves that wait for each other's commits. One alone waits for nobody.
         """
         quiet, seen = 0, len(self._waiting)
-        while quiet < QUIET_TURNS and seen < BATCH_WRITES:
+        while self._together > 1 and quiet < QUIET_TURNS and seen < BATCH_WRITES:
             await asyncio.sleep(0)
             quiet = quiet + 1 if len(self._waiting) == seen else 0
             seen = len(self._waiting)
 
     async def _commit_batch(self) -> None:
         batch = self._batch()
+        self._together = len(batch)
         try:
             await self._commit_together(batch)
         except Exception as error:
@@ -3033,7 +3042,7 @@ class ChunkBuffer:
     @property
     def has_room(self) -> bool:
         """Whether ``room`` would neither wait nor raise."""
-        return not self.stopping and is_done_at_once(self._store.room())
+        return not self.stopping and self._store.has_room
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[Callable[[int], None]]:
@@ -3662,16 +3671,6 @@ class ChunkBuffer:
 def ms_since_boot() -> int:
     """A clock that nobody can set."""
     return time.clock_gettime_ns(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)) // 1_000_000
-
-
-def is_done_at_once(work: Coroutine[Any, Any, Any]) -> bool:
-    """Whether a coroutine ends without waiting; one that would wait is closed."""
-    try:
-        work.send(None)
-    except StopIteration:
-        return True
-    work.close()
-    return False
 
 
 async def gathered(source: AsyncIterable[T], ahead: int) -> AsyncGenerator[list[T], None]:

@@ -54,11 +54,12 @@ class Limited(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if not self._has_head:
             self._head += len(data)
-            if self._timer is None:
-                self._expect_head()
         super().data_received(data)
-        if not self._has_head and self._head > MOST_HEAD and not self.transport.is_closing():
-            self._refuse(431, f"The headers have over {MOST_HEAD} bytes; send fewer, or shorter ones.")
+        if not self._has_head and self._head and not self.transport.is_closing():
+            if self._head > MOST_HEAD:
+                self._refuse(431, f"The headers have over {MOST_HEAD} bytes; send fewer, or shorter ones.")
+            elif self._timer is None:
+                self._expect_head()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._has_head:  # what follows a body are trailers, and no headers (RFC 9110, 6.5.1)
