@@ -37,6 +37,7 @@ import sys
 import time
 import weakref
 import zlib
+from array import array
 from collections import Counter as Multiset
 from collections import deque
 from collections.abc import (
@@ -942,7 +943,7 @@ MESSAGES = 1_000  # of a thread's, told of at once
 ERASE_ROWS = 500  # rows deleted in one transaction
 ERASE_BYTES = 1024**2  # of text, likewise
 SHRINK_PAGES = 256  # of the file, given back between two commits
-SCRUB_PAGES = 1_024  # of the file, looked through between two commits
+SCRUB_PAGES = 256  # of the file, looked through between two commits
 MIN_POLL_INTERVAL = 0.01  # seconds
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's lock
 SCRUB_PAUSE = 0.25  # seconds between two tries to empty the WAL while another process reads
@@ -2329,16 +2330,19 @@ class SQLiteStore(GroupCommit[Callable[[Transaction], Change]]):
         """Where another process reads, its snapshot keeps the WAL: wait a while, then leave it for later."""
         async with self._erasing:
             with database_problems():
-                latest = await self._file.look(latest_forgotten)
-                if latest is None:
+                forgotten = await self._file.look(all_forgotten)
+                if not forgotten:
                     return True  # whoever had its turn before has erased it
-                while await self.erase_some():
-                    await self.room()
+                parts = [forgotten[start : start + ERASE_ROWS] for start in range(0, len(forgotten), ERASE_ROWS)]
+                for part in parts:
+                    while await self._file.change(partial(erase_some, part)):
+                        await self.room()
                 while await self._file.shrink():
                     await self.room()
                 if not await self._scrub():
                     return False
-                while await self._file.change(partial(forget_some, latest)):
+                for part in parts:
+                    await self._file.change(partial(forget, part))
                     await self.room()
                 return True
 
@@ -2383,10 +2387,6 @@ class SQLiteStore(GroupCommit[Callable[[Transaction], Change]]):
             after = run.rows[-1][0]
             await self.room()
 
-    async def erase_some(self) -> bool:
-        """Delete a bounded part of what forgotten threads hold; False once only their own rows are left."""
-        return await self._file.change(erase_some)
-
     # Other processes
 
     @contextlib.contextmanager
@@ -2418,19 +2418,15 @@ class SQLiteStore(GroupCommit[Callable[[Transaction], Change]]):
                 self._version = latest  # once it has been taken in
 
 
-def latest_forgotten(connection: sqlite3.Connection) -> int | None:
-    """The last of the threads that have lost their name, and keep their row until nothing else is left of them."""
-    (latest,) = connection.execute("select max(thread) from threads where thread_id is null").fetchone()
-    return cast(int | None, latest)
+def all_forgotten(connection: sqlite3.Connection) -> array[int]:
+    """The threads that have lost their name, and keep their row until nothing else is left of them."""
+    return array(
+        "q", (thread for (thread,) in connection.execute("select thread from threads where thread_id is null"))
+    )
 
 
-def forget_some(latest: int, connection: sqlite3.Connection) -> bool:
-    forgotten = connection.execute(
-        "delete from threads where thread in"
-        " (select thread from threads where thread_id is null and thread <= ? limit ?)",
-        (latest, ERASE_ROWS),
-    ).rowcount
-    return forgotten > 0
+def forget(threads: array[int], connection: sqlite3.Connection) -> None:
+    connection.executemany("delete from threads where thread = ?", zip(threads))
 
 
 EntryRow = tuple[int, int, str | None, str | None, int]  # seq, message, event, content, timestamp
@@ -2504,11 +2500,13 @@ def put_away(run: Run, connection: sqlite3.Connection) -> None:
     )
 
 
-def erase_some(connection: sqlite3.Connection) -> bool:
+def erase_some(threads: array[int], connection: sqlite3.Connection) -> bool:
+    """Delete a bounded part of what these hold; False once only their own rows are left."""
+    of_these = msgspec.json.encode(threads.tolist()).decode()
     places = connection.execute(
-        "select thread, seq, coalesce(length(cast(content as blob)), 0) from threads join chunks using (thread)"
-        " where thread_id is null order by thread, seq limit ?",
-        (ERASE_ROWS,),
+        "select thread, seq, coalesce(length(cast(content as blob)), 0) from json_each(?)"
+        " cross join chunks on thread = value limit ?",  # in the order of both, with nothing to sort
+        (of_these, ERASE_ROWS),
     )
     size, up_to = 0, dict[int, int]()
     while size < ERASE_BYTES and (place := next(places, None)):
@@ -2518,8 +2516,8 @@ def erase_some(connection: sqlite3.Connection) -> bool:
         connection.executemany("delete from chunks where thread = ? and seq <= ?", up_to.items())
         return True
     packs = connection.execute(
-        "select packs.rowid, length(data) from threads join packs using (thread) where thread_id is null limit ?",
-        (ERASE_ROWS,),
+        "select packs.rowid, length(data) from json_each(?) cross join packs on thread = value limit ?",
+        (of_these, ERASE_ROWS),
     )
     chosen = list[tuple[int]]()
     while size < ERASE_BYTES and (pack := next(packs, None)):
@@ -2529,9 +2527,9 @@ def erase_some(connection: sqlite3.Connection) -> bool:
         connection.executemany("delete from packs where rowid = ?", chosen)
         return True
     erased = connection.execute(
-        "delete from messages where message in (select message from messages join threads using (thread)"
-        " where thread_id is null limit ?)",
-        (ERASE_ROWS,),
+        "delete from messages where message in"
+        " (select message from json_each(?) cross join messages on thread = value limit ?)",
+        (of_these, ERASE_ROWS),
     ).rowcount
     return erased > 0
 

@@ -516,6 +516,27 @@ async def test_text_that_was_cleared_is_nowhere_in_the_files(buffer: ChunkBuffer
     assert query(db, "pragma integrity_check") == [("ok",)]
 
 
+async def test_text_that_was_cleared_while_other_text_was_being_erased_is_nowhere_in_the_files(
+    buffer: ChunkBuffer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, thread_id in enumerate(("second", "first")):
+        await buffer.add_chunks(thread_id, "m", [marked(number)])
+    overwrite_gaps, gate, is_overwriting = resume_stream.overwrite_gaps, threading.Event(), threading.Event()
+
+    def overwrite(*pages: Any) -> None:
+        is_overwriting.set()
+        assert gate.wait(TIMEOUT)
+        overwrite_gaps(*pages)
+
+    monkeypatch.setattr(resume_stream, "overwrite_gaps", overwrite)
+    clearing = [asyncio.create_task(buffer.clear_thread_buffer("first"))]
+    await until(is_overwriting.is_set, "the first is being erased")
+    clearing.append(asyncio.create_task(buffer.clear_thread_buffer("second")))
+    gate.set()
+    await asyncio.gather(*clearing)
+    assert marks_in(tmp_path / "chunks.db") == set()
+
+
 async def test_text_that_expired_is_nowhere_in_the_files(
     make_buffer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
