@@ -1391,19 +1391,20 @@ class Snapshot:
 
     def idle_messages(self, untouched_since: int) -> list[tuple[str, str]]:
         return self._connection.execute(
-            "select threads.thread_id, messages.message_id from messages join threads using (thread)"
-            " where messages.status = 'active' and messages.updated_at <= ? and threads.thread_id is not null"
-            " limit 1000",
+            "select threads.thread_id, messages.message_id"
+            " from messages indexed by active_messages_by_age join threads using (thread)"
+            " where messages.status = 'active' and messages.touched_at <= ?1 and messages.updated_at <= ?1"
+            " and threads.thread_id is not null limit 1000",
             (untouched_since,),
         ).fetchall()
 
-    def idle_threads(self, untouched_since: int, after: int) -> list[tuple[int, str]]:
-        """Some of those behind the thread of this number; before it are perhaps very many that are being erased."""
-        return self._connection.execute(
-            "select thread, thread_id from threads"
-            " where thread > ? and thread_id is not null and updated_at <= ? order by thread limit ?",
-            (after, untouched_since, EXPIRED_AT_ONCE),
-        ).fetchall()
+    def idle_threads(self, untouched_since: int) -> list[str]:
+        rows = self._connection.execute(
+            "select thread_id from threads"
+            " where thread_id is not null and touched_at <= ?1 and updated_at <= ?1 limit ?2",
+            (untouched_since, EXPIRED_AT_ONCE),
+        )
+        return [thread_id for (thread_id,) in rows]
 
 
 class Row(State, frozen=True):
@@ -1605,12 +1606,13 @@ class Transaction(Snapshot):
                 (self._now,),
             ).fetchone()
             thread = self._connection.execute(
-                "insert into threads (thread_id, generation, created_at, updated_at) values (?, ?, ?, ?)",
-                (thread_id, generation, self._now, self._now),
+                "insert into threads (thread_id, generation, created_at, updated_at, touched_at)"
+                " values (?1, ?2, ?3, ?3, ?3)",
+                (thread_id, generation, self._now),
             ).lastrowid
         self._connection.execute(
-            "insert into messages (thread, message_id, created_at, updated_at) values (?, ?, ?, ?)",
-            (thread, message_id, self._now, self._now),
+            "insert into messages (thread, message_id, created_at, updated_at, touched_at) values (?1, ?2, ?3, ?3, ?3)",
+            (thread, message_id, self._now),
         )
         self._connection.execute("update threads set updated_at = ? where thread = ?", (self._now, thread))
         return self.find(thread_id, message_id)
@@ -1923,6 +1925,10 @@ def carry_over(connection: sqlite3.Connection) -> None:
     """What a version of this service before this one did not put beside its tables, or put there otherwise."""
     existing = {name for (name,) in connection.execute("select name from sqlite_schema")}
     ((version,),) = connection.execute("pragma user_version")
+    for table in ("threads", "messages"):
+        if not any(name == "touched_at" for _, name, *_ in connection.execute(f"pragma table_info({table})")):
+            connection.execute(f"alter table {table} add column touched_at integer not null default 0")
+            connection.execute(f"update {table} set touched_at = updated_at")
     statement = ""
     for line in SCHEMA.read_text().splitlines(keepends=True):
         statement += line
@@ -2228,7 +2234,6 @@ class SQLiteStore(GroupCommit[Callable[[Transaction], Change]]):
         self._erasing = asyncio.Lock()
         self._hot: dict[str, Hot] = {}  # by thread_id, as of the last commit
         self._hot_version: int | None = None  # of the data (PRAGMA data_version) that they are of
-        self._expired_up_to = 0  # the number of a thread
         self._packing = settings.packing
         self._packed_until = 0  # ms since 1970: what nobody touched since is packed
         self._poll_intervals: Multiset[float] = Multiset()
@@ -2317,9 +2322,8 @@ class SQLiteStore(GroupCommit[Callable[[Transaction], Change]]):
             await self._file.probe()
 
     async def expire(self, untouched_since: int) -> int:
-        idle = await self.read(lambda snapshot: snapshot.idle_threads(untouched_since, self._expired_up_to))
-        self._expired_up_to = idle[-1][0] if idle else 0
-        clearing = [self.clear(thread_id, untouched_since) for _, thread_id in idle]
+        idle = await self.read(lambda snapshot: snapshot.idle_threads(untouched_since))
+        clearing = [self.clear(thread_id, untouched_since) for thread_id in idle]
         outcomes = await asyncio.gather(*clearing, return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException) and not isinstance(outcome, NotFound):  # touched in the meantime

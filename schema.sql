@@ -21,7 +21,8 @@ create table threads (
     generation  integer not null,
     last_seq    integer not null default 0,
     created_at  integer not null,
-    updated_at  integer not null
+    updated_at  integer not null,
+    touched_at  integer not null default 0         -- updated_at, or up to a minute before it
 ) strict;
 
 create table messages (
@@ -36,11 +37,29 @@ create table messages (
     last_seq    integer,                           -- once it has ended: the place of its end
     created_at  integer not null,
     updated_at  integer not null,
+    touched_at  integer not null default 0,        -- likewise
     unique (thread, message_id)
 ) strict;
 
 create index active_messages on messages (thread) where status = 'active';
 create index messages_by_status on messages (status, thread);
+
+-- What has not been touched for long is found by these. They change once a
+-- minute for each thread that is written to, and not with every chunk.
+create index threads_by_age on threads (touched_at) where thread_id is not null;
+create index active_messages_by_age on messages (touched_at) where status = 'active';
+
+create trigger thread_is_touched after update of updated_at on threads
+when new.updated_at not between old.touched_at and old.touched_at + 60000
+begin
+    update threads set touched_at = new.updated_at where thread = new.thread;
+end;
+
+create trigger message_is_touched after update of updated_at on messages
+when new.updated_at not between old.touched_at and old.touched_at + 60000
+begin
+    update messages set touched_at = new.updated_at where message = new.message;
+end;
 
 create table chunks (
     thread      integer not null references threads,

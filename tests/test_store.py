@@ -556,6 +556,17 @@ async def test_text_that_expired_is_nowhere_in_the_files(
         assert await live_texts(buffer, live) == {number: texts[number] for number in live}
 
 
+async def test_the_age_of_what_is_written_to_is_kept_to_the_minute(
+    buffer: ChunkBuffer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = {100_000: 100_000, 159_000: 100_000, 160_000: 100_000, 160_001: 160_001, 219_000: 160_001, 90_000: 90_000}
+    for now, age in times.items():
+        monkeypatch.setattr(resume_stream, "now_ms", lambda now=now: now)
+        await buffer.add_chunks("t", "m", ["text"])
+        for table in ("threads", "messages"):
+            assert query(tmp_path / "chunks.db", f"select touched_at, updated_at from {table}") == [(age, now)]
+
+
 async def test_an_expired_thread_is_gone_for_its_reader_and_a_touched_one_stays(
     make_buffer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
