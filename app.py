@@ -948,6 +948,12 @@ MIN_POLL_INTERVAL = 0.01  # seconds
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's lock
 SCRUB_PAUSE = 0.25  # seconds between two tries to empty the WAL while another process reads
 SMALLEST_DATABASE = 64 * 1024
+FEW_WRITES, FEW_BYTES = 8, 16 * 1024  # that the loop may commit itself,
+QUICK = 0.001  # seconds that this may take,
+DISTRUST, MOST_DISTRUST = 0.02, 5.0  # seconds for which it does not, after one that took longer,
+TRUSTED_AFTER = 32  # that did not take longer, after which the next one that does is the first
+AT_ONCE_IN_A_ROW = 128  # of which the last is left to the other thread
+CHECKPOINT_PAGES = 1_000  # of the WAL, after which SQLite makes a checkpoint
 WAL_BYTES = 16 * 1024**2  # past this, a checkpoint also resets the WAL
 CHECKPOINT_TIMEOUT = 0.1  # seconds that a checkpoint waits for readers
 
@@ -1649,12 +1655,14 @@ class Database(aiosqlite.Connection):
 
     A transaction that is one function cannot be left open by a request that is cancelled, and
     costs one thread hop, whatever the number of its statements. What nobody waits for any more is
-    passed over when its turn comes, and interrupted where it only reads.
+    passed over when its turn comes, and interrupted where it only reads. While its thread has
+    nothing to do the loop may use it too.
     """
 
     reads_only = False
     stopped = False
-    _turn: object = None
+    _asked = 0  # how much is, and was not answered yet
+    _turn: object = None  # of what its thread runs
 
     async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Raises Stopping once it is closed or stopped."""
@@ -1662,25 +1670,44 @@ class Database(aiosqlite.Connection):
         turn = object()
 
         def in_turn(connection: sqlite3.Connection) -> T:
-            if is_abandoned or self.stopped:
-                raise Stopping
-            self._turn = turn
-            return work(connection)
+            self._turn = turn  # before the look, so that whoever abandons it sees this, or is seen
+            try:
+                if is_abandoned or self.stopped:
+                    raise Stopping
+                return work(connection)
+            finally:
+                self._turn = None
 
         if self._connection is None or not self._running:
             raise Stopping
         execute = cast("Callable[..., Awaitable[T]]", self._execute)
-        while True:
-            try:
-                return await execute(in_turn, self._conn)
-            except asyncio.CancelledError:
-                is_abandoned = True
-                self._interrupt(turn)
-                raise
-            except sqlite3.OperationalError as error:
-                if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_INTERRUPT or self.stopped:
-                    raise
-                # It was meant for the one before, which was over by then: once more.
+        self._asked += 1
+        try:
+            while True:
+                try:
+                    return await execute(in_turn, self._conn)
+                except sqlite3.OperationalError as error:
+                    if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_INTERRUPT or self.stopped:
+                        raise
+                    # It was meant for the one before, which was over by then: once more.
+        except asyncio.CancelledError:
+            is_abandoned = True
+            self._interrupt(turn)
+            raise
+        finally:
+            self._asked -= 1
+
+    @property
+    def is_idle(self) -> bool:
+        return self._asked == 0 and self._turn is None and self._connection is not None and not self.stopped
+
+    def run_here(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run it in the loop's own thread, where it is idle."""
+        return work(self._conn)
+
+    async def close(self) -> None:
+        self.stopped = True
+        await super().close()
 
     def give_up(self) -> None:
         """Interrupt what runs, and let nothing else begin."""
@@ -1697,12 +1724,52 @@ def database_uri(path: Path, mode: Literal["ro", "rw", "rwc"]) -> str:
 
 
 async def connect(path: Path, mode: Literal["ro", "rw", "rwc"]) -> Database:
-    connector = partial(sqlite3.connect, database_uri(path, mode), uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
+    connector = partial(
+        sqlite3.connect,
+        database_uri(path, mode),
+        uri=True,
+        timeout=BUSY_TIMEOUT,
+        isolation_level=None,
+        check_same_thread=False,  # two use it, never at the same time (see Database.is_idle)
+    )
     database = Database(connector, iter_chunk_size=PAGE_ROWS)
     database.reads_only = mode == "ro"
     await database
     await database.run(open_packs)
     return database
+
+
+class NotNow(Exception):
+    """What was to be done at once would have to wait."""
+
+
+class Trust:
+    """Whether the loop may wait for the disk itself: as long as that is quick.
+
+    After a change that was not, none is made there for a while, and for twice as long after each further
+    one that was not either. Now and then one is left to the other thread in any case, as only there
+    SQLite makes its checkpoints, which take long.
+    """
+
+    def __init__(self) -> None:
+        self._given = 0
+        self._quick = 0  # changes in a row
+        self._lost_until, self._pause = 0.0, DISTRUST  # seconds (time.perf_counter)
+
+    def is_given(self, now: float) -> bool:
+        if now < self._lost_until:
+            return False
+        self._given += 1
+        return self._given % AT_ONCE_IN_A_ROW != 0
+
+    def took(self, began: float, ended: float) -> None:
+        if ended - began > QUICK:
+            self._lost_until, self._quick = ended + self._pause, 0
+            self._pause = min(2 * self._pause, MOST_DISTRUST)
+        elif self._quick < TRUSTED_AFTER:
+            self._quick += 1
+        else:
+            self._pause = DISTRUST
 
 
 class File:
@@ -1720,6 +1787,8 @@ class File:
         self._synchronous = synchronous
         self._max_size = max_size
         self._wal_limit = WAL_BYTES
+        self._trust = Trust()
+        self._hurries = False  # the writing connection
         self._exits = contextlib.AsyncExitStack()
 
     async def open(self) -> None:
@@ -1776,9 +1845,46 @@ class File:
 
         return await self.maintain(in_transaction)
 
+    def change_at_once(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """The same in the loop's own thread: without two changes of threads, each of which waits for Python's lock.
+
+        Raises NotNow, with nothing done, where it might take long or has to wait for another process.
+        """
+
+        def in_transaction(connection: sqlite3.Connection) -> T:
+            self._hurry(True, connection)
+            if self._check_in_place() > self._wal_limit:
+                raise NotNow
+            with writing(connection):
+                return work(connection)
+
+        began = time.perf_counter()
+        if not (self._writer.is_idle and self._trust.is_given(began)):
+            raise NotNow
+        try:
+            return self._writer.run_here(in_transaction)
+        except sqlite3.OperationalError as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL):
+                raise
+            raise NotNow from error
+        finally:
+            self._trust.took(began, time.perf_counter())
+
     async def maintain(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run it on the writing connection, between two transactions."""
-        return await self._writer.run(partial(with_room, work))
+
+        def with_time(connection: sqlite3.Connection) -> T:
+            self._hurry(False, connection)
+            return with_room(work, connection)
+
+        return await self._writer.run(with_time)
+
+    def _hurry(self, hurries: bool, connection: sqlite3.Connection) -> None:
+        """Whoever hurries waits for no lock, and leaves checkpoints to others."""
+        if hurries != self._hurries:
+            connection.execute(f"pragma busy_timeout = {0 if hurries else BUSY_TIMEOUT * 1000:.0f}")
+            connection.execute(f"pragma wal_autocheckpoint = {0 if hurries else CHECKPOINT_PAGES}")
+            self._hurries = hurries
 
     async def probe(self) -> None:
         """Write what is there already: by a pragma, as SQLite writes no page for an update that changes nothing."""
@@ -2096,8 +2202,11 @@ class GroupCommit(Generic[W]):
         self._together = 1  # of the last commit, how many writes
         self._refused_ms = 0  # when a commit failed last
 
-    async def commit(self, works: Sequence[W]) -> list[Change | Problem]:
-        """What became of each. Raises an error where nothing became of any, or nobody knows."""
+    async def commit(self, works: Sequence[W], size: int) -> list[Change | Problem]:
+        """What became of each of these, about ``size`` bytes.
+
+        Raises an error where nothing became of any, or nobody knows.
+        """
         raise NotImplementedError
 
     def explained(self, error: Exception) -> Exception:
@@ -2173,7 +2282,7 @@ class GroupCommit(Generic[W]):
 
     async def _commit_together(self, batch: Sequence[Write[W]]) -> None:
         began = time.perf_counter()
-        outcomes = await self.commit([write.work for write in batch])
+        outcomes = await self.commit([write.work for write in batch], sum(write.size for write in batch))
         done = zip(outcomes, batch, strict=True)
         changes = [(outcome, write.asked) for outcome, write in done if isinstance(outcome, Change)]
         self._told(changes, time.perf_counter() - began)
@@ -2261,7 +2370,7 @@ class SQLiteStore(GroupCommit[Callable[[Transaction], Change]]):
         size = sum(append.sizes) + CHUNK_OVERHEAD * len(append.chunks)
         return self.write(lambda transaction: transaction.append(append), size)
 
-    async def commit(self, works: Sequence[Callable[[Transaction], Change]]) -> list[Change | Problem]:
+    async def commit(self, works: Sequence[Callable[[Transaction], Change]], size: int) -> list[Change | Problem]:
         """What became of each, all committed together. Raises sqlite3.Error and OSError: of none."""
 
         def commit(connection: sqlite3.Connection) -> tuple[list[Change | Problem], dict[str, Hot]]:
@@ -2274,6 +2383,10 @@ class SQLiteStore(GroupCommit[Callable[[Transaction], Change]]):
             transaction.flush()
             return outcomes, hot
 
+        if len(works) <= FEW_WRITES and size <= FEW_BYTES:
+            with contextlib.suppress(NotNow):
+                outcomes, self._hot = self._file.change_at_once(commit)
+                return outcomes
         outcomes, self._hot = await self._file.change(commit)
         return outcomes
 
@@ -2607,7 +2720,7 @@ LONG_TEXT = 1024**2  # bytes, past which a text is read in pieces
 LIVE_BYTES = 1024**2  # of a thread's newest pages, kept while somebody follows it
 ALL_LIVE_BYTES = 32 * 1024**2  # of all threads
 HELD_BYTES = 32 * 1024**2  # of bodies that are still coming in
-CALLED_AT_ONCE = 8  # readers of a thread, in one turn of the loop
+CALLED_AT_ONCE = 4  # readers of a thread, in one turn of the loop
 MUCH_TO_SEND = LIVE_BYTES // 4  # for which all are called at once, or it would be let go before they are
 JOINED = 4  # what readers at as many different places have before them, kept for those who are at the same
 

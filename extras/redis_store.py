@@ -830,7 +830,7 @@ class RedisStore(GroupCommit[Operation]):
     def _operation(self, kind: str, thread_id: str, message_id: str = "", **members: Any) -> Operation:
         return Operation(kind, thread_id, message_id, ttl=self._ttl, max_message=self._settings.max_message, **members)
 
-    async def commit(self, works: Sequence[Operation]) -> list[Change | Problem]:
+    async def commit(self, works: Sequence[Operation], size: int) -> list[Change | Problem]:
         if self._is_closed:
             raise Stopping
         works = [msgspec.structs.replace(work, source=self._source) for work in works]

@@ -40,6 +40,7 @@ def load_app() -> Any:
 
 load_app()
 
+import resume_stream  # noqa: E402
 from resume_stream import ChunkBuffer, Settings  # noqa: E402
 
 
@@ -301,12 +302,16 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 
 @pytest.fixture(scope="module")
-def store(request: pytest.FixtureRequest) -> Callable[[], str]:
-    """Addresses of stores that hold nothing yet, as ``--store`` takes them: empty for a SQLite file."""
-    if getattr(request, "param", "sqlite") == "sqlite":
-        return str
-    server: RedisServer = request.getfixturevalue("redis_server")
-    return server.address
+def store(request: pytest.FixtureRequest) -> Iterator[Callable[[], str]]:
+    """Addresses of stores that hold nothing yet, as ``--store`` takes them: empty for a SQLite file.
+
+    With ``sqlite-in-thread`` the loop commits nothing itself, as on a slow disk.
+    """
+    kind = getattr(request, "param", "sqlite")
+    with pytest.MonkeyPatch.context() as patch:
+        if kind == "sqlite-in-thread":
+            patch.setattr(resume_stream, "FEW_WRITES", 0)
+        yield request.getfixturevalue("redis_server").address if kind == "redis" else str
 
 
 @pytest.fixture

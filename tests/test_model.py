@@ -459,7 +459,7 @@ async def first(call: Any) -> Any:
     return (await call)[0]
 
 
-STORES = ("sqlite", "redis")
+STORES = ("sqlite", "sqlite-in-thread", "redis")
 
 
 def test_the_buffer_is_like_its_model(store: Callable[[], str]) -> None:

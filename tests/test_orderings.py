@@ -18,7 +18,7 @@ from buffers import detached, follow, is_of_detached_reader, store_of, take
 from resume_stream import ChunkBuffer, Signal
 
 pytestmark = pytest.mark.anyio
-STORES = ("sqlite", "redis")
+STORES = ("sqlite", "sqlite-in-thread", "redis")
 
 READER = ("locates", "registers", "reads", "gets")
 PRODUCER = ("commits 1", "publishes 1", "commits 2", "publishes 2")
@@ -53,8 +53,8 @@ class Gates:
             mine = task is self.reader or is_of_detached_reader(task)
             return await self._through(next(self._reads, None) if mine else None, lambda: read(*work, **options))
 
-        async def gated_commit(operations: Any) -> Any:
-            return await self._through(next(self._commits, None), lambda: commit(operations))
+        async def gated_commit(operations: Any, size: int) -> Any:
+            return await self._through(next(self._commits, None), lambda: commit(operations, size))
 
         monkeypatch.setattr(store, "read", gated_read)
         monkeypatch.setattr(store, "commit", gated_commit)
