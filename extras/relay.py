@@ -799,18 +799,24 @@ class Pump:
                 while await self._source.take() is not None:
                     pass
 
-    def _useless(self, reason: str) -> BadGateway:
-        return BadGateway(f"The upstream {self._asked.call.target.name!r} gave nothing to record. {FAILURES[reason]}")
+    def _useless(self, reason: str) -> Problem:
+        kind = GatewayTimeout if reason == PRODUCER_TIMEOUT else BadGateway
+        return kind(f"The upstream {self._asked.call.target.name!r} gave nothing to record. {FAILURES[reason]}")
 
     async def _beginning(self) -> list[Chunk] | None:
-        """The first events; none after ``heartbeat``, so that nobody has to wait for those without a sign of life."""
-        heartbeat = self._buffer.settings.heartbeat
+        """The first events; none after ``heartbeat``, so that nobody has to wait for those without a sign of life.
+
+        What has its id in them is waited for, though no longer than ``producer_timeout``.
+        """
+        settings = self._buffer.settings
         dialects = self._relay.dialects.values()
         needs_event = any(dialect.message_in_event for dialect in dialects if self._is_path_of(dialect))
-        until = self._now() + heartbeat if heartbeat and not needs_event else math.inf
+        until = self._now() + ((not needs_event and settings.heartbeat) or settings.producer_timeout or math.inf)
         try:
             while (events := await self._source.take(until)) == []:
                 if self._now() >= until:
+                    if needs_event:
+                        raise Failed(PRODUCER_TIMEOUT)
                     break
         except Failed as failed:
             raise self._useless(failed.args[0]) from failed

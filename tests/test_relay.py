@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import httpx
@@ -18,7 +18,9 @@ from upstream import (
     ERRORS,
     EVENTS,
     OTHER,
+    PAUSE,
     RECORDINGS,
+    RESPONSES,
     Recording,
     Upstream,
     plain,
@@ -545,3 +547,25 @@ def test_silence_and_crowds_have_limits(tmp_path: Path, upstream: Upstream) -> N
                 reading.more()
             upstream.go_on()
             assert reading.rest().endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("comes", [b": thinking\n\n", PAUSE], ids=["comments", "nothing"])
+def test_an_answer_that_has_its_id_in_an_event_is_not_waited_for_without_limit(
+    tmp_path: Path, upstream: Upstream, comes: bytes
+) -> None:
+    upstream.answer(RESPONSES.ended(0, *[comes, PAUSE] * 1_000))
+    flags = ("--producer-timeout", "1s", "--heartbeat", "100ms")
+    with (
+        Service(tmp_path / "chunks.db", "--upstream", f"up={upstream.url}", *flags) as service,
+        Relay(service) as relay,
+        ThreadPoolExecutor() as pool,
+    ):
+        asked = pool.submit(relay.ask, RESPONSES, Resume_Message="m")
+        while not wait([asked], timeout=0.1).done and comes is not PAUSE:
+            upstream.go_on()
+        status, document = problem(asked.result())
+        assert (status, "fell silent" in document["detail"]) == (504, True)
+        wait_until(lambda: upstream.left == 1, "the upstream's connection is closed")
+        assert relay.message("m", "m") == {}
+        upstream.answer(RESPONSES)
+        assert relay.ask(RESPONSES, Resume_Message="m").status_code == 200
