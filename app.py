@@ -75,7 +75,7 @@ from typing import (
     get_args,
     get_type_hints,
 )
-from urllib.parse import quote, unquote_to_bytes
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 import aiosqlite
 import msgspec
@@ -290,10 +290,21 @@ def parse_upstreams(text: str) -> tuple[Upstream, ...]:
         if match is None:
             shown = re.sub(r"\?.*", "?…", re.sub("//.*@", "//…@", item))  # as either may hold a key
             raise ValueError(f"{shown!r} is not an upstream; write it like openai=https://api.openai.com")
+        if not has_address(match[2]):
+            raise ValueError(f"{item!r} has no host, or a port that is not one of 1 to 65535")
         if match[1] in found:
             raise ValueError(f"there are two upstreams {match[1]}; give each a name of its own")
         found[match[1]] = Upstream(match[1], match[2].rstrip("/"))
     return tuple(found.values())
+
+
+def has_address(url: str) -> bool:
+    """Whether there is a host in it, and no port that cannot be."""
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def described(text: str) -> msgspec.Meta:
