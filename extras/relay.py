@@ -321,7 +321,7 @@ class Relay:
         self._tasks: set[asyncio.Task[None]] = set()
         self._asked: dict[Asked, None] = {}
         self._claims: dict[tuple[str, str], Asked] = {}  # by whom a message is recorded, or about to be
-        self._passed_through = 0  # answers that are no streams, and still being read
+        self._under_way = 0  # requests to upstreams, from the first byte to the end of the answer
 
     def begin(self) -> None:
         """Abort what a process before this one was recording, as nobody records it any more."""
@@ -560,7 +560,7 @@ class Relay:
             response = await self._send(call, body)
             if response.status_code < 300:
                 return self._passed(response)
-            await response.aclose()
+            await self._let_go(response)
         if message.dialect.thing is not None:
             return await self._thing_of(message)
         return answer_json(message.dialect.cancel[2], {})
@@ -640,7 +640,7 @@ class Relay:
             try:
                 outcome = await Pump(self, asked, response).run()
             finally:
-                await response.aclose()
+                await self._let_go(response)
         except Problem as problem:
             outcome = outcome if asked.answer.done() else "refused"
             self._release(asked)
@@ -663,10 +663,10 @@ class Relay:
             return {}  # what it is worth is for the upstream to say
 
     async def _send(self, call: Call, body: bytearray) -> Any:
-        """The upstream's answer, still to be read. Raises Unavailable, BadGateway and GatewayTimeout."""
+        """The upstream's answer, still to be read and let go. Raises Unavailable, BadGateway and GatewayTimeout."""
         import httpx
 
-        if len(self._asked) + self._passed_through > self.buffer.settings.max_relays:
+        if self._under_way >= self.buffer.settings.max_relays:
             raise Unavailable("As many answers are being relayed as max_relays allows; try again later.")
         target, silence = call.target, self.buffer.settings.producer_timeout or None
         request = httpx.Request(
@@ -679,24 +679,28 @@ class Relay:
                 "timeout": {"connect": CONNECT_TIMEOUT, "read": silence, "write": silence, "pool": silence},
             },
         )
+        response = None
+        self._under_way += 1
         try:
-            return await self._transport.handle_async_request(request)
+            response = await self._transport.handle_async_request(request)
+            return response
         except httpx.TimeoutException as error:
             raise GatewayTimeout(f"The upstream {target.name!r} does not answer; try again later.") from error
         except httpx.TransportError as error:
             kind = type(error).__name__
             raise BadGateway(f"The upstream {target.name!r} cannot be asked ({kind}); try again later.") from error
+        finally:
+            if response is None:
+                self._under_way -= 1
+
+    async def _let_go(self, response: Any) -> None:
+        self._under_way -= 1
+        await response.aclose()
 
     def _passed(self, response: Any) -> Answer:
         """An answer as it comes."""
-        self._passed_through += 1
-
-        async def close() -> None:
-            self._passed_through -= 1
-            await response.aclose()
-
         headers = [(name, value) for name, value in response.headers.raw if is_passed_on(name, NOT_PASSED_ON)]
-        return Answer(response.status_code, headers, as_it_comes(response), close)
+        return Answer(response.status_code, headers, as_it_comes(response), lambda: self._let_go(response))
 
 
 def not_of_this_upstream(message_id: str) -> Conflict:
