@@ -2606,7 +2606,7 @@ CUT = 0.0  # the moment, by the loop's clock, to which an upload is cut short
 LONG_TEXT = 1024**2  # bytes, past which a text is read in pieces
 LIVE_BYTES = 1024**2  # of a thread's newest pages, kept while somebody follows it
 ALL_LIVE_BYTES = 32 * 1024**2  # of all threads
-HELD_BYTES = 32 * 1024**2  # of bodies that are still coming in
+HELD_BYTES = 32 * 1024**2  # of bodies that are still coming in, or to be sent on
 CALLED_AT_ONCE = 8  # readers of a thread, in one turn of the loop
 MUCH_TO_SEND = LIVE_BYTES // 4  # for which all are called at once, or it would be let go before they are
 JOINED = 4  # what readers at as many different places have before them, kept for those who are at the same
@@ -2982,7 +2982,7 @@ class ChunkBuffer:
         self._tails: dict[str, Tail] = {}
         self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()  # gone with their streams, be they read or not
         self._live = Live()
-        self._held = 0  # bytes of bodies that are still coming in
+        self._held = 0  # bytes of bodies that are still coming in, or to be sent on
         self._erasure_owed = True
         self._tasks: set[asyncio.Task[None]] = set()
         self._probe: asyncio.Task[None] | None = None
@@ -3048,7 +3048,7 @@ class ChunkBuffer:
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[Callable[[int], None]]:
-        """Yields a function to call with the bytes that one holds of what is still coming in.
+        """Yields a function to call with the bytes that one holds of what is still coming in, or to be sent on.
 
         It raises Unavailable where all together would hold over 32 MiB.
         """

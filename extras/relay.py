@@ -17,7 +17,7 @@ import re
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import aclosing, suppress
+from contextlib import aclosing, contextmanager, suppress
 from typing import Any, NamedTuple, cast
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 from uuid import uuid4
@@ -73,6 +73,7 @@ log = logging.getLogger("resume_stream")
 
 CONNECT_TIMEOUT = 10.0  # seconds
 KEPT_CONNECTIONS, KEPT_FOR = 10, 5.0  # idle ones, each of which is looked at by every request, and for how many seconds
+SENT_AT_ONCE = 64 * 1024  # bytes of a request's body
 AHEAD = 256 * 1024  # bytes of an answer that may have come and are not committed yet
 EVENTS_AT_ONCE = 1_000  # in one append
 DECODED = 3  # times that a path is decoded, to see where it leads
@@ -205,8 +206,14 @@ def answer_json(status: int, what: Any) -> Answer:
     return Answer(status, [(b"Content-Type", b"application/json")], once(encode_json(what)))
 
 
-async def once(piece: bytes | bytearray) -> AsyncGenerator[bytes, None]:
-    yield bytes(piece)
+async def once(piece: bytes) -> AsyncGenerator[bytes, None]:
+    yield piece
+
+
+async def in_pieces(body: bytearray, sent: Callable[[], None]) -> AsyncGenerator[bytes, None]:
+    for at in range(0, len(body), SENT_AT_ONCE):
+        yield bytes(body[at : at + SENT_AT_ONCE])
+    sent()
 
 
 NOTHING = Answer(204, [])
@@ -556,8 +563,8 @@ class Relay:
         body = await whole_body(call.request, self.buffer)
         with suppress(Conflict, NotFound):
             await self.buffer.abort_message(message.thread_id, message.message_id, CANCELLED)
-        with suppress(BadGateway, GatewayTimeout):
-            response = await self._send(call, body)
+        with suppress(BadGateway, GatewayTimeout), self._holding(body) as sent:
+            response = await self._send(call, body, sent)
             if response.status_code < 300:
                 return self._passed(response)
             await self._let_go(response)
@@ -582,7 +589,6 @@ class Relay:
             del self._asked[asked]
             raise
         self._go(self._record(asked, body))
-        del body
         answer = await asyncio.shield(asked.answer)
         if not isinstance(answer, tuple):
             return self._passed(answer)
@@ -623,15 +629,9 @@ class Relay:
         """From the question to the end of its answer, whoever waits for it."""
         call, outcome = asked.call, "interrupted"
         try:
-            asked.members = self._members(call, body)
-            for thread_id in asked.threads:
-                there = await self.taken(asked, thread_id, cast(str, asked.message_id))
-                if there is not None:
-                    outcome = "joined"
-                    asked.answer.set_result((there, []))
-                    return
-            response = await self._send(call, body)
-            del body
+            if (response := await self._asked_for(asked, body)) is None:
+                outcome = "joined"
+                return
             if not is_stream(call, response):
                 outcome = "passed_through"
                 self._release(asked)  # first, as who waits for this answer then asks for one of its own
@@ -651,6 +651,32 @@ class Relay:
             self.buffer.listener.relayed(call.target.name, outcome)
             log.info("relayed %s: %s", call.target.name, outcome)
 
+    async def _asked_for(self, asked: Asked, body: bytearray) -> Any:
+        """What the upstream answers; None where its message is there already, which then is the answer."""
+        with self._holding(body) as sent:
+            asked.members = self._members(asked.call, body)
+            for thread_id in asked.threads:
+                there = await self.taken(asked, thread_id, cast(str, asked.message_id))
+                if there is not None:
+                    asked.answer.set_result((there, []))
+                    return None
+            return await self._send(asked.call, body, sent)
+
+    @contextmanager
+    def _holding(self, body: bytearray) -> Iterator[Callable[[], None]]:
+        """A body counts, and is kept, until it is sent, as its answer may take long. Raises Unavailable."""
+        with self.buffer.holding() as hold:
+            hold(len(body))
+
+            def sent() -> None:
+                body.clear()
+                hold(0)
+
+            try:
+                yield sent
+            finally:
+                body.clear()
+
     def _members(self, call: Call, body: bytearray) -> dict[str, Any]:
         """The members of the request's JSON that may be a thread's id."""
         names = {dialect.thread_in_body for dialect in self.dialects.values() if dialect.thread_in_body}
@@ -662,7 +688,7 @@ class Relay:
         except UNDECODABLE:
             return {}  # what it is worth is for the upstream to say
 
-    async def _send(self, call: Call, body: bytearray) -> Any:
+    async def _send(self, call: Call, body: bytearray, sent: Callable[[], None]) -> Any:
         """The upstream's answer, still to be read and let go. Raises Unavailable, BadGateway and GatewayTimeout."""
         import httpx
 
@@ -673,7 +699,7 @@ class Relay:
             call.method,
             target.origin,
             headers=target.headers_for(call.headers, body, call.left_out),
-            content=once(body) if body else None,  # which, unlike bytes, nobody keeps once it is sent
+            content=in_pieces(body, sent) if body else None,
             extensions={
                 "target": (target.path + call.path or b"/") + (b"?" + call.query if call.query else b""),
                 "timeout": {"connect": CONNECT_TIMEOUT, "read": silence, "write": silence, "pool": silence},
