@@ -297,6 +297,7 @@ class Asked:
         self.call = call
         self.message_id = message_id
         self.claims: set[tuple[str, str]] = set()
+        self.is_recorded = False  # by a Pump, in a message that none of the claims had found
         self.members: dict[str, Any] = {}  # of the body, where a dialect has a thread's id there
         # What comes of it: a message with what its first answer says besides, or an answer that is none.
         self.answer: asyncio.Future[tuple[Relayed, Headers] | Any] = asyncio.get_running_loop().create_future()
@@ -370,7 +371,8 @@ class Relay:
             status = await self.buffer.get_thread_status(thread_id, cursor=cursor)
             for message in status.messages:
                 name = message.message_id
-                is_ours = (thread_id, name) in self._claims
+                holder = self._claims.get((thread_id, name))
+                is_ours = holder is not None and holder.is_recorded  # and not one who looks whether it is there
                 if message.status == "active" and not is_ours and await self.known(thread_id, name):
                     with suppress(Conflict):
                         await self.buffer.abort_message(thread_id, name, RESTARTED)
@@ -898,6 +900,7 @@ class Pump:
 
     async def _recorded(self, events: list[Chunk] | None) -> None:
         message = self._message
+        self._asked.is_recorded = True
         try:
             async with self._buffer.while_active(message.thread_id, message.message_id) as lift:
                 try:
