@@ -253,10 +253,11 @@ class Call:
         return checked_id(kind, unquote(text)) if text else None
 
     def asks(self, call: Sequence[Any] | None) -> dict[str, str] | None:
-        """The ids in the path, where this is such a call: a method, and a pattern of the path's end."""
+        """The ids in the path, where this is such a call: a method, and a pattern of the end of the path, or query."""
         if call is None or self.method != call[0]:
             return None
-        match = re.search(rf"{call[1]}\Z", self.path.decode("latin-1"))
+        asked = b"?" + self.query if call[1].startswith("[?") else self.path
+        match = re.search(rf"{call[1]}\Z", asked.decode("latin-1"))
         return ids_in(match) if match else None
 
     def flag(self, name: str) -> str | None:
@@ -879,7 +880,8 @@ class Pump:
         asked, first = self._asked, events[0] if events else None
         self._dialect, ids = self._dialect_of(first)
         in_event = None if first is None else self._dialect.message_in(first)
-        known = asked.message_id or usable(in_event) or usable(ids.get("message"))
+        in_header = asked.call.header(self._dialect.message_in_header)
+        known = asked.message_id or usable(in_event) or usable(ids.get("message")) or usable(in_header)
         message_id = known or f"{asked.call.target.name}-{uuid4().hex}"
         in_body = asked.members.get(self._dialect.thread_in_body)
         thread_id = asked.call.thread_id or usable(ids.get("thread")) or usable(in_body) or message_id

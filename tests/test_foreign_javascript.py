@@ -371,6 +371,17 @@ def test_tanstack_goes_on_by_itself_wherever_it_is_cut(ask: Asking, service: Ser
     assert len(ask.upstream.asked) == len(calls)
 
 
+def test_tanstack_joins_a_run_from_its_start(ask: Asking) -> None:
+    _, call = ask(TANSTACK, AG_UI.held(3))
+    assert call.hear(1) == ["Hel"]
+    joined = ask.go("tanstack joined", ask.upstream.asked[0].headers["x-run-id"])
+    assert joined.hear(3) == ["", "", "Hel"]
+    ask.upstream.go_on()
+    assert call.rest() == ["Hello"]
+    assert joined.rest() == ["lo", "", ""]
+    assert len(ask.upstream.asked) == 1
+
+
 def test_where_a_reader_stops_reading_its_answer_is_recorded_to_its_end(ask: Asking, client: httpx.Client) -> None:
     name = next(NAMES)
     _, call = ask(TANSTACK, AG_UI.held(3), headers={"Resume-Message": name}, take=3)
