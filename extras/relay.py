@@ -513,11 +513,29 @@ class Relay:
     async def _resumed(self, call: Call, dialect: Any, ids: Mapping[str, str]) -> Answer | None:
         if (message := await self._find(call, dialect, ids, READ)) is None:
             thread_id = thread_for(call, ids, READ) if dialect.absent_is_204 else None
-            is_here = thread_id is not None and (await self.buffer.page(thread_id, None, limit=1))[0].generation
-            return NOTHING if is_here else None
+            return None if thread_id is None else await self._none_active(call, dialect, thread_id)
         if dialect.if_stream is not None and call.flag(dialect.if_stream) != "true":
             return await self._thing_of(message)
         return await self._reading(call, message, await self._had(call, message))
+
+    async def _none_active(self, call: Call, dialect: Any, thread_id: str) -> Answer | None:
+        """Why the thread's last answer failed here, if it did: its text may be whole where it was made."""
+        state, _ = await self.buffer.page(thread_id, None, limit=1)
+        if not state.generation:
+            return None
+        _, page = await self.buffer.page(thread_id, None, state.last_seq - 1, 1)
+        for end in page.entries:
+            if isinstance(end, MessageEnd) and end.reason in FAILURES:
+                message = await self.known(thread_id, end.message_id)
+                words = last_words(dialect, end, None)
+                if (
+                    message is not None
+                    and message.upstream == call.target.name
+                    and message.dialect is dialect
+                    and words
+                ):
+                    return Answer(200, message.headers, once(words))
+        return NOTHING
 
     async def _had(self, call: Call, message: Relayed) -> StoredChunk | None:
         """The last event that a caller has who names its position."""

@@ -282,6 +282,22 @@ def test_a_stop_reaches_the_producer(relay: Relay, upstream: Upstream) -> None:
     wait_until(lambda: upstream.left == 1, "the upstream's connection is closed")
 
 
+def test_a_chat_whose_answer_failed_here_is_told_why_until_its_next_one_and_no_text_again(
+    relay: Relay, upstream: Upstream
+) -> None:
+    recording = of_chat("chat-failed")
+    upstream.answer(recording.broken(5), at="/api/chat")
+    assert relay.ask(recording).content.count(b"text-delta") == 2
+    for _ in range(2):
+        told = live(relay, "chat-failed")
+        assert (told.status_code, told.headers["x-vercel-ai-ui-message-stream"]) == (200, "v1")
+        assert told.content == b'data: {"type":"error","errorText":"The upstream broke the answer off."}\n\n'
+    for ended in (recording, recording.ended(5, ERRORS["ai-sdk"])):  # of its own error an upstream knows
+        upstream.answer(ended, at="/api/chat")
+        relay.ask(recording)
+        assert live(relay, "chat-failed").status_code == 204
+
+
 def test_an_endpoint_whose_path_only_looks_like_a_chats_is_asked(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(plain(200, {"theirs": 1}))
     assert live(relay, "no-chat").json() == {"theirs": 1}
