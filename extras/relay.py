@@ -498,7 +498,11 @@ class Relay:
         if (thread_id := thread_for(call, ids, scopes)) is None:
             return None
         message_id = usable(ids["message"]) if "message" in ids else await self._active(call, dialect, thread_id)
-        message = await self.known(thread_id, message_id) if message_id else None
+        return await self._known_as(call, dialect, thread_id, message_id) if message_id else None
+
+    async def _known_as(self, call: Call, dialect: Any, thread_id: str, message_id: str) -> Relayed | None:
+        """The message, if it is of the call's upstream, and of the dialect."""
+        message = await self.known(thread_id, message_id)
         is_it = message is not None and message.upstream == call.target.name and message.dialect is dialect
         return message if is_it else None
 
@@ -526,14 +530,8 @@ class Relay:
         _, page = await self.buffer.page(thread_id, None, state.last_seq - 1, 1)
         for end in page.entries:
             if isinstance(end, MessageEnd) and end.reason in FAILURES:
-                message = await self.known(thread_id, end.message_id)
-                words = last_words(dialect, end, None)
-                if (
-                    message is not None
-                    and message.upstream == call.target.name
-                    and message.dialect is dialect
-                    and words
-                ):
+                message = await self._known_as(call, dialect, thread_id, end.message_id)
+                if message is not None and (words := last_words(dialect, end, None)):
                     return Answer(200, message.headers, once(words))
         return NOTHING
 
@@ -630,10 +628,10 @@ class Relay:
                 answer = await asyncio.shield(holder.answer)
                 if isinstance(answer, tuple):
                     return cast(Relayed, answer[0])
-        if is_new or key in asked.claims:
-            asked.claims.add(key)
-            return None
+        is_new = is_new or key in asked.claims
         asked.claims.add(key)
+        if is_new:
+            return None
         state, _ = await self.buffer.page(thread_id, message_id, limit=1)
         message = await self.known(thread_id, message_id) if state.status else None
         if state.status and (message is None or message.upstream != asked.call.target.name):
