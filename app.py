@@ -76,7 +76,7 @@ from typing import (
     get_args,
     get_type_hints,
 )
-from urllib.parse import quote, unquote_to_bytes
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 import aiosqlite
 import msgspec
@@ -291,10 +291,21 @@ def parse_upstreams(text: str) -> tuple[Upstream, ...]:
         if match is None:
             shown = re.sub(r"\?.*", "?…", re.sub("//.*@", "//…@", item))  # as either may hold a key
             raise ValueError(f"{shown!r} is not an upstream; write it like openai=https://api.openai.com")
+        if not has_address(match[2]):
+            raise ValueError(f"{item!r} has no host, or a port that is not one of 1 to 65535")
         if match[1] in found:
             raise ValueError(f"there are two upstreams {match[1]}; give each a name of its own")
         found[match[1]] = Upstream(match[1], match[2].rstrip("/"))
     return tuple(found.values())
+
+
+def has_address(url: str) -> bool:
+    """Whether there is a host in it, and no port that cannot be."""
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def described(text: str) -> msgspec.Meta:
@@ -2719,7 +2730,7 @@ CUT = 0.0  # the moment, by the loop's clock, to which an upload is cut short
 LONG_TEXT = 1024**2  # bytes, past which a text is read in pieces
 LIVE_BYTES = 1024**2  # of a thread's newest pages, kept while somebody follows it
 ALL_LIVE_BYTES = 32 * 1024**2  # of all threads
-HELD_BYTES = 32 * 1024**2  # of bodies that are still coming in
+HELD_BYTES = 32 * 1024**2  # of bodies that are still coming in, or to be sent on
 CALLED_AT_ONCE = 4  # readers of a thread, in one turn of the loop
 MUCH_TO_SEND = LIVE_BYTES // 4  # for which all are called at once, or it would be let go before they are
 JOINED = 4  # what readers at as many different places have before them, kept for those who are at the same
@@ -3095,7 +3106,7 @@ class ChunkBuffer:
         self._tails: dict[str, Tail] = {}
         self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()  # gone with their streams, be they read or not
         self._live = Live()
-        self._held = 0  # bytes of bodies that are still coming in
+        self._held = 0  # bytes of bodies that are still coming in, or to be sent on
         self._erasure_owed = True
         self._tasks: set[asyncio.Task[None]] = set()
         self._probe: asyncio.Task[None] | None = None
@@ -3161,7 +3172,7 @@ class ChunkBuffer:
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[Callable[[int], None]]:
-        """Yields a function to call with the bytes that one holds of what is still coming in.
+        """Yields a function to call with the bytes that one holds of what is still coming in, or to be sent on.
 
         It raises Unavailable where all together would hold over 32 MiB.
         """

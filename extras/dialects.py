@@ -40,11 +40,13 @@ class Dialect:
     words: tuple[tuple[str, ...], ...] = ()  # where an event that aborts says why
     thread_in_body: str | None = None  # the member of the request's JSON that is the thread's id
     message_in_event: tuple[str, ...] | None = None  # where the first event has the message's id
+    message_in_header: bytes = b""  # of the request, where it is named nowhere else
     headers: Mapping[str, str] = field(default_factory=dict)  # of every answer
     error: Callable[[str, str, Mapping[str, Any]], Said] | None = None  # from a code, words, the last event's JSON
     stop: Callable[[str], Said] | None = None  # from the reason; without it a stop is an error
 
-    # How its clients ask for a message again: method and path. Without a message in it, it is the thread's active one.
+    # How its clients ask for a message again: method, and path (or query, where that begins with ``[?&]``).
+    # Without a message in it, it is the thread's active one.
     resume: tuple[str, str] | None = None
     from_start: str | None = None  # the Last-Event-ID that is no id
     if_stream: str | None = None  # the query's flag without which not the stream is meant but the object
@@ -190,7 +192,9 @@ DIALECTS = (
         aborts=frozenset({"RUN_ERROR"}),
         last=frozenset({DONE}),
         words=(("message",),),
+        message_in_header=b"x-run-id",  # of TanStack's, whose clients join a run by it
         error=lambda code, words, last: (None, {"type": "RUN_ERROR", "message": words, "code": code}),
+        resume=("GET", r"[?&]offset=-1&runId=(?P<message>[^&]+)"),
     ),
     Dialect(name="sse"),  # any other, whose clients have no word for an error
 )

@@ -17,7 +17,7 @@ import re
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import aclosing, suppress
+from contextlib import aclosing, contextmanager, suppress
 from typing import Any, NamedTuple, cast
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 from uuid import uuid4
@@ -73,6 +73,7 @@ log = logging.getLogger("resume_stream")
 
 CONNECT_TIMEOUT = 10.0  # seconds
 KEPT_CONNECTIONS, KEPT_FOR = 10, 5.0  # idle ones, each of which is looked at by every request, and for how many seconds
+SENT_AT_ONCE = 64 * 1024  # bytes of a request's body
 AHEAD = 256 * 1024  # bytes of an answer that may have come and are not committed yet
 EVENTS_AT_ONCE = 1_000  # in one append
 DECODED = 3  # times that a path is decoded, to see where it leads
@@ -205,8 +206,14 @@ def answer_json(status: int, what: Any) -> Answer:
     return Answer(status, [(b"Content-Type", b"application/json")], once(encode_json(what)))
 
 
-async def once(piece: bytes | bytearray) -> AsyncGenerator[bytes, None]:
-    yield bytes(piece)
+async def once(piece: bytes) -> AsyncGenerator[bytes, None]:
+    yield piece
+
+
+async def in_pieces(body: bytearray, sent: Callable[[], None]) -> AsyncGenerator[bytes, None]:
+    for at in range(0, len(body), SENT_AT_ONCE):
+        yield bytes(body[at : at + SENT_AT_ONCE])
+    sent()
 
 
 NOTHING = Answer(204, [])
@@ -246,10 +253,11 @@ class Call:
         return checked_id(kind, unquote(text)) if text else None
 
     def asks(self, call: Sequence[Any] | None) -> dict[str, str] | None:
-        """The ids in the path, where this is such a call: a method, and a pattern of the path's end."""
+        """The ids in the path, where this is such a call: a method, and a pattern of the end of the path, or query."""
         if call is None or self.method != call[0]:
             return None
-        match = re.search(rf"{call[1]}\Z", self.path.decode("latin-1"))
+        asked = b"?" + self.query if call[1].startswith("[?") else self.path
+        match = re.search(rf"{call[1]}\Z", asked.decode("latin-1"))
         return ids_in(match) if match else None
 
     def flag(self, name: str) -> str | None:
@@ -290,6 +298,7 @@ class Asked:
         self.call = call
         self.message_id = message_id
         self.claims: set[tuple[str, str]] = set()
+        self.is_recorded = False  # by a Pump, in a message that none of the claims had found
         self.members: dict[str, Any] = {}  # of the body, where a dialect has a thread's id there
         # What comes of it: a message with what its first answer says besides, or an answer that is none.
         self.answer: asyncio.Future[tuple[Relayed, Headers] | Any] = asyncio.get_running_loop().create_future()
@@ -321,7 +330,7 @@ class Relay:
         self._tasks: set[asyncio.Task[None]] = set()
         self._asked: dict[Asked, None] = {}
         self._claims: dict[tuple[str, str], Asked] = {}  # by whom a message is recorded, or about to be
-        self._passed_through = 0  # answers that are no streams, and still being read
+        self._under_way = 0  # requests to upstreams, from the first byte to the end of the answer
 
     def begin(self) -> None:
         """Abort what a process before this one was recording, as nobody records it any more."""
@@ -363,7 +372,8 @@ class Relay:
             status = await self.buffer.get_thread_status(thread_id, cursor=cursor)
             for message in status.messages:
                 name = message.message_id
-                is_ours = (thread_id, name) in self._claims
+                holder = self._claims.get((thread_id, name))
+                is_ours = holder is not None and holder.is_recorded  # and not one who looks whether it is there
                 if message.status == "active" and not is_ours and await self.known(thread_id, name):
                     with suppress(Conflict):
                         await self.buffer.abort_message(thread_id, name, RESTARTED)
@@ -488,7 +498,11 @@ class Relay:
         if (thread_id := thread_for(call, ids, scopes)) is None:
             return None
         message_id = usable(ids["message"]) if "message" in ids else await self._active(call, dialect, thread_id)
-        message = await self.known(thread_id, message_id) if message_id else None
+        return await self._known_as(call, dialect, thread_id, message_id) if message_id else None
+
+    async def _known_as(self, call: Call, dialect: Any, thread_id: str, message_id: str) -> Relayed | None:
+        """The message, if it is of the call's upstream, and of the dialect."""
+        message = await self.known(thread_id, message_id)
         is_it = message is not None and message.upstream == call.target.name and message.dialect is dialect
         return message if is_it else None
 
@@ -503,11 +517,23 @@ class Relay:
     async def _resumed(self, call: Call, dialect: Any, ids: Mapping[str, str]) -> Answer | None:
         if (message := await self._find(call, dialect, ids, READ)) is None:
             thread_id = thread_for(call, ids, READ) if dialect.absent_is_204 else None
-            is_here = thread_id is not None and (await self.buffer.page(thread_id, None, limit=1))[0].generation
-            return NOTHING if is_here else None
+            return None if thread_id is None else await self._none_active(call, dialect, thread_id)
         if dialect.if_stream is not None and call.flag(dialect.if_stream) != "true":
             return await self._thing_of(message)
         return await self._reading(call, message, await self._had(call, message))
+
+    async def _none_active(self, call: Call, dialect: Any, thread_id: str) -> Answer | None:
+        """Why the thread's last answer failed here, if it did: its text may be whole where it was made."""
+        state, _ = await self.buffer.page(thread_id, None, limit=1)
+        if not state.generation:
+            return None
+        _, page = await self.buffer.page(thread_id, None, state.last_seq - 1, 1)
+        for end in page.entries:
+            if isinstance(end, MessageEnd) and end.reason in FAILURES:
+                message = await self._known_as(call, dialect, thread_id, end.message_id)
+                if message is not None and (words := last_words(dialect, end, None)):
+                    return Answer(200, message.headers, once(words))
+        return NOTHING
 
     async def _had(self, call: Call, message: Relayed) -> StoredChunk | None:
         """The last event that a caller has who names its position."""
@@ -556,11 +582,11 @@ class Relay:
         body = await whole_body(call.request, self.buffer)
         with suppress(Conflict, NotFound):
             await self.buffer.abort_message(message.thread_id, message.message_id, CANCELLED)
-        with suppress(BadGateway, GatewayTimeout):
-            response = await self._send(call, body)
+        with suppress(BadGateway, GatewayTimeout), self._holding(body) as sent:
+            response = await self._send(call, body, sent)
             if response.status_code < 300:
                 return self._passed(response)
-            await response.aclose()
+            await self._let_go(response)
         if message.dialect.thing is not None:
             return await self._thing_of(message)
         return answer_json(message.dialect.cancel[2], {})
@@ -582,7 +608,6 @@ class Relay:
             del self._asked[asked]
             raise
         self._go(self._record(asked, body))
-        del body
         answer = await asyncio.shield(asked.answer)
         if not isinstance(answer, tuple):
             return self._passed(answer)
@@ -603,10 +628,10 @@ class Relay:
                 answer = await asyncio.shield(holder.answer)
                 if isinstance(answer, tuple):
                     return cast(Relayed, answer[0])
-        if is_new or key in asked.claims:
-            asked.claims.add(key)
-            return None
+        is_new = is_new or key in asked.claims
         asked.claims.add(key)
+        if is_new:
+            return None
         state, _ = await self.buffer.page(thread_id, message_id, limit=1)
         message = await self.known(thread_id, message_id) if state.status else None
         if state.status and (message is None or message.upstream != asked.call.target.name):
@@ -623,15 +648,9 @@ class Relay:
         """From the question to the end of its answer, whoever waits for it."""
         call, outcome = asked.call, "interrupted"
         try:
-            asked.members = self._members(call, body)
-            for thread_id in asked.threads:
-                there = await self.taken(asked, thread_id, cast(str, asked.message_id))
-                if there is not None:
-                    outcome = "joined"
-                    asked.answer.set_result((there, []))
-                    return
-            response = await self._send(call, body)
-            del body
+            if (response := await self._asked_for(asked, body)) is None:
+                outcome = "joined"
+                return
             if not is_stream(call, response):
                 outcome = "passed_through"
                 self._release(asked)  # first, as who waits for this answer then asks for one of its own
@@ -640,7 +659,7 @@ class Relay:
             try:
                 outcome = await Pump(self, asked, response).run()
             finally:
-                await response.aclose()
+                await self._let_go(response)
         except Problem as problem:
             outcome = outcome if asked.answer.done() else "refused"
             self._release(asked)
@@ -650,6 +669,32 @@ class Relay:
             asked.fail(Unavailable("The service is stopping; try again when it is back."))
             self.buffer.listener.relayed(call.target.name, outcome)
             log.info("relayed %s: %s", call.target.name, outcome)
+
+    async def _asked_for(self, asked: Asked, body: bytearray) -> Any:
+        """What the upstream answers; None where its message is there already, which then is the answer."""
+        with self._holding(body) as sent:
+            asked.members = self._members(asked.call, body)
+            for thread_id in asked.threads:
+                there = await self.taken(asked, thread_id, cast(str, asked.message_id))
+                if there is not None:
+                    asked.answer.set_result((there, []))
+                    return None
+            return await self._send(asked.call, body, sent)
+
+    @contextmanager
+    def _holding(self, body: bytearray) -> Iterator[Callable[[], None]]:
+        """A body counts, and is kept, until it is sent, as its answer may take long. Raises Unavailable."""
+        with self.buffer.holding() as hold:
+            hold(len(body))
+
+            def sent() -> None:
+                body.clear()
+                hold(0)
+
+            try:
+                yield sent
+            finally:
+                body.clear()
 
     def _members(self, call: Call, body: bytearray) -> dict[str, Any]:
         """The members of the request's JSON that may be a thread's id."""
@@ -662,41 +707,45 @@ class Relay:
         except UNDECODABLE:
             return {}  # what it is worth is for the upstream to say
 
-    async def _send(self, call: Call, body: bytearray) -> Any:
-        """The upstream's answer, still to be read. Raises Unavailable, BadGateway and GatewayTimeout."""
+    async def _send(self, call: Call, body: bytearray, sent: Callable[[], None]) -> Any:
+        """The upstream's answer, still to be read and let go. Raises Unavailable, BadGateway and GatewayTimeout."""
         import httpx
 
-        if len(self._asked) + self._passed_through > self.buffer.settings.max_relays:
+        if self._under_way >= self.buffer.settings.max_relays:
             raise Unavailable("As many answers are being relayed as max_relays allows; try again later.")
         target, silence = call.target, self.buffer.settings.producer_timeout or None
         request = httpx.Request(
             call.method,
             target.origin,
             headers=target.headers_for(call.headers, body, call.left_out),
-            content=once(body) if body else None,  # which, unlike bytes, nobody keeps once it is sent
+            content=in_pieces(body, sent) if body else None,
             extensions={
                 "target": (target.path + call.path or b"/") + (b"?" + call.query if call.query else b""),
                 "timeout": {"connect": CONNECT_TIMEOUT, "read": silence, "write": silence, "pool": silence},
             },
         )
+        response = None
+        self._under_way += 1
         try:
-            return await self._transport.handle_async_request(request)
+            response = await self._transport.handle_async_request(request)
+            return response
         except httpx.TimeoutException as error:
             raise GatewayTimeout(f"The upstream {target.name!r} does not answer; try again later.") from error
         except httpx.TransportError as error:
             kind = type(error).__name__
             raise BadGateway(f"The upstream {target.name!r} cannot be asked ({kind}); try again later.") from error
+        finally:
+            if response is None:
+                self._under_way -= 1
+
+    async def _let_go(self, response: Any) -> None:
+        self._under_way -= 1
+        await response.aclose()
 
     def _passed(self, response: Any) -> Answer:
         """An answer as it comes."""
-        self._passed_through += 1
-
-        async def close() -> None:
-            self._passed_through -= 1
-            await response.aclose()
-
         headers = [(name, value) for name, value in response.headers.raw if is_passed_on(name, NOT_PASSED_ON)]
-        return Answer(response.status_code, headers, as_it_comes(response), close)
+        return Answer(response.status_code, headers, as_it_comes(response), lambda: self._let_go(response))
 
 
 def not_of_this_upstream(message_id: str) -> Conflict:
@@ -799,18 +848,24 @@ class Pump:
                 while await self._source.take() is not None:
                     pass
 
-    def _useless(self, reason: str) -> BadGateway:
-        return BadGateway(f"The upstream {self._asked.call.target.name!r} gave nothing to record. {FAILURES[reason]}")
+    def _useless(self, reason: str) -> Problem:
+        kind = GatewayTimeout if reason == PRODUCER_TIMEOUT else BadGateway
+        return kind(f"The upstream {self._asked.call.target.name!r} gave nothing to record. {FAILURES[reason]}")
 
     async def _beginning(self) -> list[Chunk] | None:
-        """The first events; none after ``heartbeat``, so that nobody has to wait for those without a sign of life."""
-        heartbeat = self._buffer.settings.heartbeat
+        """The first events; none after ``heartbeat``, so that nobody has to wait for those without a sign of life.
+
+        What has its id in them is waited for, though no longer than ``producer_timeout``.
+        """
+        settings = self._buffer.settings
         dialects = self._relay.dialects.values()
         needs_event = any(dialect.message_in_event for dialect in dialects if self._is_path_of(dialect))
-        until = self._now() + heartbeat if heartbeat and not needs_event else math.inf
+        until = self._now() + ((not needs_event and settings.heartbeat) or settings.producer_timeout or math.inf)
         try:
             while (events := await self._source.take(until)) == []:
                 if self._now() >= until:
+                    if needs_event:
+                        raise Failed(PRODUCER_TIMEOUT)
                     break
         except Failed as failed:
             raise self._useless(failed.args[0]) from failed
@@ -841,7 +896,8 @@ class Pump:
         asked, first = self._asked, events[0] if events else None
         self._dialect, ids = self._dialect_of(first)
         in_event = None if first is None else self._dialect.message_in(first)
-        known = asked.message_id or usable(in_event) or usable(ids.get("message"))
+        in_header = asked.call.header(self._dialect.message_in_header)
+        known = asked.message_id or usable(in_event) or usable(ids.get("message")) or usable(in_header)
         message_id = known or f"{asked.call.target.name}-{uuid4().hex}"
         in_body = asked.members.get(self._dialect.thread_in_body)
         thread_id = asked.call.thread_id or usable(ids.get("thread")) or usable(in_body) or message_id
@@ -862,6 +918,7 @@ class Pump:
 
     async def _recorded(self, events: list[Chunk] | None) -> None:
         message = self._message
+        self._asked.is_recorded = True
         try:
             async with self._buffer.while_active(message.thread_id, message.message_id) as lift:
                 try:

@@ -18,6 +18,7 @@ from resume_stream.extras.relay import Events, Failed
 from upstream import (
     AG_UI,
     AI_SDK,
+    CHAT,
     ERRORS,
     LANGGRAPH,
     RECORDINGS,
@@ -281,6 +282,22 @@ def test_a_stop_reaches_the_producer(relay: Relay, upstream: Upstream) -> None:
     wait_until(lambda: upstream.left == 1, "the upstream's connection is closed")
 
 
+def test_a_chat_whose_answer_failed_here_is_told_why_until_its_next_one_and_no_text_again(
+    relay: Relay, upstream: Upstream
+) -> None:
+    recording = of_chat("chat-failed")
+    upstream.answer(recording.broken(5), at="/api/chat")
+    assert relay.ask(recording).content.count(b"text-delta") == 2
+    for _ in range(2):
+        told = live(relay, "chat-failed")
+        assert (told.status_code, told.headers["x-vercel-ai-ui-message-stream"]) == (200, "v1")
+        assert told.content == b'data: {"type":"error","errorText":"The upstream broke the answer off."}\n\n'
+    for ended in (recording, recording.ended(5, ERRORS["ai-sdk"])):  # of its own error an upstream knows
+        upstream.answer(ended, at="/api/chat")
+        relay.ask(recording)
+        assert live(relay, "chat-failed").status_code == 204
+
+
 def test_an_endpoint_whose_path_only_looks_like_a_chats_is_asked(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(plain(200, {"theirs": 1}))
     assert live(relay, "no-chat").json() == {"theirs": 1}
@@ -299,6 +316,36 @@ def test_of_one_run_after_the_other_the_last_has_to_end(relay: Relay, upstream: 
     )
     upstream.answer(AG_UI.ended(6, *AG_UI.pieces))
     assert relay.ask(AG_UI).content.count(b"RUN_FINISHED") == 2
+
+
+def test_a_run_that_its_client_names_is_joined_by_that_name_wherever_it_is_asked_for(
+    relay: Relay, upstream: Upstream
+) -> None:
+    upstream.answer(AG_UI.held(3))
+    join = Recording((), "/agent?user=7&offset=-1&runId=run%3A1", "GET", b"")
+    with relay.reading(AG_UI, X_Run_Id="run:1") as first:
+        first.events(3)
+        with relay.reading(join) as second:
+            assert second.ids == first.ids == ("run:1", "run:1")
+            second.events(3)
+            upstream.go_on()
+            assert second.rest() == first.rest()
+    assert relay.ask(join).content == first.seen
+    assert [(asked.method, asked.headers["x-run-id"]) for asked in upstream.asked] == [("POST", "run:1")]
+
+
+def test_a_run_that_is_not_here_is_joined_at_the_upstream(relay: Relay, upstream: Upstream) -> None:
+    upstream.answer(plain(404, {"error": "no such run"}))
+    answer = relay.ask(Recording((), "/agent?offset=-1&runId=theirs", "GET", b""))
+    assert (answer.status_code, answer.json()) == (404, {"error": "no such run"})
+    assert upstream.asked[0].target == "/agent?offset=-1&runId=theirs"
+
+
+def test_a_name_of_a_run_names_no_answer_of_another_dialect(relay: Relay, upstream: Upstream) -> None:
+    upstream.answer(CHAT)
+    for _ in range(2):  # as several calls of one run may have it, for a trace
+        relay.ask(CHAT, X_Run_Id="traced")
+    assert len(upstream.asked) == 2
 
 
 # LangGraph

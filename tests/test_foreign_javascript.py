@@ -259,7 +259,7 @@ def test_where_the_service_is_killed_its_clients_are_told(ask: Asking, service: 
     assert (response["status"], response["error"]["message"]) == ("failed", restarted)
     name = calls[AI.name][0]
     wait_until(lambda: client.get(f"/threads/{name}").json()["messages"][0]["status"] == "aborted")
-    assert ask.go("ai sdk resumed", name).rest() == [NOTHING]
+    assert ask.go("ai sdk resumed", name).error() == restarted
     assert len(ask.upstream.asked) == len(CLIENTS)
 
 
@@ -369,6 +369,17 @@ def test_tanstack_goes_on_by_itself_wherever_it_is_cut(ask: Asking, service: Ser
             assert call.rest() == ["Hel", "Hello"]
         assert all(cutter.connections >= 2 for cutter in cutters)
     assert len(ask.upstream.asked) == len(calls)
+
+
+def test_tanstack_joins_a_run_from_its_start(ask: Asking) -> None:
+    _, call = ask(TANSTACK, AG_UI.held(3))
+    assert call.hear(1) == ["Hel"]
+    joined = ask.go("tanstack joined", ask.upstream.asked[0].headers["x-run-id"])
+    assert joined.hear(3) == ["", "", "Hel"]
+    ask.upstream.go_on()
+    assert call.rest() == ["Hello"]
+    assert joined.rest() == ["lo", "", ""]
+    assert len(ask.upstream.asked) == 1
 
 
 def test_where_a_reader_stops_reading_its_answer_is_recorded_to_its_end(ask: Asking, client: httpx.Client) -> None:

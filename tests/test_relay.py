@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import httpx
@@ -18,7 +18,9 @@ from upstream import (
     ERRORS,
     EVENTS,
     OTHER,
+    PAUSE,
     RECORDINGS,
+    RESPONSES,
     Recording,
     Upstream,
     plain,
@@ -545,3 +547,45 @@ def test_silence_and_crowds_have_limits(tmp_path: Path, upstream: Upstream) -> N
                 reading.more()
             upstream.go_on()
             assert reading.rest().endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("comes", [b": thinking\n\n", PAUSE], ids=["comments", "nothing"])
+def test_an_answer_that_has_its_id_in_an_event_is_not_waited_for_without_limit(
+    tmp_path: Path, upstream: Upstream, comes: bytes
+) -> None:
+    upstream.answer(RESPONSES.ended(0, *[comes, PAUSE] * 1_000))
+    flags = ("--producer-timeout", "1s", "--heartbeat", "100ms")
+    with (
+        Service(tmp_path / "chunks.db", "--upstream", f"up={upstream.url}", *flags) as service,
+        Relay(service) as relay,
+        ThreadPoolExecutor() as pool,
+    ):
+        asked = pool.submit(relay.ask, RESPONSES, Resume_Message="m")
+        while not wait([asked], timeout=0.1).done and comes is not PAUSE:
+            upstream.go_on()
+        status, document = problem(asked.result())
+        assert (status, "fell silent" in document["detail"]) == (504, True)
+        wait_until(lambda: upstream.left == 1, "the upstream's connection is closed")
+        assert relay.message("m", "m") == {}
+        upstream.answer(RESPONSES)
+        assert relay.ask(RESPONSES, Resume_Message="m").status_code == 200
+
+
+def test_of_those_who_join_an_answer_only_the_one_who_asks_counts_towards_max_relays(
+    tmp_path: Path, upstream: Upstream
+) -> None:
+    flags = ("--upstream", f"up={upstream.url}", "--max-relays", "2")
+    with ThreadPoolExecutor() as pool, Service(tmp_path / "chunks.db", *flags) as service, Relay(service) as relay:
+        upstream.answer(CHAT.held(0), at=CHAT.path)
+        joined = [pool.submit(relay.ask, CHAT, Resume_Message="m") for _ in range(3)]
+        wait_until(lambda: "resume_stream_readers 3.0" in httpx.get(f"{service.url}/metrics").text)
+        upstream.answer(OTHER.held(1), at=OTHER.path)
+        with relay.reading(OTHER) as reading:
+            assert reading.status == 200
+            assert problem(relay.ask(CHAT))[0] == 503
+            upstream.go_on(2)
+            reading.rest()
+        assert len({answer.result().content for answer in joined}) == 1
+        upstream.answer(plain(200, {}), at=CHAT.path)
+        for _ in range(3):  # neither an answer that was recorded, nor one that passed through, takes a place any longer
+            assert relay.ask(CHAT).status_code == 200

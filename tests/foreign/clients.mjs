@@ -103,6 +103,12 @@ const clients = {
     if (failure) throw failure;
   },
 
+  async "tanstack joined"(given, say) {
+    const { fetchServerSentEvents } = await import("@tanstack/ai-client");
+    const connection = fetchServerSentEvents(`${given.url}/agent`);
+    await each(connection.joinRun(given.run), ({ delta }) => say(delta ?? ""));
+  },
+
   async "ai sdk"(given, say) {
     const controller = new AbortController();
     const messages = [{ id: "u1", role: "user", parts: [{ type: "text", text: "Hi" }] }];
