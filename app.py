@@ -4032,11 +4032,11 @@ async def append_json(body: Body) -> tuple[Appended, bool]:
         change = await asked  # by whoever took the request before us (see extras/express.py)
         return change.answer, change.changed
     await buffer.room()
-    chunks = chunks_from_json(await whole_body(body.request, buffer))
+    whole = await whole_body(body.request, buffer)
     if time.time() >= granted(body.request).expires:
         raise token_expired()
     append = buffer.checked_append(
-        append.thread_id, append.message_id, chunks, index=append.index, complete=append.complete
+        append.thread_id, append.message_id, chunks_from_json(whole), index=append.index, complete=append.complete
     )
     await buffer.room()
     change = await buffer.append(append)
