@@ -332,18 +332,14 @@ def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture
 def start_service(tmp_path: Path, store: Callable[[], str]) -> Iterator[Callable[..., Service]]:
     """Start services; what is still running at the end of the test is killed."""
-    started: list[Service] = []
     address = store()
+    with contextlib.ExitStack() as exits:
 
-    def start(*flags: str, db: Path | None = None, environment: dict[str, str] | None = None) -> Service:
-        service = Service(db or tmp_path / "chunks.db", *flags, environment=environment, store=address)
-        started.append(service)
-        return service.start()
+        def start(*flags: str, db: Path | None = None, environment: dict[str, str] | None = None) -> Service:
+            path = db or tmp_path / "chunks.db"
+            return exits.enter_context(Service(path, *flags, environment=environment, store=address))
 
-    yield start
-    for service in started:
-        if service.process is not None:
-            service.kill()
+        yield start
 
 
 @pytest.fixture
