@@ -602,6 +602,7 @@ def test_a_stream_whose_token_is_good_goes_on(service: Service, admin: httpx.Cli
 # The command line
 
 
+@pytest.mark.one_way
 def test_the_token_command_makes_tokens(anyone: httpx.Client, thread: str) -> None:
     began = int(time.time())
     command = [sys.executable, str(ROOT / "app.py"), "token"]
