@@ -120,7 +120,6 @@ FOR_EXTRAS = [
     "ADMIN",
     "ANYONE",
     "API_HEADERS",
-    "APPLICATION_ID",
     "Append",
     "BUSY_TIMEOUT",
     "BadRequest",
@@ -200,7 +199,6 @@ FOR_EXTRAS = [
     "chunk_page_of",
     "chunks_from_json",
     "database_problems",
-    "database_uri",
     "decode_body",
     "encode_json",
     "granted",
@@ -213,6 +211,7 @@ FOR_EXTRAS = [
     "no_thread",
     "now_ms",
     "open_packs",
+    "opened_read_only",
     "parse_duration",
     "place_of",
     "problem_document",
@@ -2060,6 +2059,23 @@ def carry_over(connection: sqlite3.Connection) -> None:
             statement = ""
     if version != SCHEMA_VERSION:  # as it would be written again, for which a full disk has no room
         connection.execute(f"pragma user_version = {SCHEMA_VERSION}")
+
+
+@contextlib.contextmanager
+def opened_read_only(path: Path) -> Iterator[sqlite3.Connection]:
+    """The database, while a service may run on it. Raises StartupError, also for an error of the block."""
+    if not path.exists():
+        raise StartupError(f"there is no {path}")
+    try:
+        with contextlib.closing(
+            sqlite3.connect(database_uri(path, "ro"), uri=True, isolation_level=None)
+        ) as connection:
+            open_packs(connection)
+            if connection.execute("pragma application_id").fetchone() != (APPLICATION_ID,):
+                raise StartupError(f"{path} is not a database of resume-stream")
+            yield connection
+    except sqlite3.Error as error:
+        raise StartupError(f"{path} is damaged, or cannot be read ({error})") from error
 
 
 def is_copy(connection: sqlite3.Connection) -> bool:
@@ -4157,11 +4173,11 @@ async def append_json(body: Body) -> tuple[Appended, bool]:
         change = await asked  # by whoever took the request before us (see extras/express.py)
         return change.answer, change.changed
     await buffer.room()
-    chunks = chunks_from_json(await whole_body(body.request, buffer))
+    whole = await whole_body(body.request, buffer)
     if time.time() >= granted(body.request).expires:
         raise token_expired()
     append = buffer.checked_append(
-        append.thread_id, append.message_id, chunks, index=append.index, complete=append.complete
+        append.thread_id, append.message_id, chunks_from_json(whole), index=append.index, complete=append.complete
     )
     await buffer.room()
     change = await buffer.append(append)

@@ -57,8 +57,8 @@ def storing_in_redis(port: int) -> Any:
     return append
 
 
-def main(port: int, redis_port: int | None = None) -> None:
-    app = Litestar([store_nothing if redis_port is None else storing_in_redis(redis_port)], openapi_config=None)
+def serve(app: Any, port: int, **settings: Any) -> None:
+    """By uvicorn, as the service is: without what would only cost."""
     uvicorn.run(
         app,
         host="127.0.0.1",
@@ -70,7 +70,13 @@ def main(port: int, redis_port: int | None = None) -> None:
         server_header=False,
         proxy_headers=False,
         log_level="warning",
+        **settings,
     )
+
+
+def main(port: int, redis_port: int | None = None) -> None:
+    handler = store_nothing if redis_port is None else storing_in_redis(redis_port)
+    serve(Litestar([handler], openapi_config=None), port)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Servers that go only so far up the stack: ``python -m bench.peer_layers LAYER PORT``.
+"""Servers that go only so far up the stack: ``python -m bench.peer_layers PORT LAYER``.
 
 Each answers an append with as many bytes as the service, sends a frame of the service's size to
 every reader who waits, and stores nothing.
@@ -12,13 +12,12 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any, cast
 
 import httptools
-import uvicorn
 import uvloop
 from litestar import Litestar, Request, Response, get, post
 from litestar.params import FromPath
 from litestar.response import Stream
 
-from .peer_apps import CHUNKS, Appended, decode
+from .peer_apps import CHUNKS, Appended, decode, serve
 from .rows_fan_out import DATA, FRAME
 
 ANSWER = b'{"threadId":"thread-1","messageId":"run","seq":1234,"chunkCount":1234,"status":"active"}'
@@ -138,29 +137,18 @@ async def stream(thread_id: FromPath[str]) -> Stream:
     return Stream(CROWD.frames(), media_type="text/event-stream")
 
 
-async def serve(protocol: Callable[[], asyncio.Protocol], port: int) -> None:
+async def accept(protocol: Callable[[], asyncio.Protocol], port: int) -> None:
     server = await asyncio.get_running_loop().create_server(protocol, "127.0.0.1", port, backlog=2048)
     await server.serve_forever()
 
 
-def main(layer: str, port: int) -> None:
+def main(port: int, layer: str) -> None:
     if layer in ("sockets", "parsed"):
-        uvloop.run(serve(Sockets if layer == "sockets" else Parsed, port))
-        return
-    uvicorn.run(
-        asgi if layer == "asgi" else Litestar([append, stream], openapi_config=None),
-        host="127.0.0.1",
-        port=port,
-        loop="uvloop",
-        http="httptools",
-        lifespan="off",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        log_level="warning",
-        timeout_graceful_shutdown=1,
-    )
+        uvloop.run(accept(Sockets if layer == "sockets" else Parsed, port))
+    else:
+        app = asgi if layer == "asgi" else Litestar([append, stream], openapi_config=None)
+        serve(app, port, timeout_graceful_shutdown=1)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(int(sys.argv[1]), sys.argv[2])

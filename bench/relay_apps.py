@@ -16,10 +16,11 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
-import uvicorn
 import uvloop
 from litestar import Litestar, Request, get
 from litestar.response import Stream
+
+from .peer_apps import serve
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 AT_ONCE = 16  # events that an upstream in a hurry writes before it looks at its connection
@@ -85,20 +86,8 @@ def passing_on(port: int) -> Litestar:
 def main(port: int, upstream: int | None = None) -> None:
     if upstream is None:
         uvloop.run(stream_events(port))
-        return
-    uvicorn.run(
-        passing_on(upstream),
-        host="127.0.0.1",
-        port=port,
-        loop="uvloop",
-        http="httptools",
-        lifespan="off",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        log_level="warning",
-        backlog=2048,
-    )
+    else:
+        serve(passing_on(upstream), port, backlog=2048)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import select
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from pathlib import Path
 from .load import CHUNK, MARK, TIMEOUT, Client, Stream, append_request, create, stream_request, wrk
 from .plan import Plan, Stage
 from .results import OLD, BenchError, Figure, Line, Row, Samples, Stack, Unavailable, interleave
-from .servers import Api, Server, free_port, old_service, program, running, service
+from .servers import Api, Server, old_service, peer, program, service
 
 OURS = "resume-stream"
 LAYERS = {  # each with those before it, by what bench.peer_layers calls it
@@ -88,12 +87,6 @@ def cost_of_delivery(server: Server, readers: int, chunks: int, number: int) -> 
         return cost(server, deliver)
 
 
-def layer(name: str, folder: Path) -> contextlib.AbstractContextManager[Server]:
-    """A server of ``bench.peer_layers``."""
-    port = free_port()
-    return running([sys.executable, "-m", "bench.peer_layers", name, str(port)], folder, port, LAYER)
-
-
 def parts(totals: list[float], service: Samples, others: Samples) -> dict[str, float]:
     """What each layer adds to those before it, if anything; the last are the service's own, and make up the whole."""
     names = [*list(LAYERS.values())[: len(totals)], ON_THE_LOOP, OTHER_THREADS]
@@ -114,7 +107,7 @@ def layers(plan: Plan) -> Row:
         stage.start(OURS, service)
         stage.start(OLD, old_service)
         for name in LAYERS:
-            stage.start(name, partial(layer, name))
+            stage.start(name, partial(peer, module="peer_layers", arguments=[name], api=LAYER))
         append, delivery = f"an append, {PRODUCERS} connections", f"a delivery, {readers:,} readers"
         for what, measure in (
             (append, partial(cost_of_append, plan)),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import selectors
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from .plan import Plan, Stage
 from .results import Aim, BenchError, Figure, Line, Row, Samples, at_least, interleave, measured_share, under
 from .rows_host import KIB, resident
 from .rows_latency import percentile
-from .servers import Server, free_port, nginx, running, service
+from .servers import Server, nginx, peer, service
 
 OURS = "resume-stream"
 HTTPX = "a Litestar handler that passes on with httpx"
@@ -35,11 +34,6 @@ LOCATION = """
             proxy_buffering off;
         }}
 """
-
-
-def app(folder: Path, *arguments: int) -> contextlib.AbstractContextManager[Server]:
-    port = free_port()
-    return running([sys.executable, "-m", "bench.relay_apps", *map(str, (port, *arguments))], folder, port)
 
 
 Start = Callable[[Path], contextlib.AbstractContextManager[Server]]
@@ -163,11 +157,11 @@ def relay(plan: Plan) -> Row:
     """The relay."""
     burst, paced, many = plan.scaled(50_000, 5_000), plan.scaled(500, 100), plan.scaled(100, 20)
     with Stage(plan, "relay") as stage:
-        upstream = stage.enter_context(app(stage.folder / "upstream"))
+        upstream = stage.enter_context(peer(stage.folder / "upstream", "relay_apps"))
         named = ("--upstream", f"bench=http://127.0.0.1:{upstream.port}", "--max-message", "1GiB")
         starts: dict[str, Start] = {
             OURS: partial(service, flags=named),
-            HTTPX: lambda folder: app(folder, upstream.port),
+            HTTPX: partial(peer, module="relay_apps", arguments=[upstream.port]),
             NGINX: partial(nginx, locations=LOCATION.format(port=upstream.port)),
         }
         for name, start in starts.items():

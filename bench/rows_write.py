@@ -23,7 +23,7 @@ from .results import (
     one_after_another,
     sampled,
 )
-from .servers import Server, durable_streams, handler, handler_with_redis, nginx, old_service, program, service
+from .servers import Server, durable_streams, handler_with_redis, nginx, old_service, peer, program, service
 
 HANDLER = "a handler that stores nothing"
 REDIS = "Redis Streams behind a handler"
@@ -71,7 +71,7 @@ def appends(plan: Plan) -> Row:
             stage.start(mode, partial(service, flags=("--synchronous", mode)))
             stage.start(f"{OLD}, {mode}", partial(old_service, flags=("--synchronous", mode)))
         stage.start(RARELY_POLLED, partial(service, flags=("--poll-interval", "600s")))
-        stage.start(HANDLER, handler)
+        stage.start(HANDLER, partial(peer, module="peer_apps"))
         stage.start(REDIS, handler_with_redis)
         stage.start(DURABLE, durable_streams)
         stage.start(WRK_CEILING, nginx)

@@ -159,10 +159,12 @@ def old_binary() -> Path:
     return binary
 
 
-def handler(folder: Path, *arguments: str) -> contextlib.AbstractContextManager[Server]:
-    """A Litestar handler of ``bench.peer_apps``."""
+def peer(
+    folder: Path, module: str, arguments: Sequence[str | int] = (), api: Api = SERVICE
+) -> contextlib.AbstractContextManager[Server]:
+    """What ``python -m bench.MODULE PORT …`` serves."""
     port = free_port()
-    return running([sys.executable, "-m", "bench.peer_apps", str(port), *arguments], folder, port)
+    return running([sys.executable, "-m", f"bench.{module}", *map(str, (port, *arguments))], folder, port, api)
 
 
 def redis(folder: Path) -> contextlib.AbstractContextManager[Server]:
@@ -180,7 +182,7 @@ def redis(folder: Path) -> contextlib.AbstractContextManager[Server]:
 @contextlib.contextmanager
 def handler_with_redis(folder: Path) -> Iterator[Server]:
     """A Litestar handler in front of Redis Streams. Raises Unavailable."""
-    with redis(folder) as store, handler(folder / "handler", str(store.port)) as server:
+    with redis(folder) as store, peer(folder / "handler", "peer_apps", [store.port]) as server:
         yield dataclasses.replace(server, store=store.port)
 
 

@@ -15,7 +15,6 @@ from typing import Any, Protocol, TypeVar, cast
 
 import msgspec
 from resume_stream import (
-    APPLICATION_ID,
     MESSAGES,
     PAGE_ROWS,
     Commands,
@@ -35,8 +34,8 @@ from resume_stream import (
     ThreadStatus,
     add_command,
     database_problems,
-    database_uri,
     open_packs,
+    opened_read_only,
     sole_owner,
     store_for,
 )
@@ -169,22 +168,6 @@ async def read_from(settings: Settings, where: str) -> AsyncIterator[Source]:
         return
     with opened_read_only(Path(where)) as connection, database_problems():
         yield FileSource(connection)
-
-
-@contextlib.contextmanager
-def opened_read_only(path: Path) -> Iterator[sqlite3.Connection]:
-    if not path.exists():
-        raise StartupError(f"there is no {path}")
-    try:
-        with contextlib.closing(
-            sqlite3.connect(database_uri(path, "ro"), uri=True, isolation_level=None)
-        ) as connection:
-            open_packs(connection)
-            if connection.execute("pragma application_id").fetchone() != (APPLICATION_ID,):
-                raise StartupError(f"{path} is not a database of resume-stream")
-            yield connection
-    except sqlite3.Error as error:
-        raise StartupError(f"{path} is damaged, or cannot be read ({error})") from error
 
 
 @contextlib.asynccontextmanager

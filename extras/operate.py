@@ -19,7 +19,6 @@ from typing import Any
 
 import msgspec
 from resume_stream import (
-    APPLICATION_ID,
     BUSY_TIMEOUT,
     Commands,
     Parts,
@@ -27,9 +26,8 @@ from resume_stream import (
     StartupError,
     __version__,
     add_command,
-    database_uri,
     mark_as_copy,
-    open_packs,
+    opened_read_only,
     renew_generations,
     sole_owner,
     unpacked,
@@ -56,27 +54,17 @@ def add_commands(commands: Commands) -> None:
 
 
 @contextlib.contextmanager
-def opened_read_only(path: Path) -> Iterator[sqlite3.Connection]:
-    """One snapshot of the database, while the service may run. Raises StartupError."""
-    if not path.exists():
-        raise StartupError(f"there is no {path}")
-    try:
-        with contextlib.closing(
-            sqlite3.connect(database_uri(path, "ro"), uri=True, isolation_level=None)
-        ) as connection:
-            open_packs(connection)
-            connection.execute("begin")
-            if connection.execute("pragma application_id").fetchone() != (APPLICATION_ID,):
-                raise StartupError(f"{path} is not a database of resume-stream")
-            yield connection
-    except sqlite3.Error as error:
-        raise StartupError(f"{path} is damaged, or cannot be read ({error})") from error
+def snapshot_of(path: Path) -> Iterator[sqlite3.Connection]:
+    """The database as it is at one moment, while the service may run. Raises StartupError."""
+    with opened_read_only(path) as connection:
+        connection.execute("begin")
+        yield connection
 
 
 def check(settings: Settings, flags: dict[str, Any]) -> None:
     """Say what the database holds, and whether it is sound. Raises StartupError if it is not."""
     path = Path(settings.db)
-    with opened_read_only(path) as connection:
+    with snapshot_of(path) as connection:
         faults = unsound(connection)
         for status, threads, messages, chunks, size in connection.execute(
             "select status, count(*), sum(message_count), sum(chunk_count), sum(size) from thread_summary"
@@ -138,7 +126,7 @@ def backup(settings: Settings, flags: dict[str, Any]) -> None:
     path, target = Path(settings.db), flags["file"]
     if target.exists():
         raise StartupError(f"{target} exists, and would be overwritten; name another file")
-    with opened_read_only(path) as source, copied(source, target, mark_as_copy) as copy:
+    with snapshot_of(path) as source, copied(source, target, mark_as_copy) as copy:
         os.link(copy, target)  # which, unlike a rename, never overwrites
     print(f"\n{target} is a copy of {path}", file=sys.stderr)
 
@@ -150,7 +138,7 @@ def restore(settings: Settings, flags: dict[str, Any]) -> None:
     theirs is not what they would have been sent.
     """
     path, origin = Path(settings.db).resolve(), flags["file"]
-    with opened_read_only(origin) as source, sole_owner(path):
+    with snapshot_of(origin) as source, sole_owner(path):
         if faults := unsound(source):
             raise StartupError(f"{origin} is not sound: {'; '.join(faults)}")
         with copied(source, path, renew_generations) as copy:

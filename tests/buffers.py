@@ -10,12 +10,13 @@ import contextlib
 import json
 import sqlite3
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import until
-from resume_stream import ChunkBuffer, MessageEnd, Page, Signal, StoredChunk, Unavailable
+from conftest import TIMEOUT, until
+from resume_stream import ChunkBuffer, MessageEnd, Page, Place, Signal, StoredChunk, Unavailable
 from resume_stream.extras.express import Detached
 
 # What a reader gets
@@ -98,6 +99,9 @@ class Lines:
         return json.dumps(signal.value).encode() + b"\n"
 
 
+LINES = Lines()
+
+
 class Wire:
     """A connection, and its transport and flow, whose client takes all that comes; set once it has the end."""
 
@@ -106,21 +110,22 @@ class Wire:
     def __init__(self, buffer: ChunkBuffer) -> None:
         self.buffer, self.transport, self.flow = buffer, self, self
         self.detached: Any = None
-        self.received = b""
+        self.pieces: list[bytes] = []
         self.ended = asyncio.Event()
 
     def is_closing(self) -> bool:
         return False
 
     def write(self, data: bytes) -> None:
-        self.received += data
+        self.pieces.append(data)
 
     def on_response_complete(self) -> None:
         self.ended.set()
 
-    def lines(self) -> list[Any]:
-        """Out of the chunks of the body (RFC 9112, 7.1)."""
-        body, rest = b"", self.received
+    async def lines(self) -> list[Any]:
+        """All that came up to the end, out of the chunks of the body (RFC 9112, 7.1)."""
+        await self.ended.wait()
+        body, rest = b"", b"".join(self.pieces)
         while rest != b"0\r\n\r\n":
             size, _, rest = rest.partition(b"\r\n")
             body, rest = body + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
@@ -128,16 +133,19 @@ class Wire:
         return [Signal(item) if isinstance(item, str) else tuple(item) for item in items]
 
 
+def detach(buffer: ChunkBuffer, place: Place) -> Wire:
+    """A connection that serves a reader with no task from this place on."""
+    wire, reader = Wire(buffer), buffer.seat(idle_timeout=TIMEOUT)
+    reader.begin(place)
+    wire.detached = Detached(wire, True, reader, LINES)
+    wire.detached()
+    return wire
+
+
 async def detached(buffer: ChunkBuffer, thread_id: str, message_id: str | None = None, **place: Any) -> list[Any]:
     """All that a reader gets whom a connection serves with no task, from the place of a cursor on."""
-    wire, reader = Wire(buffer), buffer.seat(idle_timeout=5)
-    reader.begin(await buffer.locate(thread_id, message_id, **place))
-    if reader.place.finished:
-        return []
-    wire.detached = Detached(wire, True, reader, Lines())
-    wire.detached()
-    await wire.ended.wait()
-    return wire.lines()
+    found = await buffer.locate(thread_id, message_id, **place)
+    return [] if found.finished else await detach(buffer, found).lines()
 
 
 def is_of_detached_reader(task: asyncio.Task[Any]) -> bool:
@@ -184,6 +192,42 @@ class Polls:
     async def go_on(self, more: int) -> None:
         wanted = self.count + more
         await until(lambda: self.count >= wanted, f"{more} more polls")
+
+
+class PageReads:
+    """How often a buffer has read a page from its store."""
+
+    def __init__(self, buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        self._read = store_of(buffer).page
+        monkeypatch.setattr(store_of(buffer), "page", self)
+
+    async def __call__(self, *place: Any) -> Any:
+        self.count += 1
+        return await self._read(*place)
+
+
+class CommitsAtOnce:
+    """Lets commits take no turn of the loop: what happens between two of them is then the same on any machine."""
+
+    def __init__(self, buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
+        writer = store_of(buffer)._file._writer
+        self._run = writer.run
+        self._asked: list[asyncio.Task[None]] = []
+        monkeypatch.setattr(writer, "run", self)
+
+    async def __call__(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
+        answer: Future[Any] = Future()
+
+        def done(connection: sqlite3.Connection) -> None:
+            try:
+                answer.set_result(work(connection))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        self._asked.append(asyncio.create_task(self._run(done)))
+        await asyncio.sleep(0)
+        return answer.result(TIMEOUT)
 
 
 class FailsOnce:

@@ -278,18 +278,20 @@ def why_no_redis() -> str:
 @pytest.hookimpl
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Where a file says ``STORES``, its tests that have a store run on each of them; where it says ``BOTH_WAYS``,
-    what it asks of a service is asked with and without its express ways, which have to do with no store."""
+    what it asks of a service is asked with and without its express ways, which have to do with no store. What is
+    marked ``one_way`` has to do with neither of them."""
     stores = getattr(metafunc.module, "STORES", ()) if "store" in metafunc.fixturenames else ()
     if metafunc.definition.get_closest_marker("sqlite"):
         stores = stores[:1]
     is_asked_twice = getattr(metafunc.module, "BOTH_WAYS", False) and not inspect.iscoroutinefunction(metafunc.function)
+    ordinary = [] if metafunc.definition.get_closest_marker("one_way") else ["ordinary"]
     if stores and is_asked_twice:
-        ways = [(stores[0], "ordinary"), *((store, "express") for store in stores)]
-        metafunc.parametrize(("store", "way"), ways, indirect=True, scope="module")
+        both = [*((stores[0], way) for way in ordinary), *((store, "express") for store in stores)]
+        metafunc.parametrize(("store", "way"), both, indirect=True, scope="module")
     elif stores:
         metafunc.parametrize("store", stores, indirect=True, scope="module")
     elif is_asked_twice:
-        metafunc.parametrize("way", ["express", "ordinary"], indirect=True, scope="module")
+        metafunc.parametrize("way", ["express", *ordinary], indirect=True, scope="module")
 
 
 @pytest.fixture(scope="session")
@@ -337,18 +339,14 @@ def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture
 def start_service(tmp_path: Path, store: Callable[[], str]) -> Iterator[Callable[..., Service]]:
     """Start services; what is still running at the end of the test is killed."""
-    started: list[Service] = []
     address = store()
+    with contextlib.ExitStack() as exits:
 
-    def start(*flags: str, db: Path | None = None, environment: dict[str, str] | None = None) -> Service:
-        service = Service(db or tmp_path / "chunks.db", *flags, environment=environment, store=address)
-        started.append(service)
-        return service.start()
+        def start(*flags: str, db: Path | None = None, environment: dict[str, str] | None = None) -> Service:
+            path = db or tmp_path / "chunks.db"
+            return exits.enter_context(Service(path, *flags, environment=environment, store=address))
 
-    yield start
-    for service in started:
-        if service.process is not None:
-            service.kill()
+        yield start
 
 
 @pytest.fixture

@@ -10,8 +10,12 @@ from __future__ import annotations
 import socket
 import threading
 from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Self
+
+import pytest
+from conftest import Service
 
 
 class Cutter:
@@ -71,3 +75,9 @@ def place_of(sent: bytes, events: int, more: int) -> int | None:
             return None
         at = found + 2
     return at + more if len(sent) >= at + more else None
+
+
+@pytest.fixture
+def cutter(service: Service) -> Iterator[Cutter]:
+    with Cutter(service.port) as cutter:
+        yield cutter

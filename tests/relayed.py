@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Self
 
 import httpx
+import pytest
 from conftest import TIMEOUT, Service, wait_until
 from upstream import PAUSE, Recording, relay_url
 
@@ -108,6 +109,12 @@ class Relay:
 def generation_of(headers: httpx.Headers, service: Service) -> str:
     content = httpx.get(f"{service.api}/threads/{headers['resume-thread']}/content").json()
     return str(content["cursor"].partition("-")[0])
+
+
+@pytest.fixture
+def relay(service: Service) -> Iterator[Relay]:
+    with Relay(service) as relay:
+        yield relay
 
 
 def bare_events(recording: Recording) -> list[bytes]:

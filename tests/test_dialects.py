@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
-from conftest import Service, wait_until
-from relayed import RETRY, Relay, bare_events
+from conftest import wait_until
+from relayed import RETRY, Relay, bare_events, relay
 from resume_stream import Chunk
 from resume_stream.extras.dialects import DIALECTS
 from resume_stream.extras.relay import Events, Failed
@@ -26,6 +25,7 @@ from upstream import (
     RESPONSES,
     Recording,
     Upstream,
+    fresh,
     plain,
     relay_url,
     relaying,
@@ -33,19 +33,10 @@ from upstream import (
 )
 from wire import problem
 
+__all__ = ["fresh", "relay"]  # fixtures
+
 upstream, service = shared_upstream(), relaying()
 BY_NAME = {dialect.name: dialect for dialect in DIALECTS}
-
-
-@pytest.fixture(autouse=True)
-def fresh(upstream: Upstream) -> None:
-    upstream.forget()
-
-
-@pytest.fixture
-def relay(service: Service) -> Iterator[Relay]:
-    with Relay(service) as relay:
-        yield relay
 
 
 # Events

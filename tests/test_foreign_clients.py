@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import Service, wait_until
-from cutter import Cutter
+from cutter import Cutter, cutter
 from upstream import (
     ANTHROPIC,
     CHAT,
@@ -22,27 +22,19 @@ from upstream import (
     RESPONSES,
     Recording,
     Upstream,
+    fresh,
     plain,
     relay_url,
     relaying,
     shared_upstream,
 )
 
+__all__ = ["cutter", "fresh"]  # fixtures
+
 upstream, service = shared_upstream(), relaying()
 TEXT = "Hello"
 CHAT_TEXT = "Hél\nlo"
 CUTS = ["broken", "in a frame", "ended"]
-
-
-@pytest.fixture(autouse=True)
-def fresh(upstream: Upstream) -> None:
-    upstream.forget()
-
-
-@pytest.fixture
-def cutter(service: Service) -> Iterator[Cutter]:
-    with Cutter(service.port) as cutter:
-        yield cutter
 
 
 def lost(recording: Recording, how: str, after: int = 3) -> Recording:

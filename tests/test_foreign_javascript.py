@@ -20,7 +20,7 @@ from typing import Any, Self
 import httpx
 import pytest
 from conftest import ROOT, TIMEOUT, Service, wait_until
-from cutter import Cutter
+from cutter import Cutter, cutter
 from upstream import (
     AG_UI,
     AI_SDK,
@@ -30,11 +30,14 @@ from upstream import (
     RESPONSES,
     Recording,
     Upstream,
+    fresh,
     plain,
     relay_url,
     relaying,
     shared_upstream,
 )
+
+__all__ = ["cutter", "fresh"]  # fixtures
 
 NODE = shutil.which("node")
 if NODE is None:
@@ -122,11 +125,6 @@ def clients() -> Iterator[Clients]:
         yield clients
 
 
-@pytest.fixture(autouse=True)
-def fresh(upstream: Upstream) -> None:
-    upstream.forget()
-
-
 NAMES = (f"n{number}" for number in itertools.count())
 
 
@@ -174,12 +172,6 @@ TANSTACK = Client("tanstack", "ag-ui", AG_UI, (None, None, "Hel", "Hello", None,
 AI = Client("ai sdk", "ai-sdk", AI_SDK, ("", None, "", "Hel", "Hello", "Hello", None, None, None))
 CLIENTS = (CHAT_CLIENT, RESPONSES_CLIENT, LANGGRAPH_CLIENT, TANSTACK, AI)
 EACH = pytest.mark.parametrize("client", CLIENTS, ids=[client.name for client in CLIENTS])
-
-
-@pytest.fixture
-def cutter(service: Service) -> Iterator[Cutter]:
-    with Cutter(service.port) as cutter:
-        yield cutter
 
 
 @dataclass(frozen=True)

@@ -252,6 +252,7 @@ def test_a_stream_goes_on_over_a_full_database(start_service: Callable[..., Serv
 
 
 @pytest.mark.sqlite
+@pytest.mark.one_way
 def test_a_size_that_holds_no_database_is_refused(start_service: Callable[..., Service]) -> None:
     """Not taken for no limit at all."""
     with pytest.raises(RuntimeError, match=r"max_db|max-db"):

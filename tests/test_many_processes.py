@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -36,17 +37,14 @@ def trio(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Start processes of the service; those that still run are killed at the end."""
-    started: list[Service] = []
+    numbers = itertools.count()
+    with contextlib.ExitStack() as exits:
 
-    def start(address: str, *flags: str) -> Service:
-        service = Service(tmp_path / f"{len(started)}.db", "--idle-timeout", "0", *flags, store=address)
-        started.append(service)
-        return service.start()
+        def start(address: str, *flags: str) -> Service:
+            db = tmp_path / f"{next(numbers)}.db"
+            return exits.enter_context(Service(db, "--idle-timeout", "0", *flags, store=address))
 
-    yield start
-    for service in started:
-        if service.process is not None:
-            service.kill()
+        yield start
 
 
 @pytest.fixture

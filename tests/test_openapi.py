@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -194,27 +193,3 @@ def test_a_generated_client_stores_reads_resumes_and_is_told_what_is_wrong(
     assert aborted.parsed.status == "aborted"
     assert call("threads.clear_thread_buffer", "made").status_code == 204
     assert client.get("/threads/made").status_code == 404
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("schemathesis"), reason="schemathesis is not installed")
-def test_no_answer_is_another_than_the_document_says(
-    document: dict[str, Any], service: Service, tmp_path: Path
-) -> None:
-    """Neither in its status nor its type nor its form, whatever is asked."""
-    schema = json.loads(json.dumps(document))
-    for call in operations(schema).values():  # a raw body is broken off on purpose, which is taken for an error
-        call["parameters"] = [parameter for parameter in call.get("parameters", []) if parameter["name"] != "format"]
-    for node in nodes(schema):
-        node.get("text/event-stream", {}).pop("schema", None)  # which Schemathesis takes for that of one event
-        for kind in ("application/x-ndjson", "text/plain"):
-            if "schema" in node.get(kind, {}) and "application/json" in node:
-                del node[kind]  # which it cannot serialize
-    (tmp_path / "openapi.json").write_text(json.dumps(schema))
-    conformance = ",".join(f"{kind}_conformance" for kind in ("status_code", "content_type", "response_schema"))
-    checks = f"not_a_server_error,{conformance},response_headers_conformance"
-    options = ["--url", service.url, "--checks", checks, "--phases", "fuzzing", "--max-examples", "6"]
-    options += ["--seed", "1", "--no-color", "--request-timeout", "10"]
-    command = [sys.executable, "-m", "schemathesis.cli", "run", "openapi.json", *options]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=3 * TIMEOUT, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
-    assert re.search(r"\d+ generated", done.stdout)

@@ -311,6 +311,7 @@ def test_with_a_secret_any_host_but_no_foreign_origin(tmp_path: Path) -> None:
 # Where it listens
 
 
+@pytest.mark.one_way
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "localhost.evil.example"])
 def test_others_are_served_only_when_told_so(tmp_path: Path, host: str) -> None:
     with pytest.raises(StartupError, match=r"secret.*--allow-anonymous"):
@@ -318,6 +319,7 @@ def test_others_are_served_only_when_told_so(tmp_path: Path, host: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.one_way
 @pytest.mark.parametrize("flags", [["--secret", SECRET], ["--allow-anonymous"]])
 def test_others_are_served_when_told_so(start_service: Callable[..., Service], flags: list[str]) -> None:
     service = start_service("--host", "0.0.0.0", *flags)
@@ -327,6 +329,7 @@ def test_others_are_served_when_told_so(start_service: Callable[..., Service], f
     assert raw_status(service, "Host: streams.example", f"Origin: {FOREIGN}") == 403
 
 
+@pytest.mark.one_way
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.2", "::1"])
 def test_loopback_needs_no_secret(start_service: Callable[..., Any], host: str) -> None:
     service = start_service("--host", host)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import httpx
 import pytest
 from conftest import Service, append, wait_until
-from relayed import RETRY, Relay, bare_events, framed, generation_of
+from relayed import RETRY, Relay, bare_events, framed, generation_of, relay
 from upstream import (
     AI_SDK,
     CHAT,
@@ -23,6 +22,7 @@ from upstream import (
     RESPONSES,
     Recording,
     Upstream,
+    fresh,
     plain,
     relay_url,
     relaying,
@@ -30,20 +30,11 @@ from upstream import (
 )
 from wire import problem
 
+__all__ = ["fresh", "relay"]  # fixtures
+
 upstream, service = shared_upstream(), relaying(base="/base")
 ALL = pytest.mark.parametrize("recording", RECORDINGS.values(), ids=RECORDINGS)
 WITH_ERRORS = pytest.mark.parametrize("dialect", ERRORS)
-
-
-@pytest.fixture(autouse=True)
-def fresh(upstream: Upstream) -> None:
-    upstream.forget()
-
-
-@pytest.fixture
-def relay(service: Service) -> Iterator[Relay]:
-    with Relay(service) as relay:
-        yield relay
 
 
 def raw(service: Service, request: bytes) -> bytes:

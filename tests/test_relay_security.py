@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
 from conftest import TIMEOUT, Service, wait_until
-from relayed import RETRY, Relay, bare_events, framed
+from relayed import RETRY, Relay, bare_events, framed, relay
 from resume_stream import Grant
 from resume_stream.extras.tokens import token_for
 from upstream import AG_UI, AI_SDK, CHAT, EVENTS, OTHER, Recording, Upstream, relaying, shared_upstream
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 from wire import problem
+
+__all__ = ["relay"]  # fixtures
 
 SECRET = "s" * 32
 KEY = "sk-nobody-may-see-this"
@@ -31,12 +33,6 @@ service = relaying(*flags, base="/base", environment={SETTING: f"Authorization: 
 def fresh(upstream: Upstream) -> None:
     upstream.forget()
     upstream.answer(CHAT)
-
-
-@pytest.fixture
-def relay(service: Service) -> Iterator[Relay]:
-    with Relay(service) as relay:
-        yield relay
 
 
 def bearer(*scope: str, threads: tuple[str, ...] | None = None) -> dict[str, str]:

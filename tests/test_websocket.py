@@ -21,8 +21,6 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 from wire import Stream, contents, data_of, generation, masked, message_path, shared_service, websocket_address
 
-BOTH_WAYS = True
-
 MIB = 1024**2
 
 

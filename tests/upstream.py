@@ -399,6 +399,12 @@ def shared_upstream() -> Any:
     return upstream
 
 
+@pytest.fixture(autouse=True)
+def fresh(upstream: Upstream) -> None:
+    """Without what an earlier test had it answer."""
+    upstream.forget()
+
+
 def relaying(*flags: str, environment: dict[str, str] | None = None, base: str = "") -> Any:
     """The fixture ``service`` of a file: one with its upstream, by the name of ``up``."""
 

@@ -189,6 +189,12 @@ def reset(end: socket.socket) -> None:
     end.close()
 
 
+@pytest.fixture
+def proxy(service: Service) -> Iterator[Proxy]:
+    with Proxy(service.port) as proxy:
+        yield proxy
+
+
 # A page whose readings can be looked at from outside. `read` notes every item of one reading; text
 # and cursor of the reading are kept in sessionStorage, as a page that wants to survive a reload does.
 # `readStub` reads from answers that are made up by the test. Waits before a reconnect are a hundredth

@@ -21,12 +21,13 @@ from browser_kit import (
     open_notebook,
     opened_sockets,
     page,
+    proxy,
     restart,
 )
 from conftest import ROOT, TIMEOUT, Service, api_client, append, wait_until
 from wire import serving
 
-__all__ = ["browser", "client", "notebook", "page"]  # fixtures
+__all__ = ["browser", "client", "notebook", "page", "proxy"]  # fixtures
 
 STATIC_MODULE = ROOT / "static" / "resume-stream.js"
 SECRET = "correct horse battery staple, 32+"
@@ -50,12 +51,6 @@ def allowed() -> Iterator[Origin]:
 def service(allowed: Origin, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with serving(tmp_path_factory.mktemp("service"), "--cors-origins", allowed.url) as service:
         yield service
-
-
-@pytest.fixture
-def proxy(service: Service) -> Iterator[Proxy]:
-    with Proxy(service.port) as proxy:
-        yield proxy
 
 
 @pytest.fixture

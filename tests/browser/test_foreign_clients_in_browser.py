@@ -9,11 +9,11 @@ from typing import Any
 
 import httpx
 import pytest
-from browser_kit import Browser, Page, Proxy, browser, client, new_page
+from browser_kit import Browser, Page, Proxy, browser, client, new_page, proxy
 from conftest import ROOT, Service, append, wait_until
 from upstream import AG_UI, AI_SDK, ERRORS, OTHER, Upstream, plain, relaying, shared_upstream
 
-__all__ = ["browser", "client"]  # fixtures
+__all__ = ["browser", "client", "proxy"]  # fixtures
 
 MODULES = ROOT / "node_modules"
 for package in ("esbuild", "@ai-sdk/react", "@microsoft/fetch-event-source"):
@@ -98,12 +98,6 @@ def bundle() -> str:
 def fresh(upstream: Upstream) -> None:
     upstream.forget()
     upstream.answer(plain(404, {}), at="/api/chat/")  # it knows of no resuming
-
-
-@pytest.fixture
-def proxy(service: Service) -> Iterator[Proxy]:
-    with Proxy(service.port) as proxy:
-        yield proxy
 
 
 @pytest.fixture

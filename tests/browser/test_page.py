@@ -20,10 +20,11 @@ from browser_kit import Browser, Page, browser, client, new_page, opened_sockets
 from conftest import ROOT, TIMEOUT, Service, append, wait_until
 from playwright.sync_api import expect
 from resume_stream import ChunkBuffer, Settings
-from wire import api_client, serving
+from wire import api_client, shared_service
 
 __all__ = ["browser", "client"]  # fixtures
 
+service = shared_service()
 SECRET = "correct horse battery staple, 32+"
 AXE = ROOT / "node_modules" / "axe-core" / "axe.min.js"
 PHONE: dict[str, Any] = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
@@ -36,12 +37,6 @@ FAST = """{
 WORDS = [f"word-{number} " for number in range(600)]  # more than a screen
 
 expect.set_options(timeout=TIMEOUT * 1000)
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with serving(tmp_path_factory.mktemp("service")) as service:
-        yield service
 
 
 @pytest.fixture

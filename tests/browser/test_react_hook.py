@@ -8,15 +8,17 @@ from typing import Any
 
 import httpx
 import pytest
-from browser_kit import Browser, Page, Proxy, browser, client, new_page
-from conftest import ROOT, Service, append, wait_until
-from wire import serving
+from browser_kit import Browser, Page, Proxy, browser, client, new_page, proxy
+from conftest import ROOT, append, wait_until
+from wire import shared_service
 
-__all__ = ["browser", "client"]  # fixtures
+__all__ = ["browser", "client", "proxy"]  # fixtures
 
 ESBUILD = ROOT / "node_modules" / ".bin" / "esbuild"
 if not ESBUILD.exists():
     pytest.skip("the packages of package.json are not installed (npm install)", allow_module_level=True)
+
+service = shared_service()
 
 # `render` shows a message, or another one in its place; a render for no reason passes a new token function.
 APP = """
@@ -46,18 +48,6 @@ def bundle() -> str:
     """The app as a bundler makes it, in development, where StrictMode mounts twice."""
     command = [ESBUILD, "--bundle", "--format=esm", '--define:process.env.NODE_ENV="development"']
     return subprocess.run(command, cwd=ROOT, input=APP, capture_output=True, text=True, check=True).stdout
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with serving(tmp_path_factory.mktemp("service")) as service:
-        yield service
-
-
-@pytest.fixture
-def proxy(service: Service) -> Iterator[Proxy]:
-    with Proxy(service.port) as proxy:
-        yield proxy
 
 
 @pytest.fixture

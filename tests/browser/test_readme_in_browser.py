@@ -10,10 +10,11 @@ import httpx
 import pytest
 from browser_kit import Browser, Page, browser, client, new_page
 from conftest import ROOT, Service, append, wait_until
-from wire import serving
+from wire import shared_service
 
 __all__ = ["browser", "client"]  # fixtures
 
+service = shared_service()
 README = (ROOT / "README.md").read_text()
 ESBUILD = ROOT / "node_modules" / ".bin" / "esbuild"
 MOUNT = """
@@ -26,12 +27,6 @@ createRoot(document.body.appendChild(document.createElement("div")))
 
 def snippets(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with serving(tmp_path_factory.mktemp("service")) as service:
-        yield service
 
 
 @pytest.fixture

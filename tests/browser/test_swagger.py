@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import httpx
-import pytest
 from browser_kit import Browser, browser, client, new_page
 from conftest import Service
-from wire import contents, serving
+from wire import contents, shared_service
 
 __all__ = ["browser", "client"]  # fixtures
 
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with serving(tmp_path_factory.mktemp("service")) as service:
-        yield service
+service = shared_service()
 
 
 def test_an_append_is_tried_out_as_it_is_filled_in(browser: Browser, service: Service, client: httpx.Client) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -68,17 +69,12 @@ class Binary(Service):
 
 @pytest.fixture
 def start_binary(tmp_path: Path) -> Iterator[Callable[..., Binary]]:
-    started: list[Binary] = []
+    with contextlib.ExitStack() as exits:
 
-    def start(*flags: str, environment: dict[str, str] | None = None) -> Binary:
-        binary = Binary(tmp_path / "chunks.db", *flags, environment=environment)
-        started.append(binary)
-        return binary.start()
+        def start(*flags: str, environment: dict[str, str] | None = None) -> Binary:
+            return exits.enter_context(Binary(tmp_path / "chunks.db", *flags, environment=environment))
 
-    yield start
-    for binary in started:
-        if binary.process is not None:
-            binary.kill()
+        yield start
 
 
 @pytest.fixture

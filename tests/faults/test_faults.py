@@ -82,3 +82,8 @@ def test_what_one_asks_for_holds_up_no_other(tmp_path: Path) -> None:
 
 def test_bad_input_changes_nothing(tmp_path: Path) -> None:
     expect_sound(fuzz.survive_fuzzing(tmp_path, examples=8))
+
+
+@pytest.mark.skipif(bool(fuzz.why_no_schemathesis()), reason=fuzz.why_no_schemathesis())
+def test_no_answer_is_another_than_the_document_says(tmp_path: Path) -> None:
+    expect_sound(fuzz.survive_schemathesis(tmp_path, examples=6, phases="fuzzing"))

@@ -1,0 +1,78 @@
+"""The live end of a thread: what is uploaded reaches all who follow it out of memory, however many they are."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from buffers import CommitsAtOnce, PageReads, Reading, detach, follow
+from conftest import until
+from resume_stream import ChunkBuffer, create_app
+from wire import NDJSON, message_path
+
+pytestmark = pytest.mark.anyio
+
+READERS = 400  # who are called in so many turns of the loop that, meanwhile, more is committed than is kept for them
+LINE = 64 * 1024
+SIZES = {  # of an upload: lines in a piece of it, and pieces
+    "of what is much to send": (2, 3),
+    "of more than is kept": (4, 8),
+    "of pieces that each are more than is kept": (20, 2),
+}
+
+
+@pytest.fixture(params=SIZES.values(), ids=SIZES.keys())
+def pieces(request: pytest.FixtureRequest) -> list[list[str]]:
+    lines, count = request.param
+    return [[f"{piece}-{line}".ljust(LINE, ".") for line in range(lines)] for piece in range(count)]
+
+
+async def upload(buffer: ChunkBuffer, pieces: list[list[str]]) -> None:
+    """Its last piece completes the message."""
+
+    async def body() -> AsyncIterator[bytes]:
+        for piece in pieces:
+            yield b"".join(json.dumps({"content": text}).encode() + b"\n" for text in piece)
+
+    transport = httpx.ASGITransport(create_app(buffer=buffer))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost/api") as client:
+        answer = await client.post(f"{message_path('t', 'm')}?complete=true", headers=NDJSON, content=body())
+    assert answer.status_code == 201, answer.text
+
+
+def expected(pieces: list[list[str]]) -> list[Any]:
+    texts = ["first", *(text for piece in pieces for text in piece)]
+    return [*enumerate(texts, 1), (len(texts) + 1, "completed")]
+
+
+async def test_an_upload_reaches_many_readers_on_their_connections_from_memory(
+    buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch, pieces: list[list[str]]
+) -> None:
+    await buffer.add_chunks("t", "m", ["first"])
+    place = await buffer.locate("t")
+    wires = [detach(buffer, place) for _ in range(READERS)]
+    await until(lambda: all(wire.pieces for wire in wires), "all have what there is")
+    reads = PageReads(buffer, monkeypatch)
+    CommitsAtOnce(buffer, monkeypatch)
+    await upload(buffer, pieces)
+    await asyncio.gather(*(wire.ended.wait() for wire in wires))
+    assert reads.count == 0
+    bodies = {b"".join(wire.pieces): wire for wire in wires}
+    assert [await wire.lines() for wire in bodies.values()] == [expected(pieces)] * len(bodies)
+
+
+async def test_an_upload_reaches_many_readers_in_tasks_from_memory(
+    buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch, pieces: list[list[str]]
+) -> None:
+    await buffer.add_chunks("t", "m", ["first"])
+    readings = [Reading(follow(buffer, "t")) for _ in range(READERS)]
+    await until(lambda: all(reading.got for reading in readings), "all have what there is")
+    reads = PageReads(buffer, monkeypatch)
+    CommitsAtOnce(buffer, monkeypatch)
+    await upload(buffer, pieces)
+    assert await asyncio.gather(*readings) == [expected(pieces)] * READERS
+    assert reads.count == 0
