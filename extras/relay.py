@@ -970,10 +970,21 @@ class Pump:
         completes = self._is_over and self._status == "completed"
         if completes:
             lift()
+        await self._append(chunks, completes)
+
+    async def _append(self, chunks: list[Chunk], completes: bool) -> None:
+        """All of them, or those that ``max_message`` has room for. Raises TooLarge."""
         sizes = [utf8_size(chunk.content) for chunk in chunks]
         message = self._message
         append = Append(message.thread_id, message.message_id, chunks, sizes, self._index, completes, self._generation)
-        change = await self._buffer.patiently(functools.partial(self._commit, append))
+        try:
+            change = await self._buffer.patiently(functools.partial(self._commit, append))
+        except TooLarge:
+            if len(chunks) == 1:
+                raise
+            await self._append(chunks[: len(chunks) // 2], False)
+            await self._append(chunks[len(chunks) // 2 :], completes)
+            return
         self._index += len(chunks)
         self._generation = change.state.generation
         self._due = self._now() + self._buffer.settings.producer_timeout / 4
