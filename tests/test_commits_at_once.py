@@ -7,6 +7,7 @@ import contextlib
 import math
 import sqlite3
 import threading
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -118,10 +119,12 @@ async def test_a_lock_of_another_process_is_waited_for_in_the_other_thread(
     await append_some(buffer, 1)
     with contextlib.closing(sqlite3.connect(buffer.settings.db, isolation_level=None)) as other:
         other.execute("begin immediate")
+        began = time.monotonic()
         appending = asyncio.create_task(buffer.add_chunks("t", "m", ["text"]))
         for _ in range(20):  # the loop goes on, and so does whoever reads
             assert (await buffer.get_accumulated_content("t")).content == "text"
         assert not appending.done()
+        assert time.monotonic() - began < resume_stream.BUSY_TIMEOUT  # which the loop would have waited
         other.execute("rollback")
     assert (await appending).seq == 2
     assert transactions.by_loop == [True, False]
