@@ -37,8 +37,6 @@ import sys
 import time
 import weakref
 import zlib
-from array import array
-from collections import Counter as Multiset
 from collections import deque
 from collections.abc import (
     AsyncGenerator,
@@ -53,7 +51,7 @@ from collections.abc import (
     Sequence,
 )
 from collections.abc import Set as AbstractSet
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from functools import lru_cache, partial
 from http import HTTPStatus
 from operator import itemgetter
@@ -64,7 +62,6 @@ from typing import (
     Any,
     ClassVar,
     Concatenate,
-    Generic,
     Literal,
     NamedTuple,
     NewType,
@@ -135,7 +132,6 @@ FOR_EXTRAS = [
     "Cursor",
     "CursorGone",
     "DatabaseFull",
-    "Elsewhere",
     "Entry",
     "Forbidden",
     "Format",
@@ -165,7 +161,6 @@ FOR_EXTRAS = [
     "SMALL_BODY",
     "SQLiteStore",
     "SSE_HEADERS",
-    "Snapshot",
     "StartupError",
     "State",
     "Status",
@@ -196,7 +191,6 @@ FOR_EXTRAS = [
     "check_exists",
     "checked_id",
     "checked_sizes",
-    "chunk_page_of",
     "chunks_from_json",
     "database_problems",
     "decode_body",
@@ -204,18 +198,14 @@ FOR_EXTRAS = [
     "granted",
     "has_word_for_end",
     "invalid_json",
-    "mark_as_copy",
     "message_ended",
     "message_too_large",
     "no_message",
     "no_thread",
     "now_ms",
-    "open_packs",
-    "opened_read_only",
     "parse_duration",
     "place_of",
     "problem_document",
-    "renew_generations",
     "seconds",
     "sole_owner",
     "store_for",
@@ -931,55 +921,67 @@ def token_expired() -> Unauthorized:
 # ---------------------------------------------------------------------------------------------
 
 APPLICATION_ID = 0x72737472
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SCHEMA = Path(__file__).with_name("schema.sql")
 
-PENDING_BYTES = 16 * 1024**2  # waiting to be committed; past it producers wait
 CHUNK_OVERHEAD = 64  # bytes that a chunk takes besides its text
-BATCH_BYTES = 4 * 1024**2  # what one transaction takes
-HOT_THREADS = 1_024  # kept from one commit to the next
+CHUNK_WEIGHT = 16  # bytes that a chunk counts in its message besides its text
+MAX_CHUNKS = 10_000  # in one append
+PENDING_BYTES = 8 * 1024**2  # waiting to be committed, all together; past it producers wait
 BATCH_WRITES = 512  # enough for one transaction not to wait for more
 QUIET_TURNS = 3  # of the loop without another write, after which a transaction begins
-PAGE_ROWS = 512
-PAGE_BYTES = 256 * 1024
-PACK_ROWS = 1_024  # entries in a pack, at the most
-PACK_BYTES = 64 * 1024  # of text, after which a pack is full
-LEAST_PACKED = 64  # entries; what is shorter than this,
-LEAST_PACKED_BYTES = 4 * 1024  # and than this, waits for what follows it
-EXPIRED_AT_ONCE = 100  # threads
-MAX_CHUNKS = 10_000  # in one append
-CHUNK_WEIGHT = 16  # bytes that a chunk counts in its message besides its text
-MESSAGES = 1_000  # of a thread's, told of at once
-ERASE_ROWS = 500  # rows deleted in one transaction
-ERASE_BYTES = 1024**2  # of text, likewise
-SHRINK_PAGES = 256  # of the file, given back between two commits
-SCRUB_PAGES = 256  # of the file, looked through between two commits
-MIN_POLL_INTERVAL = 0.01  # seconds
-BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's lock
-SCRUB_PAUSE = 0.25  # seconds between two tries to empty the WAL while another process reads
-SMALLEST_DATABASE = 64 * 1024
+HOT_THREADS = 1_024  # kept from one commit to the next
 FEW_WRITES, FEW_BYTES = 8, 16 * 1024  # that the loop may commit itself,
 QUICK = 0.001  # seconds that this may take,
-DISTRUST, MOST_DISTRUST = 0.02, 5.0  # seconds for which it does not, after one that took longer,
-TRUSTED_AFTER = 32  # that did not take longer, after which the next one that does is the first
-AT_ONCE_IN_A_ROW = 128  # of which the last is left to the other thread
+PAUSE = 100  # times as long as one took that took longer, for which it does not;
+IN_A_ROW = 128  # commits, of which the last is left to the other thread in any case
+PAGE_ROWS = 512
+PAGE_BYTES = 256 * 1024
+MESSAGES = 1_000  # of a thread's, told of at once
+EXPIRED_AT_ONCE = 100  # threads
+ERASE_ROWS = 500  # rows deleted in one transaction
+ERASE_BYTES = 1024**2  # of text, likewise
+ERASE_PAUSE = 0.25  # seconds between two tries to empty the WAL while another process reads
+SHRINK_PAGES = 256  # of the file, given back between two commits
+MIN_POLL_INTERVAL = 0.01  # seconds
+BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's lock
+INTERRUPT_EVERY = 100_000  # steps of SQLite, after which it is looked whether anybody still waits for the rest
+SMALLEST_DATABASE = 64 * 1024
 CHECKPOINT_PAGES = 1_000  # of the WAL, after which SQLite makes a checkpoint
-WAL_BYTES = 16 * 1024**2  # past this, a checkpoint also resets the WAL
 CHECKPOINT_TIMEOUT = 0.1  # seconds that a checkpoint waits for readers
+WAL_BYTES = 16 * 1024**2  # past this, a checkpoint also resets the WAL
 
 
 def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-Told = Callable[[Sequence[tuple[Change, float]], float], None]
+class Open(Record, frozen=True):
+    """Make the message (and its thread) if need be; otherwise it is a sign of life."""
+
+    thread_id: str
+    message_id: str
 
 
-class Elsewhere(NamedTuple):
-    """What other processes did: these changes, and nobody knows what to these threads (None: to all watched)."""
+class End(Record, frozen=True):
+    """End a message; with ``untouched_since`` only if nobody appended to it since."""
 
-    changes: Sequence[Change] = ()
-    unsure: AbstractSet[str] | None = None
+    thread_id: str
+    message_id: str
+    status: Status
+    reason: str | None = None
+    untouched_since: int | None = None
+
+
+class Clear(Record, frozen=True):
+    """Forget a thread; with ``untouched_since`` only if nobody touched it since."""
+
+    thread_id: str
+    untouched_since: int | None = None
+
+
+Write = Append | Open | End | Clear
+Told = Callable[[Sequence[tuple[Change, float | None]], float | None], None]
 
 
 class Store(Protocol):
@@ -992,7 +994,7 @@ class Store(Protocol):
     Problem; a write that does has changed nothing. Times are ms since 1970.
     """
 
-    is_shared: bool  # other processes of the service write to it too, which it tells of a little later
+    is_shared: bool  # other processes of the service write to it too; ``told`` hears of it with no times
 
     async def open(self, told: Told) -> None:
         """Raises StartupError, and leaves everything as it was, where it cannot be served."""
@@ -1010,47 +1012,19 @@ class Store(Protocol):
     async def room(self) -> None:
         """Wait until it is so. Whoever writes text does so first."""
 
-    def open_message(self, thread_id: str, message_id: str) -> Awaitable[Change]:
-        """Make the message (and its thread) if need be."""
-
-    def append(self, append: Append) -> Awaitable[Change]:
-        """Raises Conflict and TooLarge."""
-
-    def end_message(
-        self,
-        thread_id: str,
-        message_id: str,
-        status: Status,
-        reason: str | None = None,
-        untouched_since: int | None = None,
-    ) -> Awaitable[Change]:
-        """With ``untouched_since`` only if nobody appended since. Raises NotFound and Conflict."""
-
-    def clear(self, thread_id: str, untouched_since: int | None = None) -> Awaitable[Change]:
-        """Forget a thread; with ``untouched_since`` only if nobody touched it since. Raises NotFound."""
-
-    async def states(self, keys: Sequence[tuple[str, str | None]]) -> list[State]:
-        """Threads and messages as of the last commit that was told of, with none in between."""
+    def write(self, write: Write) -> Awaitable[Change]:
+        """Raises NotFound, Conflict and TooLarge."""
 
     async def find(self, thread_id: str, message_id: str | None = None) -> State: ...
-
-    async def locate(self, thread_id: str, message_id: str | None, cursor: Cursor | None, follow: bool) -> Place:
-        """Where a reader with this cursor begins. Raises NotFound."""
-
-    async def match(self, thread_id: str, message_id: str, known_content: str) -> Place:
-        """Where a reader with this text of the message begins. Raises NotFound."""
 
     async def page(self, thread_id: str, message_id: str | None, after: int, limit: int) -> tuple[State, Page]:
         """Up to ``limit`` entries after ``after``, and the state they belong to."""
 
-    async def chunk_page(self, place: Place, limit: int) -> ChunkPage:
-        """Raises NotFound."""
+    async def text(self, thread_id: str, message_id: str | None, index: int = 0) -> tuple[State, str]:
+        """The text of a message from its chunk ``index`` on, or of all of a thread's. Raises NotFound."""
 
-    async def content(self, thread_id: str, message_id: str | None) -> AccumulatedContent:
-        """Raises NotFound."""
-
-    async def text_from(self, thread_id: str, message_id: str, index: int) -> tuple[str, int]:
-        """The text of the message's chunks from number ``index`` on, and the number after them."""
+    async def match(self, thread_id: str, message_id: str, known_content: str) -> Place:
+        """Where a reader with this text of the message begins. Raises NotFound."""
 
     async def status(self, thread_id: str, limit: int, after: int) -> ThreadStatus:
         """With up to ``limit`` of its messages, those after the first ``after``. Raises NotFound."""
@@ -1058,13 +1032,7 @@ class Store(Protocol):
     async def threads(
         self, status: Status | None, limit: int, before: int | None, covered: Sequence[str] | None
     ) -> ThreadPage:
-        """The newest first, of those whose id is ``covered`` by an id or a ``prefix*`` (None: all)."""
-
-    async def active_message(self, thread_id: str) -> str | None:
-        """The one that began last."""
-
-    async def thread_of(self, generation: int) -> str | None:
-        """Which thread has it."""
+        """The newest of a generation ``before`` this, whose id is ``covered`` by an id or a ``prefix*`` (None: all)."""
 
     async def idle_messages(self, untouched_since: int) -> list[tuple[str, str]]:
         """Some of the active ones to which nobody appended since, with their threads."""
@@ -1075,8 +1043,8 @@ class Store(Protocol):
     async def erase(self) -> bool:
         """Leave no trace of what was forgotten; False if that has to be tried again."""
 
-    async def pack(self) -> None:
-        """Keep what has ended in less room, where there is a way to."""
+    async def upkeep(self) -> None:
+        """Whatever else it has to do now and then."""
 
     async def probe(self) -> None:
         """Write, so that it is known whether that can be done."""
@@ -1084,11 +1052,11 @@ class Store(Protocol):
     async def measure(self) -> tuple[int, int, int]:
         """Bytes of the database and of its WAL, and how many messages are active."""
 
-    def watching(self, thread_id: str, within: float) -> AbstractContextManager[None]:
-        """Have what other processes do to a thread noticed within so many seconds."""
+    def watch(self, thread_ids: AbstractSet[str]) -> None:
+        """Have what other processes do to these threads noticed; called again when the set has changed."""
 
-    def changed_elsewhere(self) -> AsyncGenerator[Elsewhere, None]:
-        """Yields what other processes did to what is watched, or may have done."""
+    def changed_elsewhere(self) -> AsyncGenerator[AbstractSet[str], None]:
+        """Yields those of them to which other processes have done nobody knows what."""
 
 
 def check_exists(found: State, thread_id: str, message_id: str | None = None) -> None:
@@ -1123,27 +1091,108 @@ def bytes_known(known: bytes, text: bytes) -> int | None:
     return start + len(known) if is_unique else None
 
 
-def chunk_page_of(place: Place, found: State, page: Page, latest: Status) -> ChunkPage:
-    """``latest`` is the status of the whole thread. Raises NotFound."""
-    if found.generation != place.generation:
-        raise no_thread(place.thread_id)
-    status: Status = "active"
-    if place.message_id is None:
-        status = latest if found.last_seq == page.last_seq else "active"
-    elif found.ended and cast(int, found.last) <= page.last_seq:
-        status = cast(Status, found.status)
-    return ChunkPage(
-        [entry for entry in page.entries if isinstance(entry, StoredChunk)],
-        [entry for entry in page.entries if isinstance(entry, MessageEnd)],
-        str(Cursor(page.last_seq, page.generation)),
-        status,
-    )
+class Waiting(NamedTuple):
+    """A write that is to be committed, and who waits for it."""
+
+    write: Write
+    size: int
+    asked: float
+    done: asyncio.Future[Change]
+
+
+class GroupCommit:
+    """Commits together, in order, what is asked for in one turn of the loop, and tells of it before it answers."""
+
+    def __init__(self) -> None:
+        self._told: Told = lambda changes, took: None
+        self._waiting: list[Waiting] = []
+        self._waiting_bytes = 0
+        self._has_room = asyncio.Event()
+        self._has_room.set()
+        self._committing: asyncio.Task[None] | None = None
+        self._together = 1  # of the last commit, how many writes
+        self._refused_ms = 0  # when a commit failed last
+
+    async def commit(self, writes: Sequence[Write], size: int) -> list[Change | Problem]:
+        """What became of each of these, about ``size`` bytes. Raises Problem where that is the same for all."""
+        raise NotImplementedError
+
+    async def all_committed(self) -> None:
+        if self._committing is not None:
+            await self._committing
+
+    @property
+    def has_room(self) -> bool:
+        return self._has_room.is_set()
+
+    async def room(self) -> None:
+        while not self._has_room.is_set():  # the first of those who waited may have filled it again
+            await self._has_room.wait()
+
+    def write(self, write: Write) -> asyncio.Future[Change]:
+        """Commit it, right behind what was asked for before, and with all else that is waiting by then."""
+        size = CHUNK_OVERHEAD
+        if isinstance(write, Append):
+            size = sum(write.sizes) + CHUNK_OVERHEAD * len(write.chunks)
+        done: asyncio.Future[Change] = asyncio.get_running_loop().create_future()
+        self._waiting.append(Waiting(write, size, time.perf_counter(), done))
+        self._waiting_bytes += size
+        if self._waiting_bytes >= PENDING_BYTES:
+            self._has_room.clear()
+        if self._committing is None or self._committing.done():
+            self._committing = asyncio.create_task(self._commit_waiting())
+        return done
+
+    async def _commit_waiting(self) -> None:
+        while self._waiting:
+            await self._gather()
+            batch, size = self._waiting, self._waiting_bytes
+            self._waiting, self._waiting_bytes = [], 0
+            self._has_room.set()
+            self._together = len(batch)
+            await self._commit_batch(batch, size)
+
+    async def _gather(self) -> None:
+        """Let in what is about to come, as a commit costs about the same for many as for one.
+
+        Those whom the last commit answered come again at about the same time. Without them, producers
+        would split into halves that wait for each other's commits. One alone waits for nobody.
+        """
+        quiet, seen = 0, len(self._waiting)
+        while self._together > 1 and quiet < QUIET_TURNS and seen < BATCH_WRITES:
+            await asyncio.sleep(0)
+            quiet = quiet + 1 if len(self._waiting) == seen else 0
+            seen = len(self._waiting)
+
+    async def _commit_batch(self, batch: Sequence[Waiting], size: int) -> None:
+        began = time.perf_counter()
+        outcomes: Sequence[Change | Exception]
+        try:
+            outcomes = await self.commit([waiting.write for waiting in batch], size)
+        except Exception as error:
+            log.error("commit failed: %s", error)
+            self._refused_ms = now_ms()
+            outcomes = [error] * len(batch)
+        else:
+            done = zip(outcomes, batch, strict=True)
+            changes = [(outcome, waiting.asked) for outcome, waiting in done if isinstance(outcome, Change)]
+            self._told(changes, time.perf_counter() - began)
+        for waiting, outcome in zip(batch, outcomes, strict=True):
+            if waiting.done.done():
+                continue  # the one who asked is gone; what was committed stays committed
+            if isinstance(outcome, Change):
+                waiting.done.set_result(outcome)
+            else:
+                waiting.done.set_exception(outcome)
+
+
+# What is in SQLite
 
 
 def database_problem(error: Exception) -> Problem:
     """What went wrong in SQLite (https://www.sqlite.org/rescode.html), for the one who asked."""
     # Text that is not UTF-8 is found by Python's own part, which has no code for it.
-    code = getattr(error, "sqlite_errorcode", 0 if isinstance(error, OSError) else sqlite3.SQLITE_CORRUPT) & 0xFF
+    code = code_of(error) or (0 if isinstance(error, OSError) else sqlite3.SQLITE_CORRUPT)
     if code == sqlite3.SQLITE_FULL:
         return DatabaseFull("The disk or the size limit (max_db) is full; free space and retry.")
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
@@ -1159,20 +1208,14 @@ def database_problem(error: Exception) -> Problem:
     return Unavailable(f"The database cannot be used ({error}); mend the cause and retry.")
 
 
-def unpacked(data: bytes, size: int) -> str:
-    """The JSON text of a pack, whose checksum zlib compares. Raises ValueError where it is damaged."""
-    try:
-        text = zlib.decompress(data)
-    except (zlib.error, TypeError) as error:
-        raise ValueError(f"it cannot be uncompressed ({error})") from error
-    if len(text) != size:
-        raise ValueError(f"it has {len(text)} bytes of text, and says {size}")
-    return text.decode()
+def code_of(error: BaseException | None) -> int:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
-def open_packs(connection: sqlite3.Connection) -> None:
-    """Let this connection see into packs, as the sqlite3 shell does by itself."""
-    connection.create_function("sqlar_uncompress", 2, unpacked, deterministic=True)
+def is_of_its_rows(error: BaseException | None) -> bool:
+    """Whether it has to do with what one write found, and not with the file, the disk or another process."""
+    codes = (sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISMATCH)
+    return isinstance(error, UnicodeDecodeError) or code_of(error) in codes
 
 
 @contextlib.contextmanager
@@ -1183,244 +1226,14 @@ def database_problems() -> Iterator[None]:
         raise database_problem(error) from error
 
 
-class Snapshot:
-    """What one transaction sees; every method's answer agrees with every other's."""
+def unpacked(data: bytes, size: int) -> str:
+    """The JSON text of a pack, whose checksum zlib compares."""
+    return zlib.decompress(data).decode()
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
 
-    def find(self, thread_id: str, message_id: str | None = None) -> Row:
-        row = self._connection.execute(
-            "select t.generation, t.last_seq,"
-            " exists (select 1 from messages where thread = t.thread and status = 'active'),"
-            " m.status, m.reason, coalesce(m.chunk_count, 0), coalesce(m.size, 0), m.first_seq, m.last_seq,"
-            " coalesce(m.updated_at, 0), 0, t.thread, m.message"
-            " from threads as t left join messages as m on m.thread = t.thread and m.message_id = ?"
-            " where t.thread_id = ?",
-            (message_id, thread_id),
-        ).fetchone()
-        return Row(*row) if row else Row()
-
-    def states(self, keys: Sequence[tuple[str, str | None]]) -> list[State]:
-        return [self.find(*key) for key in keys]
-
-    def existing(self, thread_id: str, message_id: str | None = None) -> Row:
-        """Raises NotFound."""
-        found = self.find(thread_id, message_id)
-        check_exists(found, thread_id, message_id)
-        return found
-
-    def locate(self, thread_id: str, message_id: str | None, cursor: Cursor | None, follow: bool) -> Place:
-        return place_of(self.find(thread_id, message_id), thread_id, message_id, cursor, follow)
-
-    def match(self, thread_id: str, message_id: str, known_content: str) -> Place:
-        """After it, if it is a prefix of the message's text or occurs in it exactly once; otherwise
-        at the start, with a reset."""
-        found = self.existing(thread_id, message_id)
-        text = self._text(found)
-        offset = bytes_known(known_content.encode(), text)
-        begin = Place(thread_id, message_id, found.generation, found.before, reset=offset is None)
-        return self._after_bytes(begin, found, len(text), offset) if offset else begin
-
-    def _text(self, found: Row) -> bytes:
-        # As a blob, since SQLite's own text functions stop at a NUL.
-        (text,) = self._connection.execute(
-            "select cast(group_concat(content, '') as blob) from (select content, last from entries"
-            " where thread = ?1 and message = ?2 and seq between ?3 and ?4 and last >= ?3 and first <= ?4"
-            " order by last)",
-            (found.thread, found.message, found.first, found.last),
-        ).fetchone()
-        return text or b""
-
-    def _after_bytes(self, begin: Place, found: Row, size: int, offset: int) -> Place:
-        """Right after the first ``offset`` of the message's bytes, which are mostly nearly all.
-
-        So the chunk is looked for from the end, in ever longer stretches, and then by halving.
-        """
-        first, high = cast(int, found.first), cast(int, found.last)
-        low, before, stretch = high + 1, size, 64
-        while before >= offset:
-            low, stretch = max(first, high + 1 - stretch), 4 * stretch
-            before = size - self._size(found, low, high)
-        while low < high:
-            middle = (low + high) // 2
-            size = self._size(found, low, middle)
-            if before + size >= offset:
-                high = middle
-            else:
-                before += size
-                low = middle + 1
-        if before + self._size(found, low, low) == offset:
-            return msgspec.structs.replace(begin, after=low)
-        return msgspec.structs.replace(begin, after=low - 1, skip=offset - before)
-
-    def _size(self, found: Row, first_seq: int, last_seq: int) -> int:
-        (size,) = self._connection.execute(
-            "select coalesce(sum(length(cast(content as blob))), 0) from entries"
-            " where thread = ?1 and message = ?2 and seq between ?3 and ?4 and last >= ?3 and first <= ?4",
-            (found.thread, found.message, first_seq, last_seq),
-        ).fetchone()
-        return cast(int, size)
-
-    def text_from(self, thread_id: str, message_id: str, index: int) -> tuple[str, int]:
-        found = self.find(thread_id, message_id)
-        rows = self._connection.execute(
-            "select content, last from entries where thread = ?1 and message = ?2 and seq between ?3 and ?4"
-            " and last >= ?3 and first <= ?4 and content is not null order by last limit -1 offset ?5",
-            (found.thread, found.message, found.first, found.last, min(index, found.chunk_count)),
-        )
-        return "".join(content for content, _ in rows), max(index, found.chunk_count)
-
-    def page(self, thread_id: str, message_id: str | None, after: int, limit: int) -> tuple[State, Page]:
-        found = self.find(thread_id, message_id)
-        last_seq = found.last_seq if message_id is None else found.last or 0
-        rows = self._connection.execute(
-            "select seq, message, event, content, timestamp, last from entries"
-            " where thread = ?1 and seq between ?2 and ?3 and last >= ?2 and first <= ?3"
-            " and (?4 is null or message = ?4) order by last",
-            (found.thread, after + 1, last_seq, found.message),
-        )
-        messages: dict[int, tuple[str, Status, str | None] | None] = {}  # a join would open every pack
-        entries: list[Entry] = []
-        size = 0
-        for seq, message, event, content, timestamp, _ in rows:
-            if message not in messages:
-                messages[message] = self._connection.execute(
-                    "select message_id, status, reason from messages where message = ?", (message,)
-                ).fetchone()
-            if (of := messages[message]) is None:
-                continue  # deleted by hand, before its text was deleted with it
-            entries.append(entry_of(of, seq, event, content, timestamp))
-            size += len(content or "")
-            if size >= PAGE_BYTES or len(entries) == limit:
-                break
-        is_full = size >= PAGE_BYTES or len(entries) == limit
-        return found, Page(found.generation, entries[-1].seq if is_full else found.last_seq, entries, size)
-
-    def chunk_page(self, place: Place, limit: int) -> ChunkPage:
-        found, page = self.page(place.thread_id, place.message_id, place.after, limit)
-        is_thread_over = place.message_id is None and found.generation and not found.active
-        return chunk_page_of(place, found, page, self.summary(place.thread_id).status if is_thread_over else "active")
-
-    def content(self, thread_id: str, message_id: str | None) -> AccumulatedContent:
-        found = self.existing(thread_id, message_id)
-        if message_id is not None:
-            return AccumulatedContent(self._text(found).decode(), found.cursor, cast(Status, found.status))
-        rows = self._connection.execute(
-            "select message_id from messages where thread = ? order by message", (found.thread,)
-        ).fetchall()
-        content = b"".join(self._text(self.find(thread_id, message_id)) for (message_id,) in rows).decode()
-        return AccumulatedContent(content, found.cursor, self.summary(thread_id).status)
-
-    def summary(self, thread_id: str) -> ThreadSummary:
-        found = self._summary(self.existing(thread_id).thread)
-        if found is None:
-            raise no_thread(thread_id)
-        return found
-
-    def _summary(self, thread: int | None) -> ThreadSummary | None:
-        row = self._connection.execute(
-            "select thread_id, status, message_count, chunk_count, size, created_at, updated_at from thread_summary"
-            " where thread = ?",
-            (thread,),
-        ).fetchone()
-        return ThreadSummary(*row) if row else None
-
-    def status(self, thread_id: str, limit: int, after: int) -> ThreadStatus:
-        summary, found = self.summary(thread_id), self.find(thread_id)
-        rows = self._connection.execute(
-            "select message_id, status, reason, chunk_count, first_seq, last_seq, created_at, updated_at"
-            " from messages where thread = ? order by message limit ? offset ?",
-            (found.thread, limit + 1, after),
-        ).fetchall()
-        return ThreadStatus(
-            **msgspec.structs.asdict(summary),
-            cursor=found.cursor,
-            messages=[MessageStatus(*row) for row in rows[:limit]],
-            messages_cursor=str(after + limit) if len(rows) > limit else None,
-        )
-
-    def threads(
-        self, status: Status | None, limit: int, before: int | None, covered: Sequence[str] | None
-    ) -> ThreadPage:
-        found: list[ThreadSummary] = []
-        for thread in self._candidates(status, self._first_since(before), covered):
-            summary = self._summary(thread)
-            if summary and status in (None, summary.status):
-                found.append(summary)
-            if len(found) > limit:
-                # By its generation, which is a time: a number would tell how many threads were ever made.
-                last = self.find(found[limit - 1].thread_id)
-                return ThreadPage(found[:limit], str(last.generation))
-        return ThreadPage(found, None)
-
-    def _first_since(self, generation: int | None) -> int:
-        """The lowest number of the threads of this generation or a later one, as both only grow."""
-        low, high = 0, self._connection.execute("select coalesce(max(thread), 0) + 1 from threads").fetchone()[0]
-        while generation is not None and low < high:
-            middle = (low + high) // 2
-            thread, found = self._connection.execute(
-                "select thread, generation from threads where thread >= ? order by thread limit 1", (middle,)
-            ).fetchone() or (high, generation)
-            low, high = (low, middle) if found >= generation else (thread + 1, high)
-        return cast(int, high)
-
-    def _candidates(self, status: Status | None, before: int, covered: Sequence[str] | None) -> Iterator[int]:
-        """The numbers of threads that may be of a status and are covered, the newest first."""
-        if covered is not None:
-            ranges = [range_of(pattern) for pattern in covered]
-            rows = self._connection.execute(
-                "select distinct threads.thread from json_each(?) as range"
-                " cross join threads on threads.thread_id between range.value ->> 0 and range.value ->> 1"
-                " where threads.thread < ? order by threads.thread desc",
-                (msgspec.json.encode(ranges).decode(), before),
-            )
-        elif status is not None:
-            rows = self._connection.execute(
-                "select distinct thread from messages where status = ? and thread < ? order by thread desc",
-                (status, before),
-            )
-        else:
-            rows = self._connection.execute(
-                "select thread from threads where thread_id is not null and thread < ? order by thread desc", (before,)
-            )
-        return (thread for (thread,) in rows)
-
-    def active_message(self, thread_id: str) -> str | None:
-        row = self._connection.execute(
-            "select message_id from messages join threads using (thread) where thread_id = ? and status = 'active'"
-            " order by message desc limit 1",
-            (thread_id,),
-        ).fetchone()
-        return row[0] if row else None
-
-    def thread_of(self, generation: int) -> str | None:
-        row = self._connection.execute(
-            "select generation, thread_id from threads where thread >= ? order by thread limit 1",
-            (self._first_since(generation),),
-        ).fetchone()
-        return row[1] if row and row[0] == generation else None
-
-    def active_messages(self) -> int:
-        (count,) = self._connection.execute("select count(*) from messages where status = 'active'").fetchone()
-        return cast(int, count)
-
-    def idle_messages(self, untouched_since: int) -> list[tuple[str, str]]:
-        return self._connection.execute(
-            "select threads.thread_id, messages.message_id"
-            " from messages indexed by active_messages_by_age join threads using (thread)"
-            " where messages.status = 'active' and messages.touched_at <= ?1 and messages.updated_at <= ?1"
-            " and threads.thread_id is not null limit 1000",
-            (untouched_since,),
-        ).fetchall()
-
-    def idle_threads(self, untouched_since: int) -> list[str]:
-        rows = self._connection.execute(
-            "select thread_id from threads"
-            " where thread_id is not null and touched_at <= ?1 and updated_at <= ?1 limit ?2",
-            (untouched_since, EXPIRED_AT_ONCE),
-        )
-        return [thread_id for (thread_id,) in rows]
+def open_packs(db: sqlite3.Connection) -> None:
+    """Let this connection see into packs, as the sqlite3 shell does by itself."""
+    db.create_function("sqlar_uncompress", 2, unpacked, deterministic=True)
 
 
 class Row(State, frozen=True):
@@ -1429,20 +1242,52 @@ class Row(State, frozen=True):
     thread: int | None = None
     message: int | None = None
 
+    @property
+    def places(self) -> tuple[int | None, ...]:
+        """What OF_MESSAGE takes."""
+        return self.thread, self.message, self.first, self.last
+
+
+# The chunks of a message; of the packs only those are opened in which some of them are.
+OF_MESSAGE = (
+    " from entries where thread = ?1 and message = ?2 and seq between ?3 and ?4 and last >= ?3 and first <= ?4"
+    " and content is not null"
+)
+
+
+def row_of(db: sqlite3.Connection, thread_id: str, message_id: str | None = None) -> Row:
+    row = db.execute(
+        "select t.generation, t.last_seq,"
+        " exists (select 1 from messages where thread = t.thread and status = 'active'),"
+        " m.status, m.reason, coalesce(m.chunk_count, 0), coalesce(m.size, 0), m.first_seq, m.last_seq,"
+        " coalesce(m.updated_at, 0), 0, t.thread, m.message"
+        " from threads as t left join messages as m on m.thread = t.thread and m.message_id = ?"
+        " where t.thread_id = ?",
+        (message_id, thread_id),
+    ).fetchone()
+    return Row(*row) if row else Row()
+
+
+def existing(db: sqlite3.Connection, thread_id: str, message_id: str | None = None) -> Row:
+    """Raises NotFound."""
+    found = row_of(db, thread_id, message_id)
+    check_exists(found, thread_id, message_id)
+    return found
+
+
+def text_of(db: sqlite3.Connection, found: Row, index: int = 0) -> bytes:
+    # As a blob, since SQLite's own text functions stop at a NUL.
+    (text,) = db.execute(
+        "select cast(group_concat(content, '') as blob)"
+        f" from (select content, last {OF_MESSAGE} order by last limit -1 offset ?5)",
+        (*found.places, index),
+    ).fetchone()
+    return text or b""
+
 
 def range_of(pattern: str) -> tuple[str, str]:
     """Between which ids lie those that are it, or begin with it if it ends with ``*``."""
     return (pattern[:-1], pattern[:-1] + chr(sys.maxunicode)) if pattern.endswith("*") else (pattern, pattern)
-
-
-def entry_of(
-    message: tuple[str, Status, str | None], seq: int, event: str | None, content: str | None, timestamp: int
-) -> Entry:
-    """Of a message's id, status and reason, and the rest of a row; no content is an end."""
-    message_id, status, reason = message
-    if content is None:
-        return MessageEnd(message_id, status, reason, seq)
-    return StoredChunk(content, timestamp, message_id, seq, event)
 
 
 class Hot:
@@ -1455,33 +1300,44 @@ class Hot:
         self.messages: dict[str, Row] = {}  # each as it was after its own last write
 
 
-class Transaction(Snapshot):
+class Transaction:
     """One group commit: a write sees what the earlier ones in it did, and one that raises a Problem did nothing.
 
     What is appended to messages that are ``hot`` is gathered, and written with one statement a
     table, at the end or when another write has to see it.
     """
 
-    def __init__(self, connection: sqlite3.Connection, max_message: int, hot: dict[str, Hot]) -> None:
-        super().__init__(connection)
+    def __init__(self, db: sqlite3.Connection, max_message: int, hot: dict[str, Hot]) -> None:
+        self._db = db
         self._max_message = max_message
         self._hot = hot
         self._now = now_ms()
         self._rows: list[tuple[Any, ...]] = []  # of chunks
         self._touched: dict[int, tuple[Hot, Row]] = {}  # by the number of the message
 
+    def outcome(self, write: Write) -> Change | Problem:
+        try:
+            if isinstance(write, Append):
+                return self.append(write)
+            self._let_cool(write.thread_id)
+            if isinstance(write, Open):
+                return self.open(write)
+            return self.end(write) if isinstance(write, End) else self.clear(write)
+        except Problem as problem:
+            return problem
+
     def flush(self) -> None:
         """Write what was gathered."""
         if not self._touched:
             return
-        self._connection.executemany(
+        self._db.executemany(
             "insert into chunks (thread, seq, message, event, content, timestamp) values (?, ?, ?, ?, ?, ?)", self._rows
         )
-        self._connection.executemany(
+        self._db.executemany(
             "update threads set last_seq = ?, updated_at = ? where thread = ?",
             {row.thread: (hot.last_seq, self._now, row.thread) for hot, row in self._touched.values()}.values(),
         )
-        self._connection.executemany(
+        self._db.executemany(
             "update messages set chunk_count = ?, size = ?, first_seq = ?, last_seq = ?, updated_at = ?"
             " where message = ?",
             [
@@ -1492,17 +1348,6 @@ class Transaction(Snapshot):
         self._rows.clear()
         self._touched.clear()
 
-    def open_message(self, thread_id: str, message_id: str) -> Change:
-        self._let_cool(thread_id)
-        found = self.find(thread_id, message_id)
-        if found.message is None:
-            return Change(thread_id, message_id, self._made(thread_id, message_id, found), self._now, made=True)
-        self._connection.execute("update threads set updated_at = ? where thread = ?", (self._now, found.thread))
-        self._connection.execute(
-            "update messages set updated_at = ? where message = ? and status = 'active'", (self._now, found.message)
-        )
-        return Change(thread_id, message_id, found, self._now)
-
     def append(self, append: Append) -> Change:
         thread_id, message_id, index, complete = append.thread_id, append.message_id, append.index, append.complete
         hot = self._hot.get(thread_id)
@@ -1511,7 +1356,7 @@ class Transaction(Snapshot):
             if index in (None, kept.chunk_count) and append.generation in (None, kept.generation):
                 return self._append_to_hot(hot, kept, append)
         self.flush()
-        found = self.find(thread_id, message_id)
+        found = row_of(self._db, thread_id, message_id)
         if append.generation not in (None, found.generation):
             raise thread_cleared()
         stored = self._stored(append, found)
@@ -1553,35 +1398,38 @@ class Transaction(Snapshot):
         self.flush()
         self._hot.pop(thread_id, None)
 
-    def end_message(
-        self,
-        thread_id: str,
-        message_id: str,
-        status: Status,
-        reason: str | None = None,
-        untouched_since: int | None = None,
-    ) -> Change:
-        self._let_cool(thread_id)
-        found = self.existing(thread_id, message_id)
-        if found.status == status:
-            return Change(thread_id, message_id, found, self._now)
-        if found.ended:
-            raise message_ended(message_id, found)
-        if untouched_since is not None and found.updated_at > untouched_since:
-            raise Conflict(f"The message {message_id!r} was appended to in the meantime.")
-        found = self._ended(thread_id, message_id, found, status, reason)
-        return Change(thread_id, message_id, found, self._now, ended=True)
+    def open(self, write: Open) -> Change:
+        found = row_of(self._db, write.thread_id, write.message_id)
+        if found.message is None:
+            found = self._made(write.thread_id, write.message_id, found)
+            return Change(write.thread_id, write.message_id, found, self._now, made=True)
+        self._db.execute("update threads set updated_at = ? where thread = ?", (self._now, found.thread))
+        self._db.execute(
+            "update messages set updated_at = ? where message = ? and status = 'active'", (self._now, found.message)
+        )
+        return Change(write.thread_id, write.message_id, found, self._now)
 
-    def clear(self, thread_id: str, untouched_since: int | None = None) -> Change:
-        self._let_cool(thread_id)
-        found = self.existing(thread_id)
-        forgotten = self._connection.execute(
+    def end(self, write: End) -> Change:
+        names = write.thread_id, write.message_id
+        found = existing(self._db, *names)
+        if found.status == write.status:
+            return Change(*names, found, self._now)
+        if found.ended:
+            raise message_ended(write.message_id, found)
+        if write.untouched_since is not None and found.updated_at > write.untouched_since:
+            raise Conflict(f"The message {write.message_id!r} was appended to in the meantime.")
+        found = self._ended(*names, found, write.status, write.reason)
+        return Change(*names, found, self._now, ended=True)
+
+    def clear(self, write: Clear) -> Change:
+        found = existing(self._db, write.thread_id)
+        forgotten = self._db.execute(
             "update threads set thread_id = null where thread = ?1 and (?2 is null or updated_at <= ?2)",
-            (found.thread, untouched_since),
+            (found.thread, write.untouched_since),
         ).rowcount
         if not forgotten:
-            raise no_thread(thread_id)
-        return Change(thread_id, "", found, self._now, cleared=True)
+            raise no_thread(write.thread_id)
+        return Change(write.thread_id, "", found, self._now, cleared=True)
 
     def _stored(self, append: Append, found: Row) -> list[int]:
         """The places of those of the chunks that are stored already, the first ones.
@@ -1593,18 +1441,10 @@ class Transaction(Snapshot):
         if append.index > found.chunk_count:
             raise message_ended(append.message_id, found) if found.ended else would_leave_a_gap(append, found)
         # Counted from the end, as a retry is nearly always of what came last.
-        rows = self._connection.execute(
-            "select * from (select seq, content, event, last from entries where thread = ?1 and message = ?2"
-            " and seq between ?3 and ?4 and last >= ?3 and first <= ?4 and content is not null"
+        rows = self._db.execute(
+            f"select * from (select seq, content, event, last {OF_MESSAGE}"
             " order by last desc, seq desc limit ?5) order by seq limit ?6",
-            (
-                found.thread,
-                found.message,
-                found.first,
-                found.last,
-                found.chunk_count - append.index,
-                len(append.chunks),
-            ),
+            (*found.places, found.chunk_count - append.index, len(append.chunks)),
         ).fetchall()
         for index, ((_, content, event, _), chunk) in enumerate(zip(rows, append.chunks, strict=False), append.index):
             if (content, event) != (chunk.content, chunk.event):
@@ -1617,21 +1457,20 @@ class Transaction(Snapshot):
             return found
         thread = found.thread
         if thread is None:
-            (generation,) = self._connection.execute(
+            (generation,) = self._db.execute(
                 "update clock set latest_generation = max(latest_generation + 1, ?) returning latest_generation",
                 (self._now,),
             ).fetchone()
-            thread = self._connection.execute(
-                "insert into threads (thread_id, generation, created_at, updated_at, touched_at)"
-                " values (?1, ?2, ?3, ?3, ?3)",
+            thread = self._db.execute(
+                "insert into threads (thread_id, generation, created_at, updated_at) values (?1, ?2, ?3, ?3)",
                 (thread_id, generation, self._now),
             ).lastrowid
-        self._connection.execute(
-            "insert into messages (thread, message_id, created_at, updated_at, touched_at) values (?1, ?2, ?3, ?3, ?3)",
+        self._db.execute(
+            "insert into messages (thread, message_id, created_at, updated_at) values (?1, ?2, ?3, ?3)",
             (thread, message_id, self._now),
         )
-        self._connection.execute("update threads set updated_at = ? where thread = ?", (self._now, thread))
-        return self.find(thread_id, message_id)
+        self._db.execute("update threads set updated_at = ? where thread = ?", (self._now, thread))
+        return row_of(self._db, thread_id, message_id)
 
     def _add(self, hot: Hot, message_id: str, found: Row, chunks: Sequence[Chunk], size: int) -> Row:
         first_seq, last_seq = found.last_seq + 1, found.last_seq + len(chunks)
@@ -1654,62 +1493,53 @@ class Transaction(Snapshot):
 
     def _ended(self, thread_id: str, message_id: str, found: Row, status: Status, reason: str | None) -> Row:
         """A trigger gives the end its place, as it does for the sqlite3 shell."""
-        self._connection.execute(
+        self._db.execute(
             "update messages set status = ?, reason = ? where message = ?", (status, reason, found.message)
         )
-        return self.find(thread_id, message_id)
+        return row_of(self._db, thread_id, message_id)
 
 
 class Database(aiosqlite.Connection):
-    """A connection whose thread runs whole functions, and answers in the order in which it was asked.
+    """A connection whose thread runs whole functions, in the order in which they were asked for.
 
-    A transaction that is one function cannot be left open by a request that is cancelled, and
-    costs one thread hop, whatever the number of its statements. What nobody waits for any more is
-    passed over when its turn comes, and interrupted where it only reads. While its thread has
-    nothing to do the loop may use it too.
+    A transaction that is one function cannot be left open by a request that is cancelled, and costs
+    one thread hop, whatever the number of its statements. What nobody waits for any more is not
+    begun, or interrupted. While its thread has nothing to do, the loop may use the connection too.
     """
 
-    reads_only = False
     stopped = False
-    _asked = 0  # how much is, and was not answered yet
-    _turn: object = None  # of what its thread runs
+    _asked = _done = 0  # functions; its thread counts the latter
+
+    @property
+    def is_idle(self) -> bool:
+        return self._asked == self._done and not self.stopped
 
     async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Raises Stopping once it is closed or stopped."""
         is_abandoned = False
-        turn = object()
 
-        def in_turn(connection: sqlite3.Connection) -> T:
-            self._turn = turn  # before the look, so that whoever abandons it sees this, or is seen
+        def in_turn(db: sqlite3.Connection) -> T:
             try:
                 if is_abandoned or self.stopped:
                     raise Stopping
-                return work(connection)
+                db.set_progress_handler(lambda: is_abandoned or self.stopped, INTERRUPT_EVERY)
+                return work(db)
             finally:
-                self._turn = None
+                db.set_progress_handler(None, 0)
+                self._done += 1
 
         if self._connection is None or not self._running:
             raise Stopping
-        execute = cast("Callable[..., Awaitable[T]]", self._execute)
         self._asked += 1
         try:
-            while True:
-                try:
-                    return await execute(in_turn, self._conn)
-                except sqlite3.OperationalError as error:
-                    if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_INTERRUPT or self.stopped:
-                        raise
-                    # It was meant for the one before, which was over by then: once more.
+            return await cast("Callable[..., Awaitable[T]]", self._execute)(in_turn, self._conn)
+        except sqlite3.OperationalError as error:
+            if code_of(error) == sqlite3.SQLITE_INTERRUPT:
+                raise Stopping from error
+            raise
         except asyncio.CancelledError:
             is_abandoned = True
-            self._interrupt(turn)
             raise
-        finally:
-            self._asked -= 1
-
-    @property
-    def is_idle(self) -> bool:
-        return self._asked == 0 and self._turn is None and self._connection is not None and not self.stopped
 
     def run_here(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run it in the loop's own thread, where it is idle."""
@@ -1719,274 +1549,256 @@ class Database(aiosqlite.Connection):
         self.stopped = True
         await super().close()
 
-    def give_up(self) -> None:
-        """Interrupt what runs, and let nothing else begin."""
-        self.stopped = True
-        self._interrupt(self._turn)
 
-    def _interrupt(self, turn: object) -> None:
-        if self.reads_only and self._turn is turn and self._connection is not None:
-            self._connection.interrupt()
-
-
-def database_uri(path: Path, mode: Literal["ro", "rw", "rwc"]) -> str:
-    return f"file:{quote(str(path))}?mode={mode}"
-
-
-async def connect(path: Path, mode: Literal["ro", "rw", "rwc"]) -> Database:
-    connector = partial(
-        sqlite3.connect,
-        database_uri(path, mode),
-        uri=True,
-        timeout=BUSY_TIMEOUT,
-        isolation_level=None,
-        check_same_thread=False,  # two use it, never at the same time (see Database.is_idle)
-    )
-    database = Database(connector, iter_chunk_size=PAGE_ROWS)
-    database.reads_only = mode == "ro"
+async def connect(path: Path, mode: Literal["ro", "rw"]) -> Database:
+    """Two threads use it, never at the same time (see Database.is_idle)."""
+    options: dict[str, Any] = {"uri": True, "isolation_level": None, "check_same_thread": False}
+    uri = f"file:{quote(str(path))}?mode={mode}"
+    database = Database(partial(sqlite3.connect, uri, timeout=BUSY_TIMEOUT, **options), iter_chunk_size=PAGE_ROWS)
     await database
     await database.run(open_packs)
     return database
 
 
-class NotNow(Exception):
-    """What was to be done at once would have to wait."""
+@contextlib.contextmanager
+def sole_owner(path: Path) -> Iterator[int]:
+    """Hold a lock on the file itself (flock(2)), made if need be for nobody else to read; its descriptor.
 
-
-class Trust:
-    """Whether the loop may wait for the disk itself: as long as that is quick.
-
-    After a change that was not, none is made there for a while, and for twice as long after each further
-    one that was not either. Now and then one is left to the other thread in any case, as only there
-    SQLite makes its checkpoints, which take long.
+    It does not hinder SQLite, which has locks of another kind. Those a process loses where it closes any
+    descriptor on the file (https://www.sqlite.org/howtocorrupt.html, 2.2), so this one is closed last;
+    and never where it may be this process that serves the file. Raises StartupError.
     """
-
-    def __init__(self) -> None:
-        self._given = 0
-        self._quick = 0  # changes in a row
-        self._lost_until, self._pause = 0.0, DISTRUST  # seconds (time.perf_counter)
-
-    def is_given(self, now: float) -> bool:
-        if now < self._lost_until:
-            return False
-        self._given += 1
-        return self._given % AT_ONCE_IN_A_ROW != 0
-
-    def took(self, began: float, ended: float) -> None:
-        if ended - began > QUICK:
-            self._lost_until, self._quick = ended + self._pause, 0
-            self._pause = min(2 * self._pause, MOST_DISTRUST)
-        elif self._quick < TRUSTED_AFTER:
-            self._quick += 1
-        else:
-            self._pause = DISTRUST
+    is_there = path.exists()
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise StartupError(f"{path} is already served") from error
+    except OSError as error:
+        raise StartupError(f"{path} cannot be opened: {error.strerror}") from error
+    try:
+        if (names := os.fstat(descriptor).st_nlink) != 1:
+            raise StartupError(f"{path} has {names} names, and each would get a WAL of its own; keep one of them")
+        yield descriptor
+    finally:
+        if not is_there and os.fstat(descriptor).st_size == 0:
+            path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
-class File:
-    """One SQLite file, kept well: it has one owner, a WAL that stays small, and no trace of what was deleted.
+def is_to_be_made(path: Path) -> bool:
+    if Path(f"{path}-journal").exists():  # its making was cut short, and whoever may write takes that back
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.execute("select 1 from sqlite_schema").fetchone()
+    return path.stat().st_size == 0
+
+
+def renew_generations(db: sqlite3.Connection) -> None:
+    """Where committed places may have been lost, no cursor from before may be taken for one of those that come."""
+    latest, lowest = db.execute("select latest_generation, (select min(generation) from threads) from clock").fetchone()
+    shift = max(latest, now_ms()) + 1 - (lowest or 0)
+    db.execute("update threads set generation = generation + ?", (shift,))
+    db.execute(
+        "update clock set is_copy = 0, latest_generation = coalesce((select max(generation) from threads), ?)",
+        (latest,),
+    )
+
+
+@contextlib.contextmanager
+def writing(db: sqlite3.Connection) -> Iterator[None]:
+    """A write transaction, which waits for the lock now and not in its middle."""
+    db.execute("begin immediate")
+    try:
+        yield
+        db.execute("commit")
+    except BaseException:
+        if db.in_transaction:  # a full disk may have rolled it back already
+            db.execute("rollback")
+        raise
+
+
+def checkpoint(db: sqlite3.Connection) -> bool:
+    """Empty the WAL; False if a reader kept it from that for so long."""
+    ((patience,),) = db.execute("pragma busy_timeout")
+    db.execute(f"pragma busy_timeout = {CHECKPOINT_TIMEOUT * 1000:.0f}")
+    try:
+        (is_busy, _, _) = db.execute("pragma wal_checkpoint(truncate)").fetchone()
+    finally:
+        db.execute(f"pragma busy_timeout = {patience}")
+    return not is_busy
+
+
+def with_room(work: Callable[[sqlite3.Connection], T], db: sqlite3.Connection) -> T:
+    """Where the disk is full, make what room the WAL takes, and try once more."""
+    try:
+        return work(db)
+    except sqlite3.OperationalError as error:
+        if code_of(error) != sqlite3.SQLITE_FULL or not checkpoint(db):
+            raise
+        return work(db)
+
+
+# What is erased of threads that have lost their name: of which table, by thread and what, and how large a row is.
+ERASED = (
+    ("chunks", "seq", "coalesce(length(cast(content as blob)), 0)"),
+    ("packs", "last_seq", "length(data)"),
+    ("messages", "message_id", "0"),
+)
+
+
+def erase_some(first: int, db: sqlite3.Connection) -> int | None:
+    """Delete a bounded part of what some of these hold, from this one on; from which to go on, None after the last."""
+    nameless = "select thread from threads where thread_id is null and thread"
+    threads = db.execute(f"{nameless} >= ? order by thread limit ?", (first, ERASE_ROWS)).fetchall()
+    if not threads:
+        return None
+    (low,), (high,) = threads[0], threads[-1]
+    for table, key, size in ERASED:
+        of_these = f"from {table} where thread in ({nameless} between ? and ?) limit ?"
+        rows = db.execute(f"select thread, {key}, {size} {of_these}", (low, high, ERASE_ROWS))
+        chosen, total = list[tuple[Any, ...]](), 0
+        while total < ERASE_BYTES and (row := next(rows, None)):
+            chosen, total = [*chosen, row[:2]], total + row[2]
+        rows.close()
+        if chosen:
+            db.executemany(f"delete from {table} where thread = ? and {key} = ?", chosen)
+            return cast(int, low)
+    return cast(int, high) + 1
+
+
+def forget_some(db: sqlite3.Connection) -> int:
+    """Delete the rows of such threads, but not of one that lost its name after the others were erased."""
+    return db.execute(
+        "delete from threads where thread in (select thread from threads where thread_id is null"
+        " and not exists (select 1 from messages where messages.thread = threads.thread) limit ?)",
+        (ERASE_ROWS,),
+    ).rowcount
+
+
+def shrink(db: sqlite3.Connection) -> bool:
+    """Give some of the free pages back to the disk; False once there are none."""
+    # As a script, since Python takes only the first step of what has no columns, which gives one page back.
+    db.executescript(f"pragma incremental_vacuum({SHRINK_PAGES})")
+    return bool(db.execute("pragma freelist_count").fetchone()[0])
+
+
+def reads(
+    work: Callable[Concatenate[SQLiteStore, sqlite3.Connection, P], T], heavy: bool = False
+) -> Callable[Concatenate[SQLiteStore, P], Coroutine[Any, Any, T]]:
+    """Make a method that reads the database one that does so in a snapshot, on a connection for that."""
+
+    async def method(store: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await store.read(lambda db: work(store, db, *args, **kwargs), heavy)
+
+    return method
+
+
+def reads_much(
+    work: Callable[Concatenate[SQLiteStore, sqlite3.Connection, P], T],
+) -> Callable[Concatenate[SQLiteStore, P], Coroutine[Any, Any, T]]:
+    """Likewise, on one of its own, so that it does not hold up what is soon done."""
+    return reads(work, heavy=True)
+
+
+class SQLiteStore(GroupCommit):
+    """Threads in one SQLite file (see Store), which has one owner, and a WAL that stays small.
 
     One connection writes, and does the checkpoints too, as two that do so at the same time can
     corrupt a WAL (https://www.sqlite.org/wal.html#walresetbug). Two others read: one what is soon
-    done, and one what may take long. Errors are those of sqlite3, OSError, and Stopping once it is
-    closed.
+    done, and one what may take long. An extra may add to what is done in ``chores``, by the clean-up,
+    and in ``erasing``: what is left to do once something was deleted; False where that is not done yet.
     """
 
-    def __init__(self, path: Path, synchronous: str, max_size: int) -> None:
-        self._path = path.resolve()
-        self._wal = Path(f"{self._path}-wal")
-        self._synchronous = synchronous
-        self._max_size = max_size
-        self._wal_limit = WAL_BYTES
-        self._trust = Trust()
-        self._hurries = False  # the writing connection
-        self._exits = contextlib.AsyncExitStack()
+    is_shared = False
 
-    async def open(self) -> None:
-        if 0 < self._max_size < SMALLEST_DATABASE:
-            raise StartupError(f"max_db is {self._max_size} bytes, too few for a database; give it 1MiB or more")
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.path = Path(settings.db).resolve()
+        self.wal = Path(f"{self.path}-wal")
+        self.chores: list[Callable[[], Awaitable[None]]] = []
+        self.erasing: list[Callable[[], Awaitable[bool]]] = []
+        self._exits = contextlib.AsyncExitStack()
+        self._erasure = asyncio.Lock()
+        self._hot: dict[str, Hot] = {}  # by thread_id, as of the last commit
+        self._hot_version: int | None = None  # of the data (PRAGMA data_version) that they are of
+        self._commits = 0
+        self._not_here_until = 0.0  # seconds (time.perf_counter)
+        self._wal_limit = WAL_BYTES
+        self._watched: AbstractSet[str] = frozenset()
+
+    async def open(self, told: Told) -> None:
+        if 0 < self.settings.max_db < SMALLEST_DATABASE:
+            raise StartupError(f"max_db is {self.settings.max_db} bytes, too few for a database; give it 1MiB or more")
         async with contextlib.AsyncExitStack() as exits:
-            self._descriptor = exits.enter_context(sole_owner(self._path))
+            self.descriptor = exits.enter_context(sole_owner(self.path))
             try:
-                is_new = is_to_be_made(self._path)
-                if not is_new:
+                if not (is_new := is_to_be_made(self.path)):
                     await self._check()
-                was_killed = self._wal.exists() and self._wal.stat().st_size > 0
-                self._writer = await connect(self._path, "rwc")
-                exits.push_async_callback(self._writer.close)
-                await self._writer.run(partial(self._prepare, is_new=is_new, was_killed=was_killed))
+                was_killed = self.wal.exists() and self.wal.stat().st_size > 0
+                self._writer = await self._opened("rw", exits)
+                await self._writer.run(partial(self._prepare, is_new, was_killed))
                 exits.push_async_callback(self._empty_wal)
-                self._readers = [await connect(self._path, "ro") for _ in range(2)]
-                for reader in self._readers:
-                    exits.push_async_callback(reader.close)
-                    await reader.run(lambda connection: connection.execute("pragma query_only = on"))
+                self._readers = [await self._opened("ro", exits) for _ in range(2)]
+                self._version = await self.data_version()
             except (sqlite3.Error, OSError) as error:
-                raise StartupError(f"{self._path} cannot be opened: {error}") from error
+                raise StartupError(f"{self.path} cannot be opened: {error}") from error
+            self._exits = exits.pop_all()
+        self._told = told
+
+    async def open_to_read(self) -> None:
+        """Beside a service that may run on it. Raises StartupError."""
+        if not self.path.exists():
+            raise StartupError(f"there is no {self.path}")
+        async with contextlib.AsyncExitStack() as exits:
+            await self._check()
+            self._readers = [await self._opened("ro", exits) for _ in range(2)]
             self._exits = exits.pop_all()
 
-    async def close(self) -> None:
-        """Checkpoints, and lets go of the file."""
-        await self._exits.aclose()
-
-    def stop(self) -> None:
-        self._readers[True].give_up()
-
-    async def look(self, work: Callable[[sqlite3.Connection], T], heavy: bool = False) -> T:
-        """Run it in one snapshot; what is ``heavy`` does not hold up what is not."""
-
-        def in_snapshot(connection: sqlite3.Connection) -> T:
-            connection.execute("begin")
-            try:
-                return work(connection)
-            finally:
-                connection.execute("commit")
-
-        return await self._readers[heavy].run(in_snapshot)
-
-    async def change(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run it in a transaction, all of it or nothing."""
-
-        def in_transaction(connection: sqlite3.Connection) -> T:
-            wal_size = self._check_in_place()
-            with writing(connection):
-                answer = work(connection)
-            if wal_size > self._wal_limit:
-                self._limit_wal(connection)
-            return answer
-
-        return await self.maintain(in_transaction)
-
-    def change_at_once(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """The same in the loop's own thread: without two changes of threads, each of which waits for Python's lock.
-
-        Raises NotNow, with nothing done, where it might take long or has to wait for another process.
-        """
-
-        def in_transaction(connection: sqlite3.Connection) -> T:
-            self._hurry(True, connection)
-            if self._check_in_place() > self._wal_limit:
-                raise NotNow
-            with writing(connection):
-                return work(connection)
-
-        began = time.perf_counter()
-        if not (self._writer.is_idle and self._trust.is_given(began)):
-            raise NotNow
-        try:
-            return self._writer.run_here(in_transaction)
-        except sqlite3.OperationalError as error:
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL):
-                raise
-            raise NotNow from error
-        finally:
-            self._trust.took(began, time.perf_counter())
-
-    async def maintain(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run it on the writing connection, between two transactions."""
-
-        def with_time(connection: sqlite3.Connection) -> T:
-            self._hurry(False, connection)
-            return with_room(work, connection)
-
-        return await self._writer.run(with_time)
-
-    def _hurry(self, hurries: bool, connection: sqlite3.Connection) -> None:
-        """Whoever hurries waits for no lock, and leaves checkpoints to others."""
-        if hurries != self._hurries:
-            connection.execute(f"pragma busy_timeout = {0 if hurries else BUSY_TIMEOUT * 1000:.0f}")
-            connection.execute(f"pragma wal_autocheckpoint = {0 if hurries else CHECKPOINT_PAGES}")
-            self._hurries = hurries
-
-    async def probe(self) -> None:
-        """Write what is there already: by a pragma, as SQLite writes no page for an update that changes nothing."""
-        await self.change(lambda writer: writer.execute(f"pragma user_version = {SCHEMA_VERSION}"))
-
-    def sizes(self) -> tuple[int, int]:
-        """Bytes of the database file, and of its WAL."""
-        return self._path.stat().st_size, self._wal.stat().st_size
-
-    async def data_version(self) -> int:
-        """Another number each time that another process has written (PRAGMA data_version)."""
-        return await self.maintain(lambda writer: cast(int, writer.execute("pragma data_version").fetchone()[0]))
-
-    async def checkpoint_some(self) -> None:
-        """Copy what has been committed to the file now, so that no append waits while much is copied at once."""
-        await self.maintain(lambda writer: writer.execute("pragma wal_checkpoint(passive)").fetchone())
-
-    async def shrink(self) -> bool:
-        """Give some of the free pages back to the disk; False once there are none."""
-
-        def shrink(connection: sqlite3.Connection) -> bool:
-            # As a script, since Python takes only the first step of what has no columns, which gives one page back.
-            connection.executescript(f"pragma incremental_vacuum({SHRINK_PAGES})")
-            return bool(connection.execute("pragma freelist_count").fetchone()[0])
-
-        return await self.maintain(shrink)
-
-    async def scrub(self, first: int) -> int | None:
-        """Overwrite what was deleted in some pages, from ``first`` (1) on; the page to go on with, None after the last.
-
-        That is ``first`` again where another process is in the way. With secure_delete SQLite overwrites
-        what it deletes, but the unused part of a page from which cells were moved to another keeps copies
-        of them. It is overwritten in the file itself: while the WAL is empty and the lock is held nobody
-        else writes there (https://www.sqlite.org/wal.html, 2), and what SQLite has of it in memory is dropped.
-        """
-
-        def scrub(connection: sqlite3.Connection) -> int | None:
-            self._check_in_place()
-            if not checkpoint(connection):
-                return first
-            connection.execute("begin immediate")
-            try:
-                if self._wal.stat().st_size:
-                    return first
-                ((pages,),) = connection.execute("pragma page_count")
-                ((page_size,),) = connection.execute("pragma page_size")
-                overwrite_gaps(self._descriptor, page_size, first, min(SCRUB_PAGES, pages + 1 - first))
-            finally:
-                connection.execute("rollback")
-            connection.execute("pragma shrink_memory")
-            return first + SCRUB_PAGES if first + SCRUB_PAGES <= pages else None
-
-        return await self.maintain(scrub)
+    async def _opened(self, mode: Literal["ro", "rw"], exits: contextlib.AsyncExitStack) -> Database:
+        database = await connect(self.path, mode)
+        exits.push_async_callback(database.close)
+        return database
 
     async def _check(self) -> None:
-        if not is_database(self._path):
-            raise StartupError(f"{self._path} is not a database; name another file with --db")
-        connection = await connect(self._path, "ro")
-        try:
-            ((application_id,),) = await connection.execute_fetchall("pragma application_id")
-            ((version,),) = await connection.execute_fetchall("pragma user_version")
-            ((verdict,),) = await connection.execute_fetchall("pragma integrity_check(1)")
-        except sqlite3.DatabaseError as error:
-            raise StartupError(f"{self._path} is damaged ({error}); restore it from a backup") from error
-        finally:
-            await connection.close()
+        async with contextlib.AsyncExitStack() as exits:
+            database = await self._opened("ro", exits)
+            try:
+                ((application_id,),) = await database.execute_fetchall("pragma application_id")
+                ((version,),) = await database.execute_fetchall("pragma user_version")
+                ((verdict,),) = await database.execute_fetchall("pragma integrity_check(1)")
+            except sqlite3.DatabaseError as error:
+                raise StartupError(
+                    f"{self.path} is damaged ({error}), or is not a database; restore it from a backup, or name another"
+                    " file with --db"
+                ) from error
         if verdict != "ok":
-            raise StartupError(f"{self._path} is damaged ({' '.join(verdict.split())}); restore it from a backup")
+            raise StartupError(f"{self.path} is damaged ({' '.join(verdict.split())}); restore it from a backup")
         if application_id != APPLICATION_ID:
-            raise StartupError(f"{self._path} is the database of another application; name another file with --db")
-        if version not in (1, SCHEMA_VERSION):
             raise StartupError(
-                f"{self._path} has version {version}, and this resume-stream knows {SCHEMA_VERSION}; use the one that"
-                " made it"
+                f"{self.path} is the database of another application, or is not a database; name another file with --db"
+            )
+        if version != SCHEMA_VERSION:
+            raise StartupError(
+                f"{self.path} has version {version}, and this resume-stream knows {SCHEMA_VERSION}; use the one that"
+                " made it, or name another file with --db"
             )
 
-    def _prepare(self, connection: sqlite3.Connection, is_new: bool, was_killed: bool) -> None:
+    def _prepare(self, is_new: bool, was_killed: bool, db: sqlite3.Connection) -> None:
         if is_new:
-            connection.execute("pragma auto_vacuum = incremental")  # has no effect inside a transaction
-            connection.executescript(f"begin immediate; {SCHEMA.read_text()}; commit;")
-        connection.execute("pragma journal_mode = wal")
-        connection.execute(f"pragma synchronous = {self._synchronous}")
-        connection.execute("pragma secure_delete = on")
-        ((page_size,),) = connection.execute("pragma page_size").fetchall()
-        if self._max_size:
-            connection.execute(f"pragma max_page_count = {self._max_size // page_size}")
-        with writing(connection):
-            if not is_new:
-                carry_over(connection)
-                if is_copy(connection) or (was_killed and self._synchronous == "NORMAL"):
-                    renew_generations(connection)
-        self._opened_inodes = os.stat(self._path).st_ino, os.stat(self._wal).st_ino
+            db.execute("pragma auto_vacuum = incremental")  # has no effect inside a transaction
+            db.executescript(f"begin immediate; {SCHEMA.read_text()}; commit;")
+        db.execute("pragma journal_mode = wal")
+        db.execute(f"pragma synchronous = {self.settings.synchronous}")
+        db.execute("pragma secure_delete = on")
+        ((page_size,),) = db.execute("pragma page_size").fetchall()
+        if self.settings.max_db:
+            db.execute(f"pragma max_page_count = {self.settings.max_db // page_size}")
+        with writing(db):
+            (is_copy,) = db.execute("select is_copy from clock").fetchone()
+            if is_copy or (was_killed and self.settings.synchronous == "NORMAL"):
+                renew_generations(db)
+        self._inodes = os.stat(self.path).st_ino, os.stat(self.wal).st_ino
 
     async def _empty_wal(self) -> None:
         """Which SQLite does itself only where no other process has the file open."""
@@ -1995,475 +1807,268 @@ class File:
         except sqlite3.Error as error:
             log.warning("the last checkpoint failed, and is done at the next start: %s", error)
 
-    def _limit_wal(self, connection: sqlite3.Connection) -> None:
+    async def close(self) -> None:
+        await self.all_committed()
+        await self._exits.aclose()
+
+    def stop(self) -> None:
+        self._readers[True].stopped = True
+
+    # Writing
+
+    async def commit(self, writes: Sequence[Write], size: int) -> list[Change | Problem]:
+        try:
+            with database_problems():
+                return await self._commit(writes, size)
+        except Problem as problem:
+            if len(writes) == 1 or not is_of_its_rows(problem.__cause__):
+                raise
+        outcomes: list[Change | Problem] = []
+        for write in writes:  # alone, so that nobody is refused for another's thread
+            try:
+                outcomes += await self.commit([write], size)
+            except Problem as problem:
+                outcomes.append(problem)
+        return outcomes
+
+    async def _commit(self, writes: Sequence[Write], size: int) -> list[Change | Problem]:
+        def commit(db: sqlite3.Connection) -> list[Change | Problem]:
+            hot, self._hot = self._hot, {}  # nothing is kept of what fails
+            ((version,),) = db.execute("pragma data_version")
+            if version != self._hot_version or len(hot) > HOT_THREADS:
+                hot, self._hot_version = {}, version  # another process may have changed what was kept
+            transaction = Transaction(db, self.settings.max_message, hot)
+            outcomes = [transaction.outcome(write) for write in writes]
+            transaction.flush()
+            kept.update(hot)
+            return outcomes
+
+        kept: dict[str, Hot] = {}
+        outcomes = self._change_here(commit) if len(writes) <= FEW_WRITES and size <= FEW_BYTES else None
+        if outcomes is None:
+            outcomes = await self.change(commit)
+        self._hot = kept
+        return outcomes
+
+    def _change_here(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
+        """A change in the loop's own thread, without two changes of threads, each of which waits for Python's lock.
+
+        None, with nothing done, where it would have to wait for another thread or process. After one
+        that took long there is none for a while, so that the loop waits for the disk for one percent
+        of its time at the most. Checkpoints, which take long, are made in the other thread.
+        """
+        began = time.perf_counter()
+        self._commits += 1
+        if not (self._commits % IN_A_ROW and began >= self._not_here_until and self._writer.is_idle):
+            return None
+        if self.wal_size() > self._wal_limit:
+            return None
+        try:
+            return self._writer.run_here(partial(self._in_transaction, work))
+        except sqlite3.OperationalError as error:
+            if code_of(error) not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL):
+                raise
+            return None
+        finally:
+            if (took := time.perf_counter() - began) > QUICK:
+                self._not_here_until = began + PAUSE * took
+
+    async def change(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run it in a transaction, all of it or nothing. Raises sqlite3.Error and OSError."""
+
+        def in_transaction(db: sqlite3.Connection) -> T:
+            answer = self._in_transaction(work, db)
+            if (wal_size := self.wal_size()) > self._wal_limit:
+                self._limit_wal(db, wal_size)
+            return answer
+
+        return await self.maintain(in_transaction)
+
+    def _in_transaction(self, work: Callable[[sqlite3.Connection], T], db: sqlite3.Connection) -> T:
+        self.wal_size()
+        with writing(db):
+            return work(db)
+
+    async def maintain(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run it on the writing connection, between two transactions; only here it waits for locks, and checkpoints."""
+
+        def patiently(db: sqlite3.Connection) -> T:
+            db.execute(f"pragma busy_timeout = {BUSY_TIMEOUT * 1000:.0f}")
+            db.execute(f"pragma wal_autocheckpoint = {CHECKPOINT_PAGES}")
+            try:
+                return with_room(work, db)
+            finally:
+                db.execute("pragma busy_timeout = 0")
+                db.execute("pragma wal_autocheckpoint = 0")
+
+        return await self._writer.run(patiently)
+
+    def wal_size(self) -> int:
+        """Raises OSError: SQLite itself would go on writing to files that nobody can open any more."""
+        with contextlib.suppress(FileNotFoundError):
+            wal = os.stat(self.wal)
+            if (os.stat(self.path).st_ino, wal.st_ino) == self._inodes:
+                return wal.st_size
+        raise FileNotFoundError(f"{self.path.name} or its WAL was deleted or replaced; restart the service")
+
+    def _limit_wal(self, db: sqlite3.Connection, size: int) -> None:
         """Readers that always overlap would keep the WAL growing.
 
         Where one of another process stays, wait for it no longer than this, and not again before the WAL has grown.
         """
         try:
-            is_reset = checkpoint(connection)
+            is_reset = checkpoint(db)
         except sqlite3.Error as error:
             log.warning("checkpoint failed, and will be tried again: %s", error)  # what is committed stays so
             is_reset = False
-        self._wal_limit = WAL_BYTES if is_reset else self._wal.stat().st_size + WAL_BYTES
-
-    def _check_in_place(self) -> int:
-        """The bytes of the WAL. SQLite itself would go on writing to files that nobody can open any more."""
-        with contextlib.suppress(FileNotFoundError):
-            wal = os.stat(self._wal)
-            if (os.stat(self._path).st_ino, wal.st_ino) == self._opened_inodes:
-                return wal.st_size
-        raise FileNotFoundError(f"{self._path.name} or its WAL was deleted or replaced; restart the service")
-
-
-def is_database(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(16) == b"SQLite format 3\0"
-
-
-def is_to_be_made(path: Path) -> bool:
-    """Whether there is no database yet, or one whose making was cut short before it had a table."""
-    if not path.exists() or path.stat().st_size == 0:
-        return True
-    if not is_database(path):
-        return False
-    mode: Literal["ro", "rw"] = "rw" if Path(f"{path}-journal").exists() else "ro"  # only a writer can roll back
-    try:
-        with contextlib.closing(sqlite3.connect(database_uri(path, mode), uri=True)) as connection:
-            ((application_id,),) = connection.execute("pragma application_id")
-            ((is_empty,),) = connection.execute("select not exists (select 1 from sqlite_schema)")
-    except sqlite3.DatabaseError:
-        return False  # and the check says what it is
-    return bool(is_empty) and application_id == 0
-
-
-def carry_over(connection: sqlite3.Connection) -> None:
-    """What a version of this service before this one did not put beside its tables, or put there otherwise."""
-    existing = {name for (name,) in connection.execute("select name from sqlite_schema")}
-    ((version,),) = connection.execute("pragma user_version")
-    for table in ("threads", "messages"):
-        if not any(name == "touched_at" for _, name, *_ in connection.execute(f"pragma table_info({table})")):
-            connection.execute(f"alter table {table} add column touched_at integer not null default 0")
-            connection.execute(f"update {table} set touched_at = updated_at")
-    statement = ""
-    for line in SCHEMA.read_text().splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            if made := re.search(r"^create (table|trigger|index|view) (\w+)", statement, re.MULTILINE):
-                kind, name = made.groups()
-                if version != SCHEMA_VERSION and name in existing and kind in ("trigger", "view"):
-                    connection.execute(f"drop {kind} {name}")
-                    existing.remove(name)
-                if name not in existing:
-                    connection.execute(statement)
-            statement = ""
-    if version != SCHEMA_VERSION:  # as it would be written again, for which a full disk has no room
-        connection.execute(f"pragma user_version = {SCHEMA_VERSION}")
-
-
-@contextlib.contextmanager
-def opened_read_only(path: Path) -> Iterator[sqlite3.Connection]:
-    """The database, while a service may run on it. Raises StartupError, also for an error of the block."""
-    if not path.exists():
-        raise StartupError(f"there is no {path}")
-    try:
-        with contextlib.closing(
-            sqlite3.connect(database_uri(path, "ro"), uri=True, isolation_level=None)
-        ) as connection:
-            open_packs(connection)
-            if connection.execute("pragma application_id").fetchone() != (APPLICATION_ID,):
-                raise StartupError(f"{path} is not a database of resume-stream")
-            yield connection
-    except sqlite3.Error as error:
-        raise StartupError(f"{path} is damaged, or cannot be read ({error})") from error
-
-
-def is_copy(connection: sqlite3.Connection) -> bool:
-    return bool(connection.execute("select latest_generation < 0 from clock").fetchone()[0])
-
-
-def mark_as_copy(connection: sqlite3.Connection) -> None:
-    """As it may be put back, and what follows then is not what followed when it was made."""
-    connection.execute("update clock set latest_generation = -abs(latest_generation) - 1")
-
-
-def renew_generations(connection: sqlite3.Connection) -> None:
-    """Where committed places may have been lost, no cursor from before may be taken for one of those that come."""
-    connection.execute("update clock set latest_generation = max(abs(latest_generation), ?)", (now_ms(),))
-    connection.execute(
-        "update threads set generation = latest_generation + place from clock,"
-        " (select thread as numbered, row_number() over (order by thread) as place from threads)"
-        " where thread = numbered"
-    )
-    connection.execute("update clock set latest_generation = latest_generation + (select count(*) from threads)")
-
-
-def overwrite_gaps(descriptor: int, page_size: int, first: int, count: int) -> None:
-    """Overwrite what lies between the cell pointers and the cells of b-tree pages, which SQLite never reads.
-
-    Numbers, offsets and kinds of pages are those of https://www.sqlite.org/fileformat2.html, 1.6 and 1.8.
-    """
-    data = os.pread(descriptor, page_size * count, page_size * (first - 1))
-    reserved = os.pread(descriptor, 1, 20)[0]
-    map_every = (page_size - reserved) // 5 + 1  # a pointer map comes first in each such stretch, from page 2 on
-    for offset in range(0, len(data) - page_size + 1, page_size):
-        number = first + offset // page_size
-        header = offset + (100 if number == 1 else 0)
-        kind = data[header]
-        map_number = (number - 2) // map_every * map_every + 2
-        map_number += map_number == 2**30 // page_size + 1  # which is the page with the locks
-        if kind not in (2, 5, 10, 13) or (number > 1 and number == map_number):
-            continue
-        cells, content = (int.from_bytes(data[header + at : header + at + 2]) for at in (3, 5))
-        start = header + (12 if kind in (2, 5) else 8) + 2 * cells
-        end = offset + (content or 65536)
-        if start < end <= offset + page_size and data.count(0, start, end) < end - start:
-            os.pwrite(descriptor, bytes(end - start), page_size * (first - 1) + start)
-
-
-@contextlib.contextmanager
-def writing(connection: sqlite3.Connection) -> Iterator[None]:
-    """A write transaction, which waits for the lock now and not in its middle."""
-    connection.execute("begin immediate")
-    try:
-        yield
-        connection.execute("commit")
-    except BaseException:
-        if connection.in_transaction:  # a full disk may have rolled it back already
-            connection.execute("rollback")
-        raise
-
-
-def checkpoint(connection: sqlite3.Connection) -> bool:
-    """Empty the WAL; False if a reader kept it from that for so long."""
-    connection.execute(f"pragma busy_timeout = {CHECKPOINT_TIMEOUT * 1000:.0f}")
-    try:
-        (is_busy, _, _) = connection.execute("pragma wal_checkpoint(truncate)").fetchone()
-    finally:
-        connection.execute(f"pragma busy_timeout = {BUSY_TIMEOUT * 1000:.0f}")
-    return not is_busy
-
-
-def with_room(work: Callable[[sqlite3.Connection], T], connection: sqlite3.Connection) -> T:
-    """Where the disk is full, make what room the WAL takes, and try once more."""
-    try:
-        return work(connection)
-    except sqlite3.OperationalError as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_FULL or not checkpoint(connection):
-            raise
-        return work(connection)
-
-
-SERVED: set[tuple[int, int]] = set()  # device and inode of each file that this process serves
-
-
-@contextlib.contextmanager
-def sole_owner(path: Path) -> Iterator[int]:
-    """Hold a lock on the file itself (flock(2)), made if need be for nobody else to read; its descriptor.
-
-    The lock is the inode's: neither another name nor the removal of any file leads past it, and it does
-    not hinder SQLite, which has locks of another kind. Those it would lose where any descriptor on a
-    served file is closed (https://www.sqlite.org/howtocorrupt.html, 2.2), so this one is closed last.
-    Raises StartupError.
-    """
-    is_there = path.exists()
-    if is_there and identity_of(os.stat(path)) in SERVED:
-        raise StartupError(f"{path} is already served, by process {os.getpid()}")
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StartupError(f"{path} cannot be opened: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = os.fstat(descriptor)
-        if held.st_nlink != 1 or identity_of(os.stat(path)) != identity_of(held):
-            raise StartupError(
-                f"{path} has {held.st_nlink} names, and each would get a WAL of its own; keep one of them"
-            )
-        SERVED.add(identity_of(held))
-        try:
-            yield descriptor
-        finally:
-            SERVED.discard(identity_of(held))
-    except BlockingIOError as error:
-        raise StartupError(f"{path} is already served, by process {owner_of(os.fstat(descriptor))}") from error
-    finally:
-        if not is_there and os.fstat(descriptor).st_size == 0:
-            path.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def identity_of(file: os.stat_result) -> tuple[int, int]:
-    return file.st_dev, file.st_ino
-
-
-def owner_of(file: os.stat_result) -> str:
-    """The process that has a lock on a file, as Linux tells it (proc_locks(5))."""
-    place = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}"
-    with contextlib.suppress(OSError), open("/proc/locks") as locks:
-        for line in locks:
-            if place in (words := line.split()) and "FLOCK" in words:
-                return words[4]
-    return "unknown"
-
-
-class Write(NamedTuple, Generic[W]):
-    """What is to be done in a transaction, and who waits for it."""
-
-    work: W
-    size: int
-    asked: float
-    done: asyncio.Future[Change]
-
-
-class GroupCommit(Generic[W]):
-    """Commits together, in order, what is asked for in one turn of the loop, and tells of it before it answers."""
-
-    def __init__(self) -> None:
-        self._told: Told = lambda changes, took: None
-        self._waiting: list[Write[W]] = []
-        self._waiting_bytes = 0
-        self._has_room = asyncio.Event()
-        self._has_room.set()
-        self._committing: asyncio.Task[None] | None = None
-        self._together = 1  # of the last commit, how many writes
-        self._refused_ms = 0  # when a commit failed last
-
-    async def commit(self, works: Sequence[W], size: int) -> list[Change | Problem]:
-        """What became of each of these, about ``size`` bytes.
-
-        Raises an error where nothing became of any, or nobody knows.
-        """
-        raise NotImplementedError
-
-    def explained(self, error: Exception) -> Exception:
-        """What is told, of an error that ``commit`` raised, to each of those who wait."""
-        raise NotImplementedError
-
-    def is_of_one(self, error: Exception) -> bool:
-        """Whether it may be that of one of several, none of which were committed: then each is tried alone."""
-        return False
-
-    async def all_committed(self) -> None:
-        if self._committing is not None:
-            await self._committing
-
-    @property
-    def has_room(self) -> bool:
-        return self._has_room.is_set()
-
-    async def room(self) -> None:
-        while not self._has_room.is_set():  # the first of those who waited may have filled it again
-            await self._has_room.wait()
-
-    def write(self, work: W, size: int = CHUNK_OVERHEAD) -> asyncio.Future[Change]:
-        """Commit it, right behind what was asked for before, and with all else that is waiting by then."""
-        done: asyncio.Future[Change] = asyncio.get_running_loop().create_future()
-        self._waiting.append(Write(work, size, time.perf_counter(), done))
-        self._waiting_bytes += size
-        if self._waiting_bytes >= PENDING_BYTES:
-            self._has_room.clear()
-        if self._committing is None or self._committing.done():
-            self._committing = asyncio.create_task(self._commit_waiting())
-        return done
-
-    async def _commit_waiting(self) -> None:
-        while self._waiting:
-            await self._gather()
-            await self._commit_batch()
-
-    async def _gather(self) -> None:
-        """Let in what is about to come, as a commit costs about the same for many as for one.
-
-        Those whom the last commit answered come again at about the same time. Without them, producers
-        would split into halves that wait for each other's commits. One alone waits for nobody.
-        """
-        quiet, seen = 0, len(self._waiting)
-        while self._together > 1 and quiet < QUIET_TURNS and seen < BATCH_WRITES:
-            await asyncio.sleep(0)
-            quiet = quiet + 1 if len(self._waiting) == seen else 0
-            seen = len(self._waiting)
-
-    async def _commit_batch(self) -> None:
-        batch = self._batch()
-        self._together = len(batch)
-        try:
-            await self._commit_together(batch)
-        except Exception as error:
-            if len(batch) == 1 or not self.is_of_one(error):
-                self._refuse(batch, error)
-                return
-            for write in batch:  # so that nobody is refused for another's thread
-                try:
-                    await self._commit_together([write])
-                except Exception as own:
-                    self._refuse([write], own)
-
-    def _refuse(self, batch: Sequence[Write[W]], error: Exception) -> None:
-        log.error("commit failed: %s", error)
-        self._refused_ms = now_ms()
-        explained = self.explained(error)
-        for write in batch:
-            if not write.done.done():
-                write.done.set_exception(explained)
-
-    async def _commit_together(self, batch: Sequence[Write[W]]) -> None:
-        began = time.perf_counter()
-        outcomes = await self.commit([write.work for write in batch], sum(write.size for write in batch))
-        done = zip(outcomes, batch, strict=True)
-        changes = [(outcome, write.asked) for outcome, write in done if isinstance(outcome, Change)]
-        self._told(changes, time.perf_counter() - began)
-        for write, outcome in zip(batch, outcomes, strict=True):
-            if write.done.done():
-                continue  # the one who asked is gone; what was committed stays committed
-            if isinstance(outcome, Change):
-                write.done.set_result(outcome)
-            else:
-                write.done.set_exception(outcome)
-
-    def _batch(self) -> list[Write[W]]:
-        """What one transaction takes; what came first, first."""
-        size = taken = 0
-        for write in self._waiting:
-            if taken and size + write.size > BATCH_BYTES:
-                break
-            size += write.size
-            taken += 1
-        batch, self._waiting = self._waiting[:taken], self._waiting[taken:]
-        self._waiting_bytes -= size
-        if self._waiting_bytes < PENDING_BYTES:
-            self._has_room.set()
-        return batch
-
-
-def writes(
-    work: Callable[Concatenate[Transaction, P], Change],
-) -> Callable[Concatenate[SQLiteStore, P], Awaitable[Change]]:
-    """A write of a transaction as a method of the store."""
-
-    def method(store: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[Change]:
-        return store.write(lambda transaction: work(transaction, *args, **kwargs))
-
-    return method
-
-
-def reads(
-    work: Callable[Concatenate[Snapshot, P], T], heavy: bool = False
-) -> Callable[Concatenate[SQLiteStore, P], Coroutine[Any, Any, T]]:
-    """What a snapshot can tell, as a method of the store; what is ``heavy`` does not hold up what is not."""
-
-    async def method(store: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await store.read(lambda snapshot: work(snapshot, *args, **kwargs), heavy)
-
-    return method
-
-
-class SQLiteStore(GroupCommit[Callable[[Transaction], Change]]):
-    """Threads in a SQLite file (see Store)."""
-
-    is_shared = False
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__()
-        self._file = File(Path(settings.db), settings.synchronous, settings.max_db)
-        self._max_message = settings.max_message
-        self._erasing = asyncio.Lock()
-        self._hot: dict[str, Hot] = {}  # by thread_id, as of the last commit
-        self._hot_version: int | None = None  # of the data (PRAGMA data_version) that they are of
-        self._packing = settings.packing
-        self._packed_until = 0  # ms since 1970: what nobody touched since is packed
-        self._poll_intervals: Multiset[float] = Multiset()
-        self._hurry = asyncio.Event()
-
-    async def open(self, told: Told) -> None:
-        await self._file.open()
-        self._told = told
-        self._version = await self._file.data_version()
-
-    async def close(self) -> None:
-        await self.all_committed()
-        await self._file.close()
-
-    def stop(self) -> None:
-        self._file.stop()
-
-    # Writing
-
-    open_message = writes(Transaction.open_message)
-    end_message = writes(Transaction.end_message)
-    clear = writes(Transaction.clear)
-
-    def append(self, append: Append) -> Awaitable[Change]:
-        size = sum(append.sizes) + CHUNK_OVERHEAD * len(append.chunks)
-        return self.write(lambda transaction: transaction.append(append), size)
-
-    async def commit(self, works: Sequence[Callable[[Transaction], Change]], size: int) -> list[Change | Problem]:
-        """What became of each, all committed together. Raises sqlite3.Error and OSError: of none."""
-
-        def commit(connection: sqlite3.Connection) -> tuple[list[Change | Problem], dict[str, Hot]]:
-            ((version,),) = connection.execute("pragma data_version")
-            hot, self._hot = self._hot, {}  # nothing is kept of what fails
-            if version != self._hot_version or len(hot) > HOT_THREADS:
-                hot, self._hot_version = {}, version  # another process may have changed what was kept
-            transaction = Transaction(connection, self._max_message, hot)
-            outcomes = [outcome_of(work, transaction) for work in works]
-            transaction.flush()
-            return outcomes, hot
-
-        if len(works) <= FEW_WRITES and size <= FEW_BYTES:
-            with contextlib.suppress(NotNow):
-                outcomes, self._hot = self._file.change_at_once(commit)
-                return outcomes
-        outcomes, self._hot = await self._file.change(commit)
-        return outcomes
-
-    def explained(self, error: Exception) -> Exception:
-        return database_problem(error) if isinstance(error, (sqlite3.Error, OSError, UnicodeDecodeError)) else error
-
-    def is_of_one(self, error: Exception) -> bool:
-        return is_of_its_rows(error)
+        self._wal_limit = WAL_BYTES + (0 if is_reset else size)
+
+    async def probe(self) -> None:
+        """By a pragma, as SQLite writes no page for an update that changes nothing."""
+        with database_problems():
+            await self.change(lambda db: db.execute(f"pragma user_version = {SCHEMA_VERSION}"))
 
     # Reading
 
-    find = reads(Snapshot.find)
-    locate = reads(Snapshot.locate)
-    match = reads(Snapshot.match, heavy=True)
-    page = reads(Snapshot.page)
-    chunk_page = reads(Snapshot.chunk_page)
-    content = reads(Snapshot.content, heavy=True)
-    text_from = reads(Snapshot.text_from, heavy=True)
-    status = reads(Snapshot.status)
-    threads = reads(Snapshot.threads, heavy=True)
-    active_message = reads(Snapshot.active_message)
-    thread_of = reads(Snapshot.thread_of)
+    async def read(self, work: Callable[[sqlite3.Connection], T], heavy: bool = False) -> T:
+        """Run it in one snapshot; what is ``heavy`` does not hold up what is not. Raises Problem."""
 
-    async def read(self, work: Callable[[Snapshot], T], heavy: bool = False) -> T:
-        """What it finds in one snapshot. Raises Problem."""
+        def in_snapshot(db: sqlite3.Connection) -> T:
+            db.execute("begin")
+            try:
+                return work(db)
+            finally:
+                db.execute("commit")
+
         with database_problems():
-            return await self._file.look(lambda connection: work(Snapshot(connection)), heavy)
+            return await self._readers[heavy].run(in_snapshot)
+
+    @reads
+    def find(self, db: sqlite3.Connection, thread_id: str, message_id: str | None = None) -> State:
+        return row_of(db, thread_id, message_id)
+
+    @reads
+    def page(
+        self, db: sqlite3.Connection, thread_id: str, message_id: str | None, after: int, limit: int
+    ) -> tuple[State, Page]:
+        found = row_of(db, thread_id, message_id)
+        last_seq = found.last_seq if message_id is None else found.last or 0
+        rows = db.execute(
+            "select seq, message, event, content, timestamp, last from entries"
+            " where thread = ?1 and seq between ?2 and ?3 and last >= ?2 and first <= ?3"
+            " and (?4 is null or message = ?4) order by last",
+            (found.thread, after + 1, last_seq, found.message),
+        )
+        messages: dict[int, tuple[str, Status, str | None] | None] = {}  # a join would open every pack
+        entries: list[Entry] = []
+        size = 0
+        for seq, message, event, content, timestamp, _ in rows:
+            if message not in messages:
+                messages[message] = db.execute(
+                    "select message_id, status, reason from messages where message = ?", (message,)
+                ).fetchone()
+            if (of := messages[message]) is None:
+                continue  # deleted by hand, before its text was deleted with it
+            name, status, reason = of
+            if content is None:
+                entries.append(MessageEnd(name, status, reason, seq))
+            else:
+                entries.append(StoredChunk(content, timestamp, name, seq, event))
+                size += len(content)
+            if size >= PAGE_BYTES or len(entries) == limit:
+                break
+        is_full = size >= PAGE_BYTES or len(entries) == limit
+        return found, Page(found.generation, entries[-1].seq if is_full else found.last_seq, entries, size)
+
+    @reads_much
+    def text(self, db: sqlite3.Connection, thread_id: str, message_id: str | None, index: int = 0) -> tuple[State, str]:
+        found = existing(db, thread_id, message_id)
+        if message_id is not None:
+            return found, text_of(db, found, min(index, found.chunk_count)).decode()
+        names = db.execute("select message_id from messages where thread = ? order by message", (found.thread,))
+        return found, b"".join([text_of(db, row_of(db, thread_id, name)) for (name,) in names.fetchall()]).decode()
+
+    @reads_much
+    def match(self, db: sqlite3.Connection, thread_id: str, message_id: str, known_content: str) -> Place:
+        """Looked for from the end, as whoever resumes has nearly all of it mostly."""
+        found = existing(db, thread_id, message_id)
+        text = text_of(db, found)
+        offset = bytes_known(known_content.encode(), text)
+        begin = Place(thread_id, message_id, found.generation, found.before, reset=offset is None)
+        if not offset:
+            return begin
+        before, sizes = len(text), "seq, length(cast(content as blob)), last"
+        for seq, size, _ in db.execute(f"select {sizes} {OF_MESSAGE} order by last desc, seq desc", found.places):
+            before -= size
+            if before < offset:
+                skip = offset - before
+                is_whole = skip == size
+                return msgspec.structs.replace(begin, after=seq if is_whole else seq - 1, skip=0 if is_whole else skip)
+        return begin
+
+    @reads
+    def status(self, db: sqlite3.Connection, thread_id: str, limit: int, after: int) -> ThreadStatus:
+        found = existing(db, thread_id)
+        messages = db.execute(
+            "select message_id, status, reason, chunk_count, first_seq, last_seq, created_at, updated_at"
+            " from messages where thread = ? order by message limit ? offset ?",
+            (found.thread, limit + 1, after),
+        ).fetchall()
+        (row,) = db.execute(f"select {SUMMARY} from thread_summary where thread = ?", (found.thread,))
+        return ThreadStatus(
+            **msgspec.structs.asdict(ThreadSummary(*row)),
+            cursor=found.cursor,
+            messages=[MessageStatus(*message) for message in messages[:limit]],
+            messages_cursor=str(after + limit) if len(messages) > limit else None,
+        )
+
+    @reads_much
+    def threads(
+        self,
+        db: sqlite3.Connection,
+        status: Status | None,
+        limit: int,
+        before: int | None,
+        covered: Sequence[str] | None,
+    ) -> ThreadPage:
+        """By generation, which is a time: a number would tell how many threads were ever made."""
+        where = "(?1 is null or generation < ?1)"
+        if status is not None:
+            where += " and status = ?2 and thread in (select thread from messages where status = ?2)"
+        if covered is not None:
+            where += (
+                " and thread in (select threads.thread from json_each(?3) as range"
+                " cross join threads on threads.thread_id between range.value ->> 0 and range.value ->> 1)"
+            )
+        ranges = msgspec.json.encode([range_of(pattern) for pattern in covered or ()]).decode()
+        rows = db.execute(
+            f"select {SUMMARY}, generation from thread_summary where {where} order by generation desc limit ?4",
+            (before, status, ranges, limit + 1),
+        ).fetchall()
+        cursor = str(rows[limit - 1][-1]) if len(rows) > limit else None
+        return ThreadPage([ThreadSummary(*row[:-1]) for row in rows[:limit]], cursor)
+
+    async def measure(self) -> tuple[int, int, int]:
+        count = "select count(*) from messages where status = 'active'"
+        (active,) = await self.read(lambda db: db.execute(count).fetchone())
+        with database_problems():
+            return self.path.stat().st_size, self.wal.stat().st_size, active
+
+    # Upkeep
 
     async def idle_messages(self, untouched_since: int) -> list[tuple[str, str]]:
         if untouched_since < self._refused_ms:
             return []  # their producers may be alive, and were refused
-        return await self.read(lambda snapshot: snapshot.idle_messages(untouched_since))
-
-    async def states(self, keys: Sequence[tuple[str, str | None]]) -> list[State]:
-        with database_problems():  # on the writing connection, so that no commit comes in between
-            return await self._file.maintain(lambda writer: Snapshot(writer).states(keys))
-
-    async def measure(self) -> tuple[int, int, int]:
-        with database_problems():
-            return *self._file.sizes(), await self.read(Snapshot.active_messages)
-
-    # Upkeep
-
-    async def probe(self) -> None:
-        with database_problems():
-            await self._file.probe()
+        idle = (
+            "select thread_id, message_id from messages join threads using (thread)"
+            " where status = 'active' and messages.updated_at <= ? and thread_id is not null limit 1000"
+        )
+        return await self.read(lambda db: db.execute(idle, (untouched_since,)).fetchall(), heavy=True)
 
     async def expire(self, untouched_since: int) -> int:
-        idle = await self.read(lambda snapshot: snapshot.idle_threads(untouched_since))
-        clearing = [self.clear(thread_id, untouched_since) for thread_id in idle]
+        idle = "select thread_id from threads where thread_id is not null and updated_at <= ? limit ?"
+        found = await self.read(lambda db: db.execute(idle, (untouched_since, EXPIRED_AT_ONCE)).fetchall(), heavy=True)
+        clearing = [self.write(Clear(thread_id, untouched_since)) for (thread_id,) in found]
         outcomes = await asyncio.gather(*clearing, return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException) and not isinstance(outcome, NotFound):  # touched in the meantime
@@ -2471,229 +2076,67 @@ class SQLiteStore(GroupCommit[Callable[[Transaction], Change]]):
         return sum(isinstance(outcome, Change) for outcome in outcomes)
 
     async def erase(self) -> bool:
-        """Where another process reads, its snapshot keeps the WAL: wait a while, then leave it for later."""
-        async with self._erasing:
+        """By SQLite's own means: deleted bytes are overwritten (secure_delete), free pages given back, the WAL emptied.
+
+        A thread that was forgotten keeps its row until all of that is done. Where another process reads,
+        its snapshot keeps the WAL: wait a while, then leave it for later.
+        """
+        give_up = asyncio.get_running_loop().time() + BUSY_TIMEOUT
+        nameless = "select exists (select 1 from threads where thread_id is null)"
+        async with self._erasure:
+            if await self.read(lambda db: db.execute(nameless).fetchone()) == (0,):
+                return True  # whoever had its turn before has erased it
             with database_problems():
-                forgotten = await self._file.look(all_forgotten)
-                if not forgotten:
-                    return True  # whoever had its turn before has erased it
-                parts = [forgotten[start : start + ERASE_ROWS] for start in range(0, len(forgotten), ERASE_ROWS)]
-                for part in parts:
-                    while await self._file.change(partial(erase_some, part)):
-                        await self.room()
-                while await self._file.shrink():
+                place: int | None = 0
+                while place is not None:
+                    place = await self.change(partial(erase_some, place))
                     await self.room()
-                if not await self._scrub():
-                    return False
-                for part in parts:
-                    await self._file.change(partial(forget, part))
+                await self.shrink()
+                while not await self.maintain(checkpoint):
+                    if asyncio.get_running_loop().time() >= give_up:
+                        return False
+                    await asyncio.sleep(ERASE_PAUSE)
+                for step in self.erasing:
+                    if not await step():
+                        return False
+                while await self.change(forget_some):
                     await self.room()
                 return True
 
-    async def _scrub(self) -> bool:
-        give_up = asyncio.get_running_loop().time() + BUSY_TIMEOUT
-        page: int | None = 1
-        while page is not None:
-            begun_at, page = page, await self._file.scrub(page)
-            if page == begun_at:
-                if asyncio.get_running_loop().time() >= give_up:
-                    return False
-                await asyncio.sleep(SCRUB_PAUSE)
+    async def shrink(self) -> None:
+        while await self.maintain(shrink):
             await self.room()
-        return True
 
-    async def pack(self) -> None:
-        """A pack a transaction, made while nobody waits for it; of the threads touched since the last time."""
-        if not self._packing:
-            return
-        thread = 0
+    async def checkpoint_some(self) -> None:
+        """Copy what has been committed to the file now, so that no append waits while much is copied at once."""
+        await self.maintain(lambda db: db.execute("pragma wal_checkpoint(passive)").fetchone())
+
+    async def upkeep(self) -> None:
         with database_problems():
-            # Not the time, as a transaction that began before may be committed after the look at its thread.
-            latest = min(now_ms(), await self._file.look(latest_touched, heavy=True))
-            while found := await self._file.look(partial(next_thread, self._packed_until, thread), heavy=True):
-                thread = found
-                try:
-                    await self._pack_thread(thread)
-                except (sqlite3.Error, UnicodeDecodeError) as error:
-                    if not is_of_its_rows(error):
-                        raise
-                    log.error("a thread cannot be packed, and stays as it is: %s", error)
-            while await self._file.shrink():
-                await self._file.checkpoint_some()
-                await self.room()
-        self._packed_until = latest
-
-    async def _pack_thread(self, thread: int) -> None:
-        after = 0
-        while run := await self._file.look(partial(next_run, thread, after), heavy=True):
-            await self._file.change(partial(put_away, run))
-            await self._file.checkpoint_some()
-            after = run.rows[-1][0]
-            await self.room()
+            for chore in self.chores:
+                await chore()
 
     # Other processes
 
-    @contextlib.contextmanager
-    def watching(self, thread_id: str, within: float) -> Iterator[None]:
-        within = max(within, MIN_POLL_INTERVAL)
-        step = 10.0 ** (math.floor(math.log10(within)) - 1)
-        within = math.floor(within / step) * step  # as there is no end of different ones
-        if within < min(self._poll_intervals, default=math.inf):
-            self._hurry.set()
-        self._poll_intervals[within] += 1
-        try:
-            yield
-        finally:
-            self._poll_intervals[within] -= 1
-            self._poll_intervals += Multiset()  # drops what has come to zero
+    def watch(self, thread_ids: AbstractSet[str]) -> None:
+        self._watched = thread_ids
 
-    async def changed_elsewhere(self) -> AsyncGenerator[Elsewhere, None]:
-        """Looked for in the whole file, and only while somebody is watching."""
+    async def data_version(self) -> int:
+        """Another number each time that another process has written (PRAGMA data_version)."""
+        return await self.maintain(lambda db: cast(int, db.execute("pragma data_version").fetchone()[0]))
+
+    async def changed_elsewhere(self) -> AsyncGenerator[AbstractSet[str], None]:
+        """All of them, as nobody knows where in the file another process has written."""
         while True:
-            self._hurry.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(self._poll_intervals, default=None)):
-                    await self._hurry.wait()
-                    continue  # with the interval of the one who came
+            await asyncio.sleep(max(self.settings.poll_interval, MIN_POLL_INTERVAL))
             with database_problems():
-                latest = await self._file.data_version()
+                latest = await self.data_version() if self._watched else self._version
             if latest != self._version:
-                yield Elsewhere()
+                yield set(self._watched)
                 self._version = latest  # once it has been taken in
 
 
-def all_forgotten(connection: sqlite3.Connection) -> array[int]:
-    """The threads that have lost their name, and keep their row until nothing else is left of them."""
-    return array(
-        "q", (thread for (thread,) in connection.execute("select thread from threads where thread_id is null"))
-    )
-
-
-def forget(threads: array[int], connection: sqlite3.Connection) -> None:
-    connection.executemany("delete from threads where thread = ?", zip(threads))
-
-
-EntryRow = tuple[int, int, str | None, str | None, int]  # seq, message, event, content, timestamp
-
-
-class Run(NamedTuple):
-    """Entries that follow one another in a thread, all of them of ended messages, and the pack they are to be."""
-
-    thread: int
-    rows: Sequence[EntryRow]
-    size: int
-    data: bytes
-
-
-ENDED = (
-    "select seq, message, event, content, timestamp from chunks join messages using (message)"
-    " where chunks.thread = ? and seq between ? and ? and status <> 'active'"
-    " and instr(coalesce(event, '') || coalesce(content, ''), char(0)) = 0"  # after which SQLite's JSON stops
-    " order by seq"
-)
-
-
-def latest_touched(connection: sqlite3.Connection) -> int:
-    (latest,) = connection.execute("select coalesce(max(updated_at), 0) from threads").fetchone()
-    return cast(int, latest)
-
-
-def next_thread(touched_since: int, after: int, connection: sqlite3.Connection) -> int | None:
-    """The first after this one of those that may have something to pack."""
-    (thread,) = connection.execute(
-        "select min(thread) from threads where thread > ? and updated_at >= ? and thread_id is not null",
-        (after, touched_since),
-    ).fetchone()
-    return cast(int | None, thread)
-
-
-def next_run(thread: int, after: int, connection: sqlite3.Connection) -> Run | None:
-    """The first after this place that is long enough, and no longer than a pack."""
-    rows: list[EntryRow] = []
-    size = 0
-    for row in connection.execute(ENDED, (thread, after + 1, sys.maxsize)):
-        if rows and row[0] != rows[-1][0] + 1:
-            if is_worth_it(len(rows), size):
-                break
-            rows, size = [], 0
-        rows.append(row)
-        size += len(row[3] or "")
-        if len(rows) == PACK_ROWS or size >= PACK_BYTES:
-            break
-    return Run(thread, rows, *packed(rows)) if is_worth_it(len(rows), size) else None
-
-
-def packed(rows: Sequence[EntryRow]) -> tuple[int, bytes]:
-    """The size of a pack's JSON text, and that text compressed."""
-    text = msgspec.json.encode([row[1:] for row in rows])
-    return len(text), zlib.compress(text)
-
-
-def is_worth_it(entries: int, size: int) -> bool:
-    return entries >= LEAST_PACKED or size >= LEAST_PACKED_BYTES
-
-
-def put_away(run: Run, connection: sqlite3.Connection) -> None:
-    """Replace a run by its pack, if its rows are still what they were."""
-    place = (run.thread, run.rows[0][0], run.rows[-1][0])
-    if connection.execute(ENDED, place).fetchall() != run.rows:
-        return
-    connection.execute("delete from chunks where thread = ? and seq between ? and ?", place)
-    connection.execute(
-        "insert into packs (thread, first_seq, last_seq, size, data) values (?, ?, ?, ?, ?)", (*place, *run[2:])
-    )
-
-
-def erase_some(threads: array[int], connection: sqlite3.Connection) -> bool:
-    """Delete a bounded part of what these hold; False once only their own rows are left."""
-    of_these = msgspec.json.encode(threads.tolist()).decode()
-    places = connection.execute(
-        "select thread, seq, coalesce(length(cast(content as blob)), 0) from json_each(?)"
-        " cross join chunks on thread = value limit ?",  # in the order of both, with nothing to sort
-        (of_these, ERASE_ROWS),
-    )
-    size, up_to = 0, dict[int, int]()
-    while size < ERASE_BYTES and (place := next(places, None)):
-        up_to[place[0]], size = place[1], size + place[2]
-    places.close()
-    if up_to:
-        connection.executemany("delete from chunks where thread = ? and seq <= ?", up_to.items())
-        return True
-    packs = connection.execute(
-        "select packs.rowid, length(data) from json_each(?) cross join packs on thread = value limit ?",
-        (of_these, ERASE_ROWS),
-    )
-    chosen = list[tuple[int]]()
-    while size < ERASE_BYTES and (pack := next(packs, None)):
-        chosen, size = [*chosen, pack[:1]], size + pack[1]
-    packs.close()
-    if chosen:
-        connection.executemany("delete from packs where rowid = ?", chosen)
-        return True
-    erased = connection.execute(
-        "delete from messages where message in"
-        " (select message from json_each(?) cross join messages on thread = value limit ?)",
-        (of_these, ERASE_ROWS),
-    ).rowcount
-    return erased > 0
-
-
-def is_of_its_rows(error: Exception) -> bool:
-    """Whether it has to do with what one write found, and not with the file, the disk or another process."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return isinstance(error, UnicodeDecodeError) or code in (
-        sqlite3.SQLITE_CONSTRAINT,
-        sqlite3.SQLITE_CORRUPT,
-        sqlite3.SQLITE_ERROR,
-        sqlite3.SQLITE_MISMATCH,
-    )
-
-
-def outcome_of(work: Callable[[Transaction], Change], transaction: Transaction) -> Change | Problem:
-    try:
-        return work(transaction)
-    except Problem as problem:
-        return problem
+SUMMARY = "thread_id, status, message_count, chunk_count, size, created_at, updated_at"  # of the view thread_summary
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2702,14 +2145,15 @@ def outcome_of(work: Callable[[Transaction], Change], transaction: Transaction) 
 
 EXTRAS = (
     *("logs", "tokens", "metrics", "page", "websocket", "uploads", "operate", "copy", "clients", "openapi"),
-    *("dialects", "relay", "limits", "express"),
+    *("dialects", "relay", "limits", "express", "packs", "erasure"),
 )
+KEEPERS = ("packs", "erasure")  # those of them that add to what the SQLite store does
 STORES = {"redis": "redis_store", "rediss": "redis_store", "unix": "redis_store"}  # by the scheme of their address
 
 
-def found_extras() -> Iterator[ModuleType]:
-    """Those that are beside this file; each has some of ``mount``, ``add_commands`` and ``set_up``."""
-    for name in EXTRAS:
+def found_extras(names: Sequence[str] = EXTRAS) -> Iterator[ModuleType]:
+    """Those that are beside this file; each has some of ``mount``, ``add_commands``, ``set_up`` and ``keep``."""
+    for name in names:
         try:
             yield importlib.import_module(f"resume_stream.extras.{name}")
         except ModuleNotFoundError as error:
@@ -2721,7 +2165,10 @@ def store_for(settings: Settings) -> Store:
     """Where threads are kept: the SQLite file, or what ``--store`` names. Raises StartupError."""
     scheme, found, _ = settings.store.partition("://")
     if not settings.store:
-        return SQLiteStore(settings)
+        kept = SQLiteStore(settings)
+        for extra in found_extras(KEEPERS):
+            extra.keep(kept)
+        return kept
     if not found or scheme not in STORES:
         raise StartupError(f"--store is no address of a store; it begins with {', '.join(STORES)}, and then ://")
     try:
@@ -2738,7 +2185,6 @@ def store_for(settings: Settings) -> Store:
 # The buffer
 # ---------------------------------------------------------------------------------------------
 
-REFRESHED_AT_ONCE = 100  # threads, as nothing is committed in the meantime
 CLOCK_STEP_MS = 2_000  # more than a clock drifts between two looks
 RETRY_PAUSE, RETRY_PAUSE_MOST = 0.05, 1.0  # seconds between two tries of what the store refuses for now
 AHEAD = 32  # pieces that a source may be ahead of what is committed of it
@@ -2783,6 +2229,7 @@ class Tail:
     def __init__(self, generation: int, live: Live) -> None:
         self.generation = generation
         self.last_seq: int | None = None
+        self.doubts = 0
         self.version = 0
         self.active = True
         self.gone = False
@@ -2813,11 +2260,11 @@ class Tail:
             self.cut(change.message_id)
         self.wake()
 
-    def renew(self, state: State) -> None:
-        """Take over what another process may have changed, unless a later change has been told of."""
+    def doubt(self) -> None:
+        """Another process may have changed anything: whoever follows looks anew, and learns it."""
         self.forget()
-        if state.version >= self.version:
-            self._set(state)
+        self.last_seq = None
+        self.doubts += 1
         self.wake()
 
     def retire(self) -> None:
@@ -2941,7 +2388,7 @@ class Reader:
 
     __slots__ = (
         *("__weakref__", "_beat", "_buffer", "_expires", "_has_page", "_heartbeat", "_idle", "_idle_timeout"),
-        *("_is_told", "_loaded", "_now", "_reset", "_skip", "place", "poll_interval", "seq", "tail"),
+        *("_is_told", "_loaded", "_now", "_reset", "_skip", "place", "seq", "tail"),
     )
 
     def __init__(
@@ -2962,9 +2409,9 @@ class Reader:
         self._now = asyncio.get_running_loop().time
         self._expires = self._now() + expires - time.time()
 
-    def begin(self, place: Place, poll_interval: float | None = None) -> None:
-        """Follow from this place on, with other processes' changes noticed within ``poll_interval`` seconds."""
-        self.place, self.poll_interval = place, poll_interval
+    def begin(self, place: Place) -> None:
+        """Follow from this place on."""
+        self.place = place
         self.seq, self._skip, self._reset = place.after, place.skip, place.reset
         self._got_something()
 
@@ -3214,7 +2661,7 @@ class ChunkBuffer:
         """
         check_ids(thread_id, message_id)
         await self.room()
-        change = await self._store.open_message(thread_id, message_id)
+        change = await self._store.write(Open(thread_id, message_id))
         return change.answer, change.made
 
     async def add_chunks(
@@ -3260,13 +2707,13 @@ class ChunkBuffer:
 
     def append(self, append: Append) -> Awaitable[Change]:
         """What was checked, right behind what was asked for before; the caller has waited for ``room``."""
-        return self._store.append(append)
+        return self._store.write(append)
 
     async def complete_message(self, thread_id: str, message_id: str) -> Appended:
         """End a message; again: the same answer. Raises NotFound; Conflict if it was aborted."""
         check_ids(thread_id, message_id)
         await self.room()
-        return (await self._store.end_message(thread_id, message_id, "completed")).answer
+        return (await self._store.write(End(thread_id, message_id, "completed"))).answer
 
     async def abort_message(self, thread_id: str, message_id: str, reason: str | None = None) -> Appended:
         """Abort a message, from either side; again: the same answer.
@@ -3279,7 +2726,7 @@ class ChunkBuffer:
             if len(reason) > MAX_REASON:
                 raise TooLarge(f"The reason has {len(reason)} characters; say it in {MAX_REASON} or fewer.")
         await self.room()
-        return (await self._store.end_message(thread_id, message_id, "aborted", reason)).answer
+        return (await self._store.write(End(thread_id, message_id, "aborted", reason))).answer
 
     async def clear_thread_buffer(self, thread_id: str) -> None:
         """Forget a thread; returns once its text is in neither the database nor the WAL.
@@ -3288,7 +2735,7 @@ class ChunkBuffer:
         """
         check_ids(thread_id)
         await self.room()
-        await self._store.clear(thread_id)
+        await self._store.write(Clear(thread_id))
         try:
             await self._erase()
         except (DatabaseFull, Unavailable) as problem:
@@ -3417,7 +2864,11 @@ class ChunkBuffer:
 
     async def stored_text(self, thread_id: str, message_id: str, index: int) -> tuple[str, int]:
         """The text stored from chunk ``index`` on, and the index after it."""
-        return await self._store.text_from(thread_id, message_id, index)
+        try:
+            found, text = await self._store.text(thread_id, message_id, index)
+        except NotFound:
+            return "", index
+        return text, max(index, found.chunk_count)
 
     # Readers
 
@@ -3436,8 +2887,9 @@ class ChunkBuffer:
         ``known_content`` is text it has: a prefix of the message's text resumes right after it,
         inside a chunk if need be; so does a text that occurs exactly once; anything else is
         answered with Signal.RESET and everything. ``after`` (a cursor or a bare sequence number)
-        stands in its place. ``poll_interval`` and ``idle_timeout`` are seconds, by default those
-        of the settings. Ends after a MessageEnd, Signal.GONE or Signal.TIMEOUT.
+        stands in its place. ``idle_timeout`` is in seconds, by default that of the settings, which
+        alone say how often other processes are looked for, whatever the ``poll_interval``. Ends
+        after a MessageEnd, Signal.GONE or Signal.TIMEOUT.
 
         Raises NotFound, BadRequest (a bad cursor), Unavailable (too many readers).
         """
@@ -3446,7 +2898,7 @@ class ChunkBuffer:
         place = await self.locate(thread_id, message_id, after=after, known_content=known_content)
         if place.finished:
             return
-        items = self.follow(place, idle_timeout=idle_timeout, heartbeat=0, poll_interval=poll_interval)
+        items = self.follow(place, idle_timeout=idle_timeout, heartbeat=0)
         async with aclosing(items):
             async for item in items:
                 for entry in item.entries if isinstance(item, Page) else [item]:
@@ -3458,7 +2910,15 @@ class ChunkBuffer:
         Raises NotFound, BadRequest.
         """
         check_ids(thread_id, message_id)
-        return await self._store.content(thread_id, message_id)
+        found, text = await self._store.text(thread_id, message_id)
+        return AccumulatedContent(text, found.cursor, found.status or await self._status_of(thread_id, found))
+
+    async def _status_of(self, thread_id: str, found: State) -> Status:
+        """Of a thread, for one who has all of it that was found."""
+        if found.active:
+            return "active"
+        whole = await self._store.status(thread_id, 1, 0)
+        return whole.status if whole.cursor == found.cursor else "active"
 
     async def get_long_content(
         self, thread_id: str, message_id: str | None = None
@@ -3532,11 +2992,21 @@ class ChunkBuffer:
     async def get_active_message(self, thread_id: str) -> str | None:
         """The thread's active message, the one that began last; None where there is none. Raises BadRequest."""
         check_ids(thread_id)
-        return await self._store.active_message(thread_id)
+        with contextlib.suppress(NotFound):
+            first = (await self._store.status(thread_id, 1, 0)).message_count
+            while first > 0:
+                first = max(first - MESSAGES, 0)
+                status = await self._store.status(thread_id, MESSAGES, first)
+                if active := [message.message_id for message in status.messages if message.status == "active"]:
+                    return active[-1]
+        return None
 
     async def thread_of(self, generation: int) -> str | None:
         """The thread of this generation; None where there is none (any more)."""
-        return await self._store.thread_of(generation)
+        for thread in (await self._store.threads(None, 1, generation + 1, None)).threads:
+            if (await self._store.find(thread.thread_id)).generation == generation:
+                return thread.thread_id
+        return None
 
     async def page(
         self, thread_id: str, message_id: str | None, after: int = 0, limit: int = PAGE_ROWS
@@ -3565,14 +3035,30 @@ class ChunkBuffer:
         place = await self.locate(thread_id, message_id, after=after)
         if place.reset:
             raise cursor_gone()
-        page = await self._store.chunk_page(place, limit)
+        page = await self._chunk_page(place, limit)
         if not wait or place.finished or page.chunks or page.ends:
             return page
         async with aclosing(self.follow(place, idle_timeout=wait, heartbeat=0, expires=expires)) as items:
             await anext(items, None)
         if time.time() >= expires:
             raise token_expired()
-        return await self._store.chunk_page(place, limit)
+        return await self._chunk_page(place, limit)
+
+    async def _chunk_page(self, place: Place, limit: int) -> ChunkPage:
+        found, page = await self._store.page(place.thread_id, place.message_id, place.after, limit)
+        if found.generation != place.generation:
+            raise no_thread(place.thread_id)
+        status: Status = "active"
+        if place.message_id is None:
+            status = await self._status_of(place.thread_id, found) if found.last_seq == page.last_seq else "active"
+        elif found.ended and cast(int, found.last) <= page.last_seq:
+            status = cast(Status, found.status)
+        return ChunkPage(
+            [entry for entry in page.entries if isinstance(entry, StoredChunk)],
+            [entry for entry in page.entries if isinstance(entry, MessageEnd)],
+            str(Cursor(page.last_seq, page.generation)),
+            status,
+        )
 
     async def locate(
         self,
@@ -3597,7 +3083,7 @@ class ChunkBuffer:
         else:
             cursor = None if after is None else Cursor.parse(str(after))
             kind = "start" if cursor is None else "cursor"
-            place = await self._store.locate(thread_id, message_id, cursor, follow)
+            place = place_of(await self._store.find(thread_id, message_id), thread_id, message_id, cursor, follow)
         self.listener.resumed(kind, place)
         return place
 
@@ -3626,15 +3112,13 @@ class ChunkBuffer:
         """Free a seat at once, and not only when nothing knows of its reader any more."""
         self._readers.discard(reader)
 
-    def follow(
-        self, place: Place, reader: Reader | None = None, *, poll_interval: float | None = None, **times: Any
-    ) -> AsyncGenerator[Page | Signal, None]:
+    def follow(self, place: Place, reader: Reader | None = None, **times: Any) -> AsyncGenerator[Page | Signal, None]:
         """What comes after a place, as it is committed, for one who has a seat, or else gets one as with ``seat``.
 
         No transaction is open while the consumer has a page.
         """
         reader = reader or self.seat(**times)
-        reader.begin(place, poll_interval)
+        reader.begin(place)
         return self.read(reader)
 
     async def read(self, reader: Reader) -> AsyncGenerator[Page | Signal, None]:
@@ -3652,19 +3136,20 @@ class ChunkBuffer:
     async def load(self, reader: Reader) -> None:
         """What the store has for it; nothing, if meanwhile its tail is known to be of another thread."""
         tail, place = reader.tail, reader.place
-        wanted = tail.generation
+        wanted, doubts = tail.generation, tail.doubts
         found, page = await self._store.page(place.thread_id, place.message_id, reader.seq, PAGE_ROWS)
         if wanted not in (0, found.generation):
             self._retire(place.thread_id, tail)
         elif not tail.gone and tail.generation in (0, found.generation):
-            tail.learn(found)
+            if tail.doubts == doubts:
+                tail.learn(found)
             if page.last_seq > reader.seq:
                 reader.load(page)
 
     @contextlib.contextmanager
     def attached(self, reader: Reader) -> Iterator[Tail]:
         place = reader.place
-        with self._attached(place.thread_id, place.generation, reader.poll_interval) as tail:
+        with self._attached(place.thread_id, place.generation) as tail:
             reader.tail = tail
             tail.followers += 1
             try:
@@ -3676,19 +3161,18 @@ class ChunkBuffer:
                 self._readers.discard(reader)
 
     @contextlib.contextmanager
-    def _attached(self, thread_id: str, generation: int = 0, poll_interval: float | None = None) -> Iterator[Tail]:
-        """The thread's tail, with other processes' changes noticed within ``poll_interval`` seconds."""
+    def _attached(self, thread_id: str, generation: int = 0) -> Iterator[Tail]:
+        """The thread's tail; what other processes do to the thread is noticed in the meantime."""
         tail = self._tail(thread_id, generation)
         tail.users += 1
+        self._store.watch(self._tails.keys())
         try:
-            with self._store.watching(
-                thread_id, self.settings.poll_interval if poll_interval is None else poll_interval
-            ):
-                yield tail
+            yield tail
         finally:
             tail.users -= 1
             if not tail.users and self._tails.get(thread_id) is tail:
                 del self._tails[thread_id]
+                self._store.watch(self._tails.keys())
 
     def _tail(self, thread_id: str, generation: int) -> Tail:
         """Generations only grow: of two threads under one name, the lower is gone."""
@@ -3713,11 +3197,9 @@ class ChunkBuffer:
 
     # What the store and the clock do
 
-    def _take(self, changes: Sequence[tuple[Change, float]], seconds: float) -> None:
-        self.listener.committed([change for change, _ in changes], seconds)
-        self._tell(changes)
-
-    def _tell(self, changes: Sequence[tuple[Change, float | None]]) -> None:
+    def _take(self, changes: Sequence[tuple[Change, float | None]], seconds: float | None) -> None:
+        if seconds is not None:
+            self.listener.committed([change for change, _ in changes], seconds)
         for change, asked in changes:
             tail, generation = self._tails.get(change.thread_id), change.state.generation
             if tail is None or (generation < tail.generation):
@@ -3734,30 +3216,19 @@ class ChunkBuffer:
         while True:
             with logged_problems("watch other processes"):
                 async with aclosing(self._store.changed_elsewhere()) as elsewhere:
-                    async for changes, unsure in elsewhere:
-                        self._tell([(change, None) for change in changes])
-                        await self._refresh(self._tails.keys() if unsure is None else unsure & self._tails.keys())
+                    async for thread_ids in elsewhere:
+                        for thread_id in thread_ids & self._tails.keys():
+                            await self._doubt(thread_id, self._tails[thread_id])
 
-    async def _refresh(self, thread_ids: AbstractSet[str]) -> None:
-        """Bring their tails up to date. What is committed in the meantime is told of after this."""
-        tails = [
-            (thread_id, message_id, tail, tail.generation)
-            for thread_id, tail in self._tails.items()
-            if thread_id in thread_ids
-            for message_id in (None, *filter(None, tail.uploads.values()))
-        ]
-        for start in range(0, len(tails), REFRESHED_AT_ONCE):
-            await self._refresh_some(tails[start : start + REFRESHED_AT_ONCE])
-
-    async def _refresh_some(self, tails: Sequence[tuple[str, str | None, Tail, int]]) -> None:
-        states = await self._store.states([(thread_id, message_id) for thread_id, message_id, _, _ in tails])
-        for (thread_id, message_id, tail, generation), state in zip(tails, states, strict=True):
-            if generation not in (0, state.generation):
+    async def _doubt(self, thread_id: str, tail: Tail) -> None:
+        """Whoever reads looks for itself; whoever uploads has to be told of an end."""
+        tail.doubt()
+        for message_id in {*filter(None, tail.uploads.values())}:
+            generation, found = tail.generation, await self._store.find(thread_id, message_id)
+            if generation not in (0, found.generation):
                 self._retire(thread_id, tail)
-            elif message_id is not None and state.ended:
+            elif found.ended:
                 tail.cut(message_id)
-            elif tail.generation in (0, state.generation):
-                tail.renew(state)
 
     async def _clean_up_forever(self) -> None:
         while True:
@@ -3771,7 +3242,7 @@ class ChunkBuffer:
         while untouched_since >= self._clock_set_at() and (expired := await self._store.expire(untouched_since)):
             self.listener.expired(expired)
         await self._erase()
-        await self._store.pack()
+        await self._store.upkeep()
 
     async def _erase(self) -> None:
         self._erasure_owed = True
@@ -3795,8 +3266,8 @@ class ChunkBuffer:
             with logged_problems("abort idle messages"):
                 for thread_id, message_id in await self._store.idle_messages(untouched_since):
                     with contextlib.suppress(NotFound, Conflict):  # touched or ended in the meantime
-                        await self._store.end_message(
-                            thread_id, message_id, "aborted", PRODUCER_TIMEOUT, untouched_since
+                        await self._store.write(
+                            End(thread_id, message_id, "aborted", PRODUCER_TIMEOUT, untouched_since)
                         )
 
     async def check_ready(self) -> None:
@@ -4228,14 +3699,12 @@ class StreamedEvents(StreamedBody):
             await super().__call__(scope, receive, send)
 
 
-def event_stream(
-    buffer: ChunkBuffer, place: Place, form: Format = SERVER_SENT, *, poll_interval: float | None = None, **times: Any
-) -> Response[Any]:
+def event_stream(buffer: ChunkBuffer, place: Place, form: Format = SERVER_SENT, **times: Any) -> Response[Any]:
     """204 where nothing more will come, which tells an EventSource to stop reconnecting (HTML, 9.2.3)."""
     if place.finished:
         return Response(None, status_code=204)
     reader = buffer.seat(**times)
-    reader.begin(place, poll_interval)
+    reader.begin(place)
     return EventStream(buffer, reader, form)
 
 
@@ -4309,9 +3778,9 @@ async def stream(
     request: Request[Any, Any, Any], buffer: ChunkBuffer, thread_id: str, message_id: str | None, reading: Reading
 ) -> Response[Any]:
     """From Last-Event-ID (which a browser sends when it reconnects), from ``after``, or the start."""
+    seconds("poll_interval", reading.poll_interval)
     options: dict[str, Any] = {
         "idle_timeout": seconds("idle_timeout", reading.idle_timeout),
-        "poll_interval": seconds("poll_interval", reading.poll_interval),
         "expires": granted(request).expires,
     }
     cursor = request.headers.get("last-event-id") or reading.after
@@ -4406,7 +3875,7 @@ async def resume_stream(request: Request[Any, Any, Any], buffer: Buffer) -> Resp
     body = decode_body(request, await whole_body(request, buffer), ResumeBody)
     if body.known_content is not None and body.after is not None:
         raise BadRequest("known_content and after exclude each other; send the one that you have.")
-    quiet, poll = seconds("idle_timeout", body.idle_timeout), seconds("poll_interval", body.poll_interval)
+    quiet, _ = seconds("idle_timeout", body.idle_timeout), seconds("poll_interval", body.poll_interval)
     granted(request).require(READ, body.thread_id)
     try:
         place = await while_connected(
@@ -4414,7 +3883,7 @@ async def resume_stream(request: Request[Any, Any, Any], buffer: Buffer) -> Resp
         )
     except NotFound:
         return Stream([RETRY, SERVER_SENT.event("complete", {"exists": False})], headers=SSE_HEADERS, status_code=200)
-    return event_stream(buffer, place, idle_timeout=quiet, poll_interval=poll, expires=granted(request).expires)
+    return event_stream(buffer, place, idle_timeout=quiet, expires=granted(request).expires)
 
 
 @get(THREAD + "/chunks", summary="Read chunks by pages, or by a long poll", scopes=READ, token_in_query=True)

@@ -5,24 +5,25 @@
 -- Times are milliseconds since 1970 (UTC); the views show them as dates.
 
 pragma application_id = 0x72737472; -- "rstr"
-pragma user_version = 2;
+pragma user_version = 3;
 
 -- One row. A thread's generation is drawn from here, so that it is higher than
--- every earlier one, whatever the clock does and whatever was deleted.
+-- every earlier one, whatever the clock does and whatever was deleted. In a copy
+-- that may be put back, all threads get a new one before it is served.
 create table clock (
-    latest_generation integer not null
+    latest_generation integer not null,
+    is_copy           integer not null
 ) strict;
 
-insert into clock values (0);
+insert into clock values (0, 0);
 
 create table threads (
     thread      integer primary key autoincrement, -- never used twice
     thread_id   text unique,                       -- null: cleared, and being erased
-    generation  integer not null,
+    generation  integer not null unique,
     last_seq    integer not null default 0,
     created_at  integer not null,
-    updated_at  integer not null,
-    touched_at  integer not null default 0         -- updated_at, or up to a minute before it
+    updated_at  integer not null
 ) strict;
 
 create table messages (
@@ -37,29 +38,10 @@ create table messages (
     last_seq    integer,                           -- once it has ended: the place of its end
     created_at  integer not null,
     updated_at  integer not null,
-    touched_at  integer not null default 0,        -- likewise
     unique (thread, message_id)
 ) strict;
 
-create index active_messages on messages (thread) where status = 'active';
 create index messages_by_status on messages (status, thread);
-
--- What has not been touched for long is found by these. They change once a
--- minute for each thread that is written to, and not with every chunk.
-create index threads_by_age on threads (touched_at) where thread_id is not null;
-create index active_messages_by_age on messages (touched_at) where status = 'active';
-
-create trigger thread_is_touched after update of updated_at on threads
-when new.updated_at not between old.touched_at and old.touched_at + 60000
-begin
-    update threads set touched_at = new.updated_at where thread = new.thread;
-end;
-
-create trigger message_is_touched after update of updated_at on messages
-when new.updated_at not between old.touched_at and old.touched_at + 60000
-begin
-    update messages set touched_at = new.updated_at where message = new.message;
-end;
 
 create table chunks (
     thread      integer not null references threads,

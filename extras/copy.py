@@ -9,9 +9,9 @@ import asyncio
 import contextlib
 import sqlite3
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, cast
 
 import msgspec
 from resume_stream import (
@@ -24,7 +24,6 @@ from resume_stream import (
     Page,
     Problem,
     Settings,
-    Snapshot,
     SQLiteStore,
     StartupError,
     State,
@@ -35,12 +34,10 @@ from resume_stream import (
     add_command,
     database_problems,
     open_packs,
-    opened_read_only,
     sole_owner,
     store_for,
 )
 
-T = TypeVar("T")
 Version = tuple[int, int, int, int]  # generation, last place, number of messages, time of the last change (ms)
 PASSES = 5  # after which a source that goes on changing is left as it is
 
@@ -166,8 +163,12 @@ async def read_from(settings: Settings, where: str) -> AsyncIterator[Source]:
         async with in_redis(settings, where) as store:
             yield store
         return
-    with opened_read_only(Path(where)) as connection, database_problems():
-        yield FileSource(connection)
+    file = SQLiteStore(msgspec.structs.replace(settings, db=where))
+    await file.open_to_read()
+    try:
+        yield file
+    finally:
+        await file.close()
 
 
 @contextlib.asynccontextmanager
@@ -190,29 +191,6 @@ def opened_alone(path: Path) -> Iterator[sqlite3.Connection]:
     with sole_owner(path.resolve()), contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
         open_packs(connection)
         yield connection
-
-
-class FileSource:
-    """A SQLite file that a service may be writing to; each call sees one moment."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
-
-    def _look(self, work: Callable[[Snapshot], T]) -> T:
-        self._connection.execute("begin")
-        try:
-            return work(Snapshot(self._connection))
-        finally:
-            self._connection.execute("commit")
-
-    async def threads(self, status: Status | None, limit: int, before: int | None, covered: None) -> ThreadPage:
-        return self._look(lambda snapshot: snapshot.threads(status, limit, before, covered))
-
-    async def status(self, thread_id: str, limit: int, after: int) -> ThreadStatus:
-        return self._look(lambda snapshot: snapshot.status(thread_id, limit, after))
-
-    async def page(self, thread_id: str, message_id: str | None, after: int, limit: int) -> tuple[State, Page]:
-        return self._look(lambda snapshot: snapshot.page(thread_id, message_id, after, limit))
 
 
 class FileTarget:
@@ -243,14 +221,14 @@ class FileTarget:
         with self._transaction():
             run("delete from threads where thread_id = ? or thread = ?", (thread.thread_id, generation))
             run(
-                "insert into threads (thread, thread_id, generation, last_seq, created_at, updated_at, touched_at)"
-                " values (?1, ?2, ?3, ?4, ?5, ?6, ?6)",
+                "insert into threads (thread, thread_id, generation, last_seq, created_at, updated_at)"
+                " values (?1, ?2, ?3, ?4, ?5, ?6)",
                 (generation, thread.thread_id, generation, last_seq, thread.created_at, thread.updated_at),
             )
             numbers = {
                 message.message_id: run(
                     "insert into messages (thread, message_id, status, reason, chunk_count, first_seq, last_seq,"
-                    " created_at, updated_at, touched_at) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?9)",
+                    " created_at, updated_at) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
                     (
                         generation,
                         message.message_id,

@@ -10,15 +10,18 @@ import re
 import socket
 import sqlite3
 import sys
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Iterator
 from functools import partial
 from http import HTTPStatus
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 from resume_stream import (
+    APPLICATION_ID,
     BUSY_TIMEOUT,
     Commands,
     Parts,
@@ -26,9 +29,7 @@ from resume_stream import (
     StartupError,
     __version__,
     add_command,
-    mark_as_copy,
-    opened_read_only,
-    renew_generations,
+    open_packs,
     sole_owner,
     unpacked,
 )
@@ -55,10 +56,22 @@ def add_commands(commands: Commands) -> None:
 
 @contextlib.contextmanager
 def snapshot_of(path: Path) -> Iterator[sqlite3.Connection]:
-    """The database as it is at one moment, while the service may run. Raises StartupError."""
-    with opened_read_only(path) as connection:
-        connection.execute("begin")
-        yield connection
+    """The database as it is at one moment, while the service may run.
+
+    Raises StartupError, also for an error of the block.
+    """
+    if not path.exists():
+        raise StartupError(f"there is no {path}")
+    uri = f"file:{quote(str(path))}?mode=ro"
+    try:
+        with contextlib.closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as connection:
+            open_packs(connection)
+            if connection.execute("pragma application_id").fetchone() != (APPLICATION_ID,):
+                raise StartupError(f"{path} is not a database of resume-stream")
+            connection.execute("begin")
+            yield connection
+    except sqlite3.Error as error:
+        raise StartupError(f"{path} is damaged, or cannot be read ({error})") from error
 
 
 def check(settings: Settings, flags: dict[str, Any]) -> None:
@@ -78,9 +91,6 @@ def check(settings: Settings, flags: dict[str, Any]) -> None:
 
 def unsound(connection: sqlite3.Connection) -> list[str]:
     """What is wrong with a database. A message that was deleted by hand leaves its places empty, which is not."""
-    if connection.execute("pragma user_version").fetchone() == (1,):
-        connection.execute("create temp table packs (thread, first_seq, last_seq, size, data)")
-        connection.execute("create temp view entries as select *, seq as first, seq as last from main.chunks")
     faults = [text for (text,) in connection.execute("pragma integrity_check") if text != "ok"]
     faults += [
         f"thread {thread_id!r} has a chunk in place {seq}, and its last place is {last_seq}"
@@ -113,8 +123,9 @@ def damaged_packs(connection: sqlite3.Connection) -> Iterator[tuple[str | None, 
         "select thread_id, first_seq, packs.last_seq, size, data from packs left join threads using (thread)"
     ):
         try:
-            entries = len(msgspec.json.decode(unpacked(data, size), type=list[tuple[int, str | None, str | None, int]]))
-        except ValueError as error:
+            text = unpacked(data, size)
+            entries = len(msgspec.json.decode(text, type=list[tuple[int, str | None, str | None, int]]))
+        except (ValueError, TypeError, zlib.error) as error:
             yield thread_id, first_seq, last_seq, str(error)
         else:
             if entries != last_seq + 1 - first_seq:
@@ -126,7 +137,7 @@ def backup(settings: Settings, flags: dict[str, Any]) -> None:
     path, target = Path(settings.db), flags["file"]
     if target.exists():
         raise StartupError(f"{target} exists, and would be overwritten; name another file")
-    with snapshot_of(path) as source, copied(source, target, mark_as_copy) as copy:
+    with snapshot_of(path) as source, copied(source, target) as copy:
         os.link(copy, target)  # which, unlike a rename, never overwrites
     print(f"\n{target} is a copy of {path}", file=sys.stderr)
 
@@ -141,7 +152,7 @@ def restore(settings: Settings, flags: dict[str, Any]) -> None:
     with snapshot_of(origin) as source, sole_owner(path):
         if faults := unsound(source):
             raise StartupError(f"{origin} is not sound: {'; '.join(faults)}")
-        with copied(source, path, renew_generations) as copy:
+        with copied(source, path) as copy:
             for rest in ("-wal", "-shm"):
                 Path(f"{path}{rest}").unlink(missing_ok=True)
             copy.replace(path)
@@ -149,8 +160,8 @@ def restore(settings: Settings, flags: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def copied(source: sqlite3.Connection, target: Path, change: Callable[[sqlite3.Connection], None]) -> Iterator[Path]:
-    """A copy beside ``target`` that nobody else can read, with a change, and gone afterwards."""
+def copied(source: sqlite3.Connection, target: Path) -> Iterator[Path]:
+    """A copy beside ``target`` that nobody else can read, and that says it is one; gone afterwards."""
     partial_copy = target.with_name(f"{target.name}.partial")
 
     def progress(status: int, remaining: int, total: int) -> None:
@@ -165,7 +176,7 @@ def copied(source: sqlite3.Connection, target: Path, change: Callable[[sqlite3.C
         with contextlib.closing(sqlite3.connect(partial_copy)) as copy:
             source.backup(copy, pages=1000, progress=progress)
             with copy:
-                change(copy)
+                copy.execute("update clock set is_copy = 1")
             copy.execute("pragma journal_mode = delete")  # so that all of it is in the one file
         yield partial_copy
     except (sqlite3.Error, OSError) as error:

@@ -19,6 +19,7 @@ import math
 import secrets
 from collections import Counter as Multiset
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple, TypeVar, cast
 
 import msgspec
@@ -28,23 +29,21 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff, NoBackoff
 from resume_stream import (
-    CHUNK_OVERHEAD,
     CHUNK_WEIGHT,
     PAGE_BYTES,
-    AccumulatedContent,
     Append,
     Change,
     Chunk,
-    ChunkPage,
+    Clear,
     Conflict,
     Cursor,
     DatabaseFull,
-    Elsewhere,
     Entry,
     GroupCommit,
     MessageEnd,
     MessageStatus,
     NotFound,
+    Open,
     Page,
     Place,
     Problem,
@@ -61,17 +60,16 @@ from resume_stream import (
     ThreadSummary,
     Told,
     Unavailable,
+    Write,
     another_goes_on,
     another_is_stored,
     bytes_known,
     check_exists,
-    chunk_page_of,
     message_ended,
     message_too_large,
     no_message,
     no_thread,
     now_ms,
-    place_of,
     thread_cleared,
     would_leave_a_gap,
 )
@@ -692,15 +690,7 @@ class Line:
             await connection.disconnect(nowait=True)
 
 
-class Watch:
-    """A thread that somebody watches: how many do, and the latest generation known to be gone."""
-
-    def __init__(self) -> None:
-        self.users = 0
-        self.gone = 0
-
-
-class RedisStore(GroupCommit[Operation]):
+class RedisStore(GroupCommit):
     """Threads in Redis (see Store)."""
 
     is_shared = True
@@ -736,7 +726,8 @@ class RedisStore(GroupCommit[Operation]):
         self._idle = Script.of(" flags=no-writes", IDLE)
         self._reap = Script.of(" flags=allow-oom", REAP)
         self._pages: dict[PageKey, asyncio.Future[tuple[State, Page] | None]] = {}
-        self._watched: dict[str, Watch] = {}
+        self._watched: AbstractSet[str] = frozenset()
+        self._gone: dict[str, int] = {}  # of what is watched, the latest generation known to be gone
         self._unsure: set[str] = set()
         self._stirred = asyncio.Event()  # there is something to hear, to subscribe to, or to be unsure of
         self._expired = 0
@@ -797,56 +788,37 @@ class RedisStore(GroupCommit[Operation]):
 
     # Writing
 
-    def open_message(self, thread_id: str, message_id: str) -> Awaitable[Change]:
-        return self.write(self._operation("open", thread_id, message_id))
-
-    def append(self, append: Append) -> Awaitable[Change]:
-        operation = self._operation(
-            "append",
-            append.thread_id,
-            append.message_id,
-            chunks=append.chunks,
-            sizes=append.sizes,
-            index=append.index,
-            complete=append.complete,
-            generation=append.generation,
-        )
-        return self.write(operation, sum(append.sizes) + CHUNK_OVERHEAD * len(append.chunks))
-
-    def end_message(
-        self,
-        thread_id: str,
-        message_id: str,
-        status: Status,
-        reason: str | None = None,
-        untouched_since: int | None = None,
-    ) -> Awaitable[Change]:
-        idle = idle_for(untouched_since)
-        return self.write(self._operation("finish", thread_id, message_id, status=status, reason=reason, idle=idle))
-
-    def clear(self, thread_id: str, untouched_since: int | None = None) -> Awaitable[Change]:
-        return self.write(self._operation("clear", thread_id, idle=idle_for(untouched_since)))
-
-    def _operation(self, kind: str, thread_id: str, message_id: str = "", **members: Any) -> Operation:
-        return Operation(kind, thread_id, message_id, ttl=self._ttl, max_message=self._settings.max_message, **members)
-
-    async def commit(self, works: Sequence[Operation], size: int) -> list[Change | Problem]:
+    async def commit(self, writes: Sequence[Write], size: int) -> list[Change | Problem]:
         if self._is_closed:
             raise Stopping
-        works = [msgspec.structs.replace(work, source=self._source) for work in works]
+        works = [self._operation(write) for write in writes]
         commands = [self._command(work) for work in works]
         try:
-            answers = await self._transaction(commands)
-            if any(isinstance(answer, exceptions.NoScriptError) for answer in answers):  # then of all of them
-                await self._load_scripts()
+            with redis_problems():
                 answers = await self._transaction(commands)
-        except OutcomeUnknown:
+                if any(isinstance(answer, exceptions.NoScriptError) for answer in answers):  # then of all of them
+                    await self._load_scripts()
+                    answers = await self._transaction(commands)
+        except OutcomeUnknown as error:
             # What is done of it in spite of that is published, and has to be heard as if it were another's.
             self._source = secrets.token_hex(8)
             self._unsure |= {work.thread_id for work in works}
             self._stirred.set()
-            raise
+            raise unknown_outcome(error) from error
         return [self._outcome(work, answer) for work, answer in zip(works, answers, strict=True)]
+
+    def _operation(self, write: Write) -> Operation:
+        common: dict[str, Any] = {"source": self._source, "ttl": self._ttl, "max_message": self._settings.max_message}
+        if isinstance(write, Append):
+            return Operation("append", **msgspec.structs.asdict(write), **common)
+        if isinstance(write, Open):
+            return Operation("open", write.thread_id, write.message_id, **common)
+        # As ms before now, so that Redis' own clock is the only one that counts.
+        idle = None if write.untouched_since is None else now_ms() - write.untouched_since
+        if isinstance(write, Clear):
+            return Operation("clear", write.thread_id, idle=idle, **common)
+        names = write.thread_id, write.message_id
+        return Operation("finish", *names, status=write.status, reason=write.reason, idle=idle, **common)
 
     async def _transaction(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Where memory is full, Redis refuses transactions, but not what frees some of it."""
@@ -875,11 +847,6 @@ class RedisStore(GroupCommit[Operation]):
         if change.cleared:
             self._note_gone(change)
         return change
-
-    def explained(self, error: Exception) -> Exception:
-        if isinstance(error, OutcomeUnknown):
-            return unknown_outcome(error)
-        return redis_problem(error) if isinstance(error, FAILURES) else error
 
     def _keys(self, thread_id: str) -> tuple[str, ...]:
         thread = (f"{self._prefix}{{{thread_id}}}:{name}" for name in PARTS)
@@ -956,23 +923,6 @@ class RedisStore(GroupCommit[Operation]):
 
     async def _find(self, thread_id: str, message_id: str | None) -> State:
         return state_of(*await self._records(thread_id, message_id))
-
-    async def states(self, keys: Sequence[tuple[str, str | None]]) -> list[State]:
-        async def all_of_them() -> list[State]:
-            async with self._redis.pipeline(transaction=False) as pipeline:
-                for thread_id, message_id in keys:
-                    cast(Any, pipeline).execute_command("HMGET", self._keys(thread_id)[0], "", message_id or "")
-                found = await pipeline.execute()
-            return [
-                state_from(thread, message if message_id else None)
-                for (thread, message), (_, message_id) in zip(found, keys, strict=True)
-            ]
-
-        return await self.read(all_of_them)
-
-    async def locate(self, thread_id: str, message_id: str | None, cursor: Cursor | None, follow: bool) -> Place:
-        found = await self.find(thread_id, message_id)
-        return place_of(found, thread_id, message_id, cursor, follow)
 
     async def match(self, thread_id: str, message_id: str, known_content: str) -> Place:
         return await self.read(lambda: self._match(thread_id, message_id, known_content.encode()), heavy=True)
@@ -1052,43 +1002,31 @@ class RedisStore(GroupCommit[Operation]):
 
     async def _shared_page(self, key: PageKey) -> tuple[State, Page]:
         del self._pages[key]  # who asks from now on may know of more than this will find
-        _, found, page = await self._page(*key)
-        return found, page
+        return await self._page(*key)
 
-    async def _page(
-        self, thread_id: str, message_id: str | None, after: int, limit: int
-    ) -> tuple[ThreadRecord, State, Page]:
-        reading = Reading(message_id, after=after, limit=limit)
-        thread, message, at, raw, _ = await self._run(self._read, thread_id, encode(reading))
-        record, found = decode_thread(thread or b"{}"), state_from(thread, message)
-        entries = [entry_of(entry) for entry in raw]
-        last_seq = found.last_seq if message_id is None else found.last or 0
-        if at < last_seq and at == after:
-            raise Unavailable("Entries of this thread are missing in Redis; it has evicted them, or was tampered with.")
-        size = sum(len(entry.content) for entry in entries if isinstance(entry, StoredChunk))
-        return record, found, Page(found.generation, at if at < last_seq else found.last_seq, entries, size)
-
-    async def chunk_page(self, place: Place, limit: int) -> ChunkPage:
-        return await self.read(lambda: self._chunk_page(place, limit))
-
-    async def _chunk_page(self, place: Place, limit: int) -> ChunkPage:
+    async def _page(self, thread_id: str, message_id: str | None, after: int, limit: int) -> tuple[State, Page]:
         """Where a message's entries are far apart, one reading may find none of them."""
-        after = place.after
         while True:
-            thread, found, page = await self._page(place.thread_id, place.message_id, after, limit)
-            if page.entries or page.last_seq >= found.last_seq or found.generation != place.generation:
-                return chunk_page_of(place, found, page, thread.status)
-            after = page.last_seq
+            reading = Reading(message_id, after=after, limit=limit)
+            thread, message, at, raw, _ = await self._run(self._read, thread_id, encode(reading))
+            found, entries = state_from(thread, message), [entry_of(entry) for entry in raw]
+            last_seq = found.last_seq if message_id is None else found.last or 0
+            if entries or at >= last_seq:
+                size = sum(len(entry.content) for entry in entries if isinstance(entry, StoredChunk))
+                return found, Page(found.generation, at if at < last_seq else found.last_seq, entries, size)
+            if at == after:
+                raise Unavailable(
+                    "Entries of this thread are missing in Redis; it has evicted them, or was tampered with."
+                )
+            after = at
 
-    async def content(self, thread_id: str, message_id: str | None) -> AccumulatedContent:
-        return await self.read(lambda: self._content(thread_id, message_id), heavy=True)
+    async def text(self, thread_id: str, message_id: str | None, index: int = 0) -> tuple[State, str]:
+        found, pieces = await self.read(lambda: self._text(thread_id, message_id, index), heavy=True)
+        return found, b"".join(pieces).decode()
 
-    async def _content(self, thread_id: str, message_id: str | None) -> AccumulatedContent:
+    async def _text(self, thread_id: str, message_id: str | None, index: int) -> tuple[State, list[bytes]]:
         if message_id is not None:
-            found = await self._find(thread_id, message_id)
-            check_exists(found, thread_id, message_id)
-            pieces = [text async for _, text in self._texts(thread_id, message_id, found)]
-            return AccumulatedContent(b"".join(pieces).decode(), found.cursor, cast(Status, found.status))
+            return await self._text_from(thread_id, message_id, index)
         whole, messages = await self._messages(thread_id, 0, MESSAGES_AT_ONCE - 1)
         pieces, seen = list[bytes](), 0
         while messages:
@@ -1099,23 +1037,21 @@ class RedisStore(GroupCommit[Operation]):
             if seen >= whole.message_count:
                 break
             _, messages = await self._messages(thread_id, seen, min(seen + MESSAGES_AT_ONCE, whole.message_count) - 1)
-        return AccumulatedContent(b"".join(pieces).decode(), state_of(whole, None).cursor, whole.status)
+        return state_of(whole, None), pieces
 
-    async def text_from(self, thread_id: str, message_id: str, index: int) -> tuple[str, int]:
-        return await self.read(lambda: self._text_from(thread_id, message_id, index), heavy=True)
-
-    async def _text_from(self, thread_id: str, message_id: str, index: int) -> tuple[str, int]:
+    async def _text_from(self, thread_id: str, message_id: str, index: int) -> tuple[State, list[bytes]]:
         thread, message = await self._records(thread_id, message_id)
+        found = state_of(thread, message)
+        check_exists(found, thread_id, message_id)
         if message is None or index >= message.chunk_count:
-            return "", max(index, message.chunk_count if message else 0)
+            return found, []
         _, _, _, marks, *_ = self._keys(thread_id)
         block = index // MARK_EVERY
         mark = await self._ask("HGET", marks, f"{message.number}:{block}")
         if mark is None:
             raise no_thread(thread_id)  # cleared in the meantime
-        found, skip = state_of(thread, message), index - block * MARK_EVERY
-        pieces = [text async for _, text in self._texts(thread_id, message_id, found, int(mark) - 1, skip)]
-        return b"".join(pieces).decode(), message.chunk_count
+        texts = self._texts(thread_id, message_id, found, int(mark) - 1, index - block * MARK_EVERY)
+        return found, [text async for _, text in texts]
 
     async def status(self, thread_id: str, limit: int, after: int) -> ThreadStatus:
         thread, messages = await self.read(lambda: self._messages(thread_id, after, after + limit - 1))
@@ -1168,36 +1104,11 @@ class RedisStore(GroupCommit[Operation]):
         cursor = str(found[limit - 1][0]) if len(found) > limit else None
         return ThreadPage([summary for _, summary in found[:limit]], cursor)
 
-    async def active_message(self, thread_id: str) -> str | None:
-        return await self.read(lambda: self._active_message(thread_id))
-
-    async def _active_message(self, thread_id: str) -> str | None:
-        last = -1
-        while (await self._records(thread_id, None))[0].active:
-            _, messages = await self._messages(thread_id, last - MESSAGES_AT_ONCE + 1, last)
-            for name, message in reversed(messages.items()):
-                if message.status == "active":
-                    return name
-            if not messages:
-                return None  # it has ended in the meantime
-            last -= MESSAGES_AT_ONCE
-        return None
-
-    async def thread_of(self, generation: int) -> str | None:
-        return await self.read(lambda: self._thread_of(generation))
-
-    async def _thread_of(self, generation: int) -> str | None:
-        """What is listed may have expired."""
-        for name in await self._ask("ZRANGEBYSCORE", f"{self._prefix}threads", generation, generation):
-            if (await self._find(name.decode(), None)).generation == generation:
-                return cast(str, name.decode())
-        return None
-
     async def idle_messages(self, untouched_since: int) -> list[tuple[str, str]]:
         """None, while Redis itself has not been there for so long: nobody could append."""
         if untouched_since < self._refused_ms:
             return []  # their producers may be alive, and were refused
-        idle = cast(int, idle_for(untouched_since))
+        idle = now_ms() - untouched_since
         if now_ms() - self._answers_since < idle:
             return []
         found = await self.read(lambda: self._run(self._idle, "", encode(Operation("idle", idle=idle))))
@@ -1283,7 +1194,7 @@ class RedisStore(GroupCommit[Operation]):
         """Forget a thread that was copied, if it is still that one."""
         if (await self.find(thread_id)).generation == generation:
             with contextlib.suppress(NotFound):
-                await self.clear(thread_id)
+                await self.write(Clear(thread_id))
         with redis_problems():
             await self._ask("HDEL", f"{self._prefix}copied", thread_id)
 
@@ -1300,7 +1211,7 @@ class RedisStore(GroupCommit[Operation]):
         expired, self._expired = self._expired, 0
         return expired
 
-    async def pack(self) -> None:
+    async def upkeep(self) -> None:
         """Redis packs a stream's entries by itself."""
 
     async def erase(self) -> bool:
@@ -1309,22 +1220,11 @@ class RedisStore(GroupCommit[Operation]):
 
     # Other processes
 
-    @contextlib.contextmanager
-    def watching(self, thread_id: str, within: float) -> Iterator[None]:
-        watch = self._watched.get(thread_id)
-        if watch is None:
-            watch = self._watched[thread_id] = Watch()
-            self._stirred.set()
-        watch.users += 1
-        try:
-            yield
-        finally:
-            watch.users -= 1
-            if not watch.users and self._watched.get(thread_id) is watch:
-                del self._watched[thread_id]
-                self._stirred.set()
+    def watch(self, thread_ids: AbstractSet[str]) -> None:
+        self._watched = thread_ids
+        self._stirred.set()
 
-    async def changed_elsewhere(self) -> AsyncGenerator[Elsewhere, None]:
+    async def changed_elsewhere(self) -> AsyncGenerator[AbstractSet[str], None]:
         """Heard on one connection, which is subscribed to the channels of what is watched.
 
         What was said before a subscription began, or while there was none, nobody knows.
@@ -1335,33 +1235,35 @@ class RedisStore(GroupCommit[Operation]):
             ears = Ears(self._lines, self._channel, self._stirred, self._apart)
             try:
                 async with contextlib.aclosing(self._heard(ears)) as heard:
-                    async for elsewhere in heard:
-                        yield elsewhere
+                    async for unsure in heard:
+                        yield unsure
             except FAILURES as error:
                 log.warning("Redis is not heard (%s); trying again", error)
                 self._answers_since = math.inf
-                self._unsure |= self._watched.keys()
+                self._unsure |= self._watched
             finally:
                 await ears.close()
 
-    async def _heard(self, ears: Ears) -> AsyncGenerator[Elsewhere, None]:
+    async def _heard(self, ears: Ears) -> AsyncGenerator[AbstractSet[str], None]:
         loop = asyncio.get_running_loop()
         await self._apart(ears.open())
         self._answers_since = min(self._answers_since, now_ms())
         look_at = loop.time()
         while True:
             self._stirred.clear()
-            await ears.subscribe(self._watched.keys())
+            await ears.subscribe(self._watched)
+            for thread_id in self._gone.keys() - self._watched:
+                del self._gone[thread_id]
             if loop.time() >= look_at:
                 await ears.ping()
                 await self._look_for_expired()
                 look_at = loop.time() + LISTENS_EVERY
             publications, begun = ears.taken()
-            changes = [change for change in map(self._news, publications) if change is not None]
+            self._told([(change, None) for change in map(self._news, publications) if change is not None], None)
             unsure, self._unsure = self._unsure | begun, set()
-            if changes or unsure:
+            if unsure:
                 try:
-                    yield Elsewhere(changes, unsure)
+                    yield unsure
                 except GeneratorExit:
                     self._unsure |= unsure  # which was not taken in
                     raise
@@ -1375,8 +1277,8 @@ class RedisStore(GroupCommit[Operation]):
         if operation.source == self._source:
             return None
         change = change_of(operation, answer)
-        watch = self._watched.get(change.thread_id)
-        if watch is None or change.state.generation <= watch.gone:
+        thread_id = change.thread_id
+        if thread_id not in self._watched or change.state.generation <= self._gone.get(thread_id, 0):
             return None
         if change.cleared:
             self._note_gone(change)
@@ -1384,8 +1286,8 @@ class RedisStore(GroupCommit[Operation]):
 
     def _note_gone(self, change: Change) -> None:
         """Publications of it may come later, on the other connection."""
-        if watch := self._watched.get(change.thread_id):
-            watch.gone = max(watch.gone, change.state.generation)
+        if change.thread_id in self._watched:
+            self._gone[change.thread_id] = max(self._gone.get(change.thread_id, 0), change.state.generation)
 
     async def _look_for_expired(self) -> None:
         reaping = self._run(self._reap, "", encode(Operation("reap")), self._prefix, self._channel)
@@ -1408,11 +1310,6 @@ def broken_promises(settings: dict[Any, Any], replicas: int, synchronous: str) -
         yield "what is cleared or expires stays in the append-only file until Redis rewrites that (BGREWRITEAOF)"
     if replicas:
         yield f"it has {replicas} replicas, which are not waited for: a failover may lose what was acknowledged last"
-
-
-def idle_for(untouched_since: int | None) -> int | None:
-    """As ms before now, so that Redis' own clock is the only one that counts."""
-    return None if untouched_since is None else now_ms() - untouched_since
 
 
 def is_covered(thread_id: str, covered: Sequence[str] | None) -> bool:

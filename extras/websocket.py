@@ -226,8 +226,8 @@ class Conversation:
                 follow=frame.follow,
             )
             if not place.finished:
-                poll_interval = seconds("poll_interval", frame.poll_interval)
-                await self._pass_on(frame, self._buffer.follow(place, reader, poll_interval=poll_interval))
+                seconds("poll_interval", frame.poll_interval)
+                await self._pass_on(frame, self._buffer.follow(place, reader))
         finally:
             self._buffer.leave(reader)
 

@@ -168,13 +168,13 @@ def store_of(buffer: ChunkBuffer) -> Any:
 
 async def on_writer(buffer: ChunkBuffer, work: Callable[[sqlite3.Connection], Any]) -> Any:
     """What a function says of the connection that commits."""
-    return await store_of(buffer)._file._writer.run(work)
+    return await store_of(buffer)._writer.run(work)
 
 
 def kept_for_readers(buffer: ChunkBuffer) -> list[Any]:
     """All that a buffer holds for the sake of those who read now, or watch for an end."""
     store = store_of(buffer)
-    return [*buffer._tails, *(store._watched if buffer.settings.store else store._poll_intervals)]
+    return [*buffer._tails, *store._watched]
 
 
 class Polls:
@@ -182,8 +182,8 @@ class Polls:
 
     def __init__(self, buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        self._look = store_of(buffer)._file.data_version
-        monkeypatch.setattr(store_of(buffer)._file, "data_version", self)
+        self._look = store_of(buffer).data_version
+        monkeypatch.setattr(store_of(buffer), "data_version", self)
 
     async def __call__(self) -> int:
         self.count += 1
@@ -211,7 +211,7 @@ class CommitsAtOnce:
     """Lets commits take no turn of the loop: what happens between two of them is then the same on any machine."""
 
     def __init__(self, buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
-        writer = store_of(buffer)._file._writer
+        writer = store_of(buffer)._writer
         self._run = writer.run
         self._asked: list[asyncio.Task[None]] = []
         monkeypatch.setattr(writer, "run", self)
@@ -235,14 +235,14 @@ class FailsOnce:
 
     def __init__(self, buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
         self.has_failed = False
-        self._read = store_of(buffer).states
-        monkeypatch.setattr(store_of(buffer), "states", self)
+        self._read = store_of(buffer).data_version
+        monkeypatch.setattr(store_of(buffer), "data_version", self)
 
-    async def __call__(self, keys: Any) -> Any:
+    async def __call__(self) -> Any:
         if not self.has_failed:
             self.has_failed = True
             raise Unavailable("Not now.")
-        return await self._read(keys)
+        return await self._read()
 
 
 # The file, as another process sees it
@@ -279,4 +279,4 @@ def history(db: Path | str, sql: str, folder: Path) -> list[Any]:
 
 async def pack(buffer: ChunkBuffer) -> None:
     """What the periodic task does with what has ended."""
-    await buffer._store.pack()
+    await buffer._store.upkeep()

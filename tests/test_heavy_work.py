@@ -29,10 +29,10 @@ class SlowRead:
         self.began, self.go = threading.Event(), threading.Event()
         self.runs = 0
 
-    def __call__(self, snapshot: Any) -> int:
+    def __call__(self, db: sqlite3.Connection) -> int:
         self.runs += 1
-        snapshot._connection.create_function("patience", 0, self._wait)
-        snapshot._connection.execute("select 1" if self.go.is_set() else FOR_EVER).fetchone()
+        db.create_function("patience", 0, self._wait)
+        db.execute("select 1" if self.go.is_set() else FOR_EVER).fetchone()
         return self.runs
 
     def _wait(self) -> int:
@@ -91,16 +91,6 @@ async def test_chunks_without_text_fill_a_message_too(make_buffer: Any) -> None:
         await buffer.add_chunks("t", "m", [""] * 100)
         with pytest.raises(resume_stream.TooLarge, match="16 besides its text"):
             await buffer.add_chunks("t", "m", [""])
-
-
-async def test_any_number_of_poll_intervals_is_a_few(buffer: ChunkBuffer) -> None:
-    await buffer.add_chunks("t", "m", ["text"])
-    readings = [buffer.resume_stream("t", "m", poll_interval=0.5 + n / 10_000) for n in range(900)]
-    for reading in readings:
-        await anext(reading)
-    assert len(store_of(buffer)._poll_intervals) <= 91
-    for reading in readings:
-        await reading.aclose()
 
 
 async def test_a_thread_tells_of_its_messages_by_pages(buffer: ChunkBuffer) -> None:

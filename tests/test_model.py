@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from resume_stream import Appended, Chunk, ChunkBuffer, MessageEnd, Problem, Settings, Signal, StoredChunk
+from resume_stream.extras import packs
 
 THREADS = st.sampled_from(["t", "ü"])
 MESSAGES = st.sampled_from(["m", "n"])
@@ -401,8 +402,8 @@ class BufferIsLikeItsModel(RuleBasedStateMachine):
     def pack(self) -> None:
         """All that has ended, however short: in runs of up to three, so that there are many."""
         with pytest.MonkeyPatch.context() as context:
-            context.setattr(resume_stream, "LEAST_PACKED", 1)
-            context.setattr(resume_stream, "PACK_ROWS", 3)
+            context.setattr(packs, "LEAST_PACKED", 1)
+            context.setattr(packs, "PACK_ROWS", 3)
             self.runner.run(pack(self.buffer))
 
     @rule()

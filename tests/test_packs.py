@@ -6,11 +6,8 @@ import asyncio
 import contextlib
 import json
 import random
-import shutil
-import signal
 import sqlite3
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,14 +15,14 @@ from typing import Any
 import pytest
 import resume_stream
 from buffers import follow, locate_text, pack, store_of, take
-from conftest import ROOT, TIMEOUT, Service, api_client, append, wait_until
+from conftest import TIMEOUT, Service, api_client, append, wait_until
 from resume_stream import Chunk, ChunkBuffer, Conflict, Unavailable
+from resume_stream.extras import packs
 from websockets.sync.client import connect
 from wire import websocket_address
 
 pytestmark = pytest.mark.anyio
 
-VERSION_1 = Path(__file__).with_name("data") / "version-1.sql"
 NASTY = [
     '"',
     "\\",
@@ -286,7 +283,7 @@ async def test_a_damaged_pack_is_a_clear_error_for_its_readers_only(
 async def test_a_run_that_changes_while_it_is_packed_is_left_as_it_is(
     buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    next_run = resume_stream.next_run
+    next_run = packs.next_run
 
     def edited(*arguments: Any) -> Any:
         run = next_run(*arguments)
@@ -294,7 +291,7 @@ async def test_a_run_that_changes_while_it_is_packed_is_left_as_it_is(
             other.execute("update chunks set content = content || 'edited' where seq = 7")
         return run
 
-    monkeypatch.setattr(resume_stream, "next_run", edited)
+    monkeypatch.setattr(packs, "next_run", edited)
     await buffer.add_chunks("t", "m", words(200), complete=True)
     await pack(buffer)
     assert counts(buffer.settings.db) == (201, 0)
@@ -335,105 +332,3 @@ def test_every_reader_of_a_service_gets_the_same_bytes_of_what_is_packed(start_s
     service.start()  # which begins with a clean-up
     wait_until(lambda: counts(service.db) == (0, 2), "it is packed")
     assert answers_from(service) == before
-
-
-# Carried over from version 1
-
-
-def make_version_1(db: Path) -> None:
-    with contextlib.closing(sqlite3.connect(db)) as connection:
-        connection.executescript(
-            f"pragma auto_vacuum = incremental; pragma journal_mode = wal; {VERSION_1.read_text()}"
-        )
-        connection.executescript(
-            "insert into threads (thread_id, generation, last_seq, created_at, updated_at) values ('t', 5, 200, 1, 1);"
-            "insert into messages (thread, message_id, chunk_count, size, first_seq, last_seq, created_at, updated_at)"
-            " values (1, 'm', 200, 800, 1, 200, 1, 1);"
-            "with recursive n(n) as (select 1 union all select n + 1 from n where n < 200)"
-            " insert into chunks select 1, n, 1, null, printf('%04d', n), 1 from n;"
-            "update messages set status = 'completed'; update threads set updated_at = 9000000000000"
-        )
-
-
-async def test_what_was_left_of_a_message_deleted_by_hand_in_version_1_is_nobodys(
-    make_buffer: Any, tmp_path: Path
-) -> None:
-    make_version_1(tmp_path / "chunks.db")
-    with contextlib.closing(sqlite3.connect(tmp_path / "chunks.db")) as connection, connection:
-        connection.execute("update chunks set message = 99 where seq = 150")
-    async with make_buffer() as buffer:
-        for _ in range(2):
-            assert [seq for seq, _ in await take(follow(buffer, "t"))] == [*range(1, 150), *range(151, 202)]
-            page = await buffer.get_chunks("t", after="140", limit=20)
-            assert [chunk.seq for chunk in page.chunks] == [*range(141, 150), *range(151, 162)]
-            await pack(buffer)
-        assert counts(tmp_path / "chunks.db") == (52, 1)
-
-
-def schema_of(db: Path) -> dict[str, Any]:
-    """Of each table its columns, as their order and the comments beside them do not matter; of the rest, the text."""
-    with contextlib.closing(sqlite3.connect(db)) as connection:
-        return {
-            name: {column[1:] for column in connection.execute(f"pragma table_xinfo({name})")}
-            if kind == "table"
-            else sql
-            for kind, name, sql in connection.execute("select type, name, sql from sqlite_schema where sql is not null")
-        }
-
-
-async def test_a_database_of_version_1_is_carried_over(make_buffer: Any, tmp_path: Path) -> None:
-    make_version_1(tmp_path / "chunks.db")
-    shutil.copy(tmp_path / "chunks.db", copy := tmp_path / "backup.db")
-    assert resume_stream.main(["check", "--db", str(copy)]) == 0
-    async with make_buffer() as buffer:
-        await pack(buffer)
-        assert counts(tmp_path / "chunks.db") == (0, 1)
-        text = "".join(f"{number:04}" for number in range(1, 201))
-        assert (await buffer.get_accumulated_content("t", "m")).content == text
-        assert (await buffer.add_chunks("t", "n", ["more"])).seq == 202
-    with contextlib.closing(sqlite3.connect(tmp_path / "new.db")) as new:
-        new.executescript((ROOT / "schema.sql").read_text())
-    assert schema_of(tmp_path / "chunks.db") == schema_of(tmp_path / "new.db")
-    assert shell(tmp_path / "chunks.db", "pragma user_version") == "2\n"
-    ages = "select abs(updated_at - touched_at) < 60000 from"
-    assert shell(tmp_path / "chunks.db", f"{ages} threads; {ages} messages") == "1\n1\n1\n"
-
-
-KILLED = """
-import os, signal, sqlite3, sys
-sys.path.insert(0, {tests!r})
-import conftest, resume_stream
-statements = int(sys.argv[2])
-def traced(sql):
-    global statements
-    if connection.in_transaction and sql.lower().lstrip().startswith(("create", "drop", "pragma user", "commit", "--")):
-        statements -= 1
-        if not statements:
-            os.kill(os.getpid(), signal.SIGKILL)
-prepare = resume_stream.File._prepare
-def prepared(self, opened, **how):
-    global connection
-    connection = opened
-    opened.set_trace_callback(traced)
-    prepare(self, opened, **how)
-resume_stream.File._prepare = prepared
-import asyncio
-async def start():
-    async with resume_stream.ChunkBuffer(resume_stream.Settings(db=sys.argv[1])):
-        pass
-asyncio.run(start())
-"""
-
-
-def test_one_that_is_killed_while_it_is_carried_over_is_left_as_it_was(tmp_path: Path) -> None:
-    make_version_1(db := tmp_path / "chunks.db")
-    before = schema_of(db)
-    for statements in (1, 4, 10, 16):
-        run = subprocess.run(
-            [sys.executable, "-c", KILLED.format(tests=str(Path(__file__).parent)), str(db), str(statements)],
-            capture_output=True,
-            timeout=20,
-        )
-        assert run.returncode == -signal.SIGKILL, run.stderr
-        assert schema_of(db) == before
-        assert shell(db, "pragma user_version; select count(*) from chunks; pragma integrity_check") == "1\n201\nok\n"
