@@ -34,6 +34,7 @@ import re
 import socket
 import sqlite3
 import sys
+import threading
 import time
 import weakref
 import zlib
@@ -192,7 +193,6 @@ FOR_EXTRAS = [
     "checked_id",
     "checked_sizes",
     "chunks_from_json",
-    "database_problems",
     "decode_body",
     "encode_json",
     "granted",
@@ -223,6 +223,7 @@ __path__ = [str(Path(__file__).parent)]
 sys.modules.setdefault("resume_stream", sys.modules[__name__])
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 W = TypeVar("W")
 P = ParamSpec("P")
 S = TypeVar("S", bound="ThreadSummary")
@@ -946,7 +947,7 @@ SHRINK_PAGES = 256  # of the file, given back between two commits
 MIN_POLL_INTERVAL = 0.01  # seconds
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's lock
 INTERRUPT_EVERY = 100_000  # steps of SQLite, after which it is looked whether anybody still waits for the rest
-SMALLEST_DATABASE = 64 * 1024
+SMALLEST_DATABASE, SMALLEST_PAGE = 64 * 1024, 512  # bytes
 CHECKPOINT_PAGES = 1_000  # of the WAL, after which SQLite makes a checkpoint
 CHECKPOINT_TIMEOUT = 0.1  # seconds that a checkpoint waits for readers
 WAL_BYTES = 16 * 1024**2  # past this, a checkpoint also resets the WAL
@@ -1164,15 +1165,19 @@ class GroupCommit:
             quiet = quiet + 1 if len(self._waiting) == seen else 0
             seen = len(self._waiting)
 
+    def refused(self, error: E) -> E:
+        """Note that something was not committed for no fault of whoever asked for it."""
+        log.error("commit failed: %s", error)
+        self._refused_ms = now_ms()
+        return error
+
     async def _commit_batch(self, batch: Sequence[Waiting], size: int) -> None:
         began = time.perf_counter()
         outcomes: Sequence[Change | Exception]
         try:
             outcomes = await self.commit([waiting.write for waiting in batch], size)
         except Exception as error:
-            log.error("commit failed: %s", error)
-            self._refused_ms = now_ms()
-            outcomes = [error] * len(batch)
+            outcomes = [self.refused(error)] * len(batch)
         else:
             done = zip(outcomes, batch, strict=True)
             changes = [(outcome, waiting.asked) for outcome, waiting in done if isinstance(outcome, Change)]
@@ -1208,6 +1213,9 @@ def database_problem(error: Exception) -> Problem:
     return Unavailable(f"The database cannot be used ({error}); mend the cause and retry.")
 
 
+DATABASE_ERRORS = (sqlite3.Error, OSError, UnicodeDecodeError)
+
+
 def code_of(error: BaseException | None) -> int:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
@@ -1216,14 +1224,6 @@ def is_of_its_rows(error: BaseException | None) -> bool:
     """Whether it has to do with what one write found, and not with the file, the disk or another process."""
     codes = (sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISMATCH)
     return isinstance(error, UnicodeDecodeError) or code_of(error) in codes
-
-
-@contextlib.contextmanager
-def database_problems() -> Iterator[None]:
-    try:
-        yield
-    except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
-        raise database_problem(error) from error
 
 
 def unpacked(data: bytes, size: int) -> str:
@@ -1290,36 +1290,30 @@ def range_of(pattern: str) -> tuple[str, str]:
     return (pattern[:-1], pattern[:-1] + chr(sys.maxunicode)) if pattern.endswith("*") else (pattern, pattern)
 
 
-class Hot:
-    """A thread that is being appended to, with its messages, as they are after the last write."""
-
-    __slots__ = ("last_seq", "messages")
-
-    def __init__(self) -> None:
-        self.last_seq = 0
-        self.messages: dict[str, Row] = {}  # each as it was after its own last write
+HotRows = dict[str, tuple[str, Row]]
 
 
 class Transaction:
     """One group commit: a write sees what the earlier ones in it did, and one that raises a Problem did nothing.
 
-    What is appended to messages that are ``hot`` is gathered, and written with one statement a
-    table, at the end or when another write has to see it.
+    What is appended is gathered, and written with one statement a table, at the end or when something
+    has to see it. ``hot`` is, of threads that are appended to, the message that was last, and its row.
     """
 
-    def __init__(self, db: sqlite3.Connection, max_message: int, hot: dict[str, Hot]) -> None:
+    def __init__(self, db: sqlite3.Connection, max_message: int, hot: HotRows) -> None:
         self._db = db
         self._max_message = max_message
         self._hot = hot
         self._now = now_ms()
-        self._rows: list[tuple[Any, ...]] = []  # of chunks
-        self._touched: dict[int, tuple[Hot, Row]] = {}  # by the number of the message
+        self._chunks: list[tuple[Any, ...]] = []
+        self._rows: dict[int | None, Row] = {}  # of messages, by their number
 
     def outcome(self, write: Write) -> Change | Problem:
         try:
             if isinstance(write, Append):
                 return self.append(write)
-            self._let_cool(write.thread_id)
+            self.flush()
+            self._hot.pop(write.thread_id, None)
             if isinstance(write, Open):
                 return self.open(write)
             return self.end(write) if isinstance(write, End) else self.clear(write)
@@ -1327,41 +1321,37 @@ class Transaction:
             return problem
 
     def flush(self) -> None:
-        """Write what was gathered."""
-        if not self._touched:
+        """Write what was gathered, of each thread to one message."""
+        if not self._rows:
             return
         self._db.executemany(
-            "insert into chunks (thread, seq, message, event, content, timestamp) values (?, ?, ?, ?, ?, ?)", self._rows
+            "insert into chunks (thread, seq, message, event, content, timestamp) values (?, ?, ?, ?, ?, ?)",
+            self._chunks,
         )
         self._db.executemany(
             "update threads set last_seq = ?, updated_at = ? where thread = ?",
-            {row.thread: (hot.last_seq, self._now, row.thread) for hot, row in self._touched.values()}.values(),
+            [(row.last_seq, self._now, row.thread) for row in self._rows.values()],
         )
         self._db.executemany(
             "update messages set chunk_count = ?, size = ?, first_seq = ?, last_seq = ?, updated_at = ?"
             " where message = ?",
-            [
-                (row.chunk_count, row.size, row.first, row.last, self._now, row.message)
-                for _, row in self._touched.values()
-            ],
+            [(row.chunk_count, row.size, row.first, row.last, self._now, key) for key, row in self._rows.items()],
         )
+        self._chunks.clear()
         self._rows.clear()
-        self._touched.clear()
 
     def append(self, append: Append) -> Change:
         thread_id, message_id, index, complete = append.thread_id, append.message_id, append.index, append.complete
-        hot = self._hot.get(thread_id)
-        if hot is not None and not complete and (kept := hot.messages.get(message_id)):
-            kept = msgspec.structs.replace(kept, last_seq=hot.last_seq)
-            if index in (None, kept.chunk_count) and append.generation in (None, kept.generation):
-                return self._append_to_hot(hot, kept, append)
-        self.flush()
-        found = row_of(self._db, thread_id, message_id)
+        name, found = self._hot.pop(thread_id, ("", Row()))
+        if name != message_id:
+            self.flush()
+            found = row_of(self._db, thread_id, message_id)
         if append.generation not in (None, found.generation):
             raise thread_cleared()
-        stored = self._stored(append, found)
+        stored = [] if index in (None, found.chunk_count) else self._stored(append, found)
         count = found.chunk_count if index is None else index + len(append.chunks)  # with these, if all are stored
-        if stored and len(stored) == len(append.chunks) and not complete:
+        chunks, size = append.chunks[len(stored) :], sum(append.sizes[len(stored) :])
+        if stored and not chunks and not complete:
             found = msgspec.structs.replace(found, last=stored[-1], chunk_count=count)
             return Change(thread_id, message_id, found, self._now)
         if found.ended:
@@ -1372,42 +1362,29 @@ class Transaction:
             raise message_ended(message_id, found)
         if complete and count < found.chunk_count:
             raise another_goes_on(message_id, found)
-        chunks, size = append.chunks[len(stored) :], sum(append.sizes[len(stored) :])
-        self._check_weight(found, size, len(chunks))
-        found = self._made(thread_id, message_id, found)
-        found = self._add(self._hot.setdefault(thread_id, Hot()), message_id, found, chunks, size)
-        if complete:
-            self._let_cool(thread_id)
-            found = self._ended(thread_id, message_id, found, "completed", None)
-        return Change(thread_id, message_id, found, self._now, chunks, size, ended=complete)
-
-    def _append_to_hot(self, hot: Hot, kept: Row, append: Append) -> Change:
-        """The common append: nothing of it is stored yet, and nothing has to be looked up for it."""
-        size = sum(append.sizes)
-        self._check_weight(kept, size, len(append.chunks))
-        kept = self._add(hot, append.message_id, kept, append.chunks, size)
-        return Change(append.thread_id, append.message_id, kept, self._now, append.chunks, size)
-
-    def _check_weight(self, found: Row, size: int, chunks: int) -> None:
-        weight = found.size + size + CHUNK_WEIGHT * (found.chunk_count + chunks)
+        weight = found.size + size + CHUNK_WEIGHT * (found.chunk_count + len(chunks))
         if weight > self._max_message:
             raise message_too_large(weight, self._max_message)
-
-    def _let_cool(self, thread_id: str) -> None:
-        """What follows is not the common append: let it see all, and keep nothing that it may change."""
-        self.flush()
-        self._hot.pop(thread_id, None)
+        if found.message is None:
+            found = self._made(thread_id, message_id, found)
+        found = self._added(found, chunks, size)
+        if complete:
+            self.flush()
+            found = self._ended(thread_id, message_id, found, "completed", None)
+        else:
+            self._hot[thread_id] = message_id, found
+        return Change(thread_id, message_id, found, self._now, chunks, size, ended=complete)
 
     def open(self, write: Open) -> Change:
-        found = row_of(self._db, write.thread_id, write.message_id)
-        if found.message is None:
-            found = self._made(write.thread_id, write.message_id, found)
-            return Change(write.thread_id, write.message_id, found, self._now, made=True)
+        names = write.thread_id, write.message_id
+        found = row_of(self._db, *names)
+        if is_new := found.message is None:
+            found = self._made(*names, found)
         self._db.execute("update threads set updated_at = ? where thread = ?", (self._now, found.thread))
         self._db.execute(
             "update messages set updated_at = ? where message = ? and status = 'active'", (self._now, found.message)
         )
-        return Change(write.thread_id, write.message_id, found, self._now)
+        return Change(*names, found, self._now, made=is_new)
 
     def end(self, write: End) -> Change:
         names = write.thread_id, write.message_id
@@ -1436,31 +1413,29 @@ class Transaction:
 
         Raises Conflict where ``index`` leaves a gap, or another chunk has a chunk's place.
         """
-        if append.index is None or append.index == found.chunk_count:
-            return []
-        if append.index > found.chunk_count:
+        index = cast(int, append.index)
+        if index > found.chunk_count:
             raise message_ended(append.message_id, found) if found.ended else would_leave_a_gap(append, found)
+        self.flush()
         # Counted from the end, as a retry is nearly always of what came last.
         rows = self._db.execute(
-            f"select * from (select seq, content, event, last {OF_MESSAGE}"
+            f"select seq, content, event from (select seq, content, event, last {OF_MESSAGE}"
             " order by last desc, seq desc limit ?5) order by seq limit ?6",
-            (*found.places, found.chunk_count - append.index, len(append.chunks)),
+            (*found.places, found.chunk_count - index, len(append.chunks)),
         ).fetchall()
-        for index, ((_, content, event, _), chunk) in enumerate(zip(rows, append.chunks, strict=False), append.index):
-            if (content, event) != (chunk.content, chunk.event):
-                raise another_is_stored(append.message_id, index, found)
-        return [row[0] for row in rows]
+        for number, ((_, *stored), chunk) in enumerate(zip(rows, append.chunks, strict=False), index):
+            if stored != [chunk.content, chunk.event]:
+                raise another_is_stored(append.message_id, number, found)
+        return [seq for seq, _, _ in rows]
 
     def _made(self, thread_id: str, message_id: str, found: Row) -> Row:
-        """The message, made (and its thread) unless it is there."""
-        if found.message is not None:
-            return found
+        """The message, new, and its thread if need be."""
         thread = found.thread
         if thread is None:
-            (generation,) = self._db.execute(
+            ((generation,),) = self._db.execute(
                 "update clock set latest_generation = max(latest_generation + 1, ?) returning latest_generation",
                 (self._now,),
-            ).fetchone()
+            ).fetchall()
             thread = self._db.execute(
                 "insert into threads (thread_id, generation, created_at, updated_at) values (?1, ?2, ?3, ?3)",
                 (thread_id, generation, self._now),
@@ -1469,26 +1444,22 @@ class Transaction:
             "insert into messages (thread, message_id, created_at, updated_at) values (?1, ?2, ?3, ?3)",
             (thread, message_id, self._now),
         )
-        self._db.execute("update threads set updated_at = ? where thread = ?", (self._now, thread))
         return row_of(self._db, thread_id, message_id)
 
-    def _add(self, hot: Hot, message_id: str, found: Row, chunks: Sequence[Chunk], size: int) -> Row:
+    def _added(self, found: Row, chunks: Sequence[Chunk], size: int) -> Row:
         first_seq, last_seq = found.last_seq + 1, found.last_seq + len(chunks)
-        self._rows += [
+        self._chunks += [
             (found.thread, seq, found.message, chunk.event, chunk.content, self._now)
             for seq, chunk in enumerate(chunks, first_seq)
         ]
-        found = msgspec.structs.replace(
+        found = self._rows[found.message] = msgspec.structs.replace(
             found,
             last_seq=last_seq,
-            active=True,
             chunk_count=found.chunk_count + len(chunks),
             size=found.size + size,
             first=found.first or (first_seq if chunks else None),
             last=last_seq if chunks else found.last,
         )
-        hot.last_seq, hot.messages[message_id] = last_seq, found
-        self._touched[cast(int, found.message)] = hot, found
         return found
 
     def _ended(self, thread_id: str, message_id: str, found: Row, status: Status, reason: str | None) -> Row:
@@ -1502,62 +1473,46 @@ class Transaction:
 class Database(aiosqlite.Connection):
     """A connection whose thread runs whole functions, in the order in which they were asked for.
 
-    A transaction that is one function cannot be left open by a request that is cancelled, and costs
-    one thread hop, whatever the number of its statements. What nobody waits for any more is not
-    begun, or interrupted. While its thread has nothing to do, the loop may use the connection too.
+    A transaction that is one function cannot be left open by a request that is cancelled, and costs one
+    thread hop, whatever the number of its statements. What nobody waits for any more is interrupted.
     """
 
-    stopped = False
-    _asked = _done = 0  # functions; its thread counts the latter
-
-    @property
-    def is_idle(self) -> bool:
-        return self._asked == self._done and not self.stopped
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.is_used = threading.Lock()  # by its thread, or by the loop
+        self.stopped = False
 
     async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Raises Stopping once it is closed or stopped."""
+        """Raises Problem: Stopping once it is closed or stopped."""
         is_abandoned = False
 
         def in_turn(db: sqlite3.Connection) -> T:
-            try:
-                if is_abandoned or self.stopped:
-                    raise Stopping
+            with self.is_used:
                 db.set_progress_handler(lambda: is_abandoned or self.stopped, INTERRUPT_EVERY)
-                return work(db)
-            finally:
-                db.set_progress_handler(None, 0)
-                self._done += 1
+                try:
+                    if is_abandoned or self.stopped:
+                        raise Stopping
+                    return work(db)
+                finally:
+                    db.set_progress_handler(None, 0)
 
         if self._connection is None or not self._running:
             raise Stopping
-        self._asked += 1
         try:
             return await cast("Callable[..., Awaitable[T]]", self._execute)(in_turn, self._conn)
-        except sqlite3.OperationalError as error:
-            if code_of(error) == sqlite3.SQLITE_INTERRUPT:
-                raise Stopping from error
-            raise
         except asyncio.CancelledError:
             is_abandoned = True
             raise
+        except DATABASE_ERRORS as error:
+            raise (Stopping() if code_of(error) == sqlite3.SQLITE_INTERRUPT else database_problem(error)) from error
 
     def run_here(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run it in the loop's own thread, where it is idle."""
+        """In the loop's own thread, which has made sure that it is not used."""
         return work(self._conn)
 
     async def close(self) -> None:
         self.stopped = True
         await super().close()
-
-
-async def connect(path: Path, mode: Literal["ro", "rw"]) -> Database:
-    """Two threads use it, never at the same time (see Database.is_idle)."""
-    options: dict[str, Any] = {"uri": True, "isolation_level": None, "check_same_thread": False}
-    uri = f"file:{quote(str(path))}?mode={mode}"
-    database = Database(partial(sqlite3.connect, uri, timeout=BUSY_TIMEOUT, **options), iter_chunk_size=PAGE_ROWS)
-    await database
-    await database.run(open_packs)
-    return database
 
 
 @contextlib.contextmanager
@@ -1586,13 +1541,6 @@ def sole_owner(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def is_to_be_made(path: Path) -> bool:
-    if Path(f"{path}-journal").exists():  # its making was cut short, and whoever may write takes that back
-        with contextlib.closing(sqlite3.connect(path)) as connection:
-            connection.execute("select 1 from sqlite_schema").fetchone()
-    return path.stat().st_size == 0
-
-
 def renew_generations(db: sqlite3.Connection) -> None:
     """Where committed places may have been lost, no cursor from before may be taken for one of those that come."""
     latest, lowest = db.execute("select latest_generation, (select min(generation) from threads) from clock").fetchone()
@@ -1619,12 +1567,8 @@ def writing(db: sqlite3.Connection) -> Iterator[None]:
 
 def checkpoint(db: sqlite3.Connection) -> bool:
     """Empty the WAL; False if a reader kept it from that for so long."""
-    ((patience,),) = db.execute("pragma busy_timeout")
     db.execute(f"pragma busy_timeout = {CHECKPOINT_TIMEOUT * 1000:.0f}")
-    try:
-        (is_busy, _, _) = db.execute("pragma wal_checkpoint(truncate)").fetchone()
-    finally:
-        db.execute(f"pragma busy_timeout = {patience}")
+    (is_busy, _, _) = db.execute("pragma wal_checkpoint(truncate)").fetchone()
     return not is_busy
 
 
@@ -1646,24 +1590,30 @@ ERASED = (
 )
 
 
+def nameless_from(first: int, db: sqlite3.Connection) -> list[int]:
+    """Some of the threads that have lost their name, in order."""
+    sql = "select thread from threads where thread_id is null and thread >= ? order by thread limit ?"
+    return [thread for (thread,) in db.execute(sql, (first, ERASE_ROWS))]
+
+
 def erase_some(first: int, db: sqlite3.Connection) -> int | None:
     """Delete a bounded part of what some of these hold, from this one on; from which to go on, None after the last."""
-    nameless = "select thread from threads where thread_id is null and thread"
-    threads = db.execute(f"{nameless} >= ? order by thread limit ?", (first, ERASE_ROWS)).fetchall()
-    if not threads:
+    if not (threads := nameless_from(first, db)):
         return None
-    (low,), (high,) = threads[0], threads[-1]
+    of_these = msgspec.json.encode(threads).decode()
     for table, key, size in ERASED:
-        of_these = f"from {table} where thread in ({nameless} between ? and ?) limit ?"
-        rows = db.execute(f"select thread, {key}, {size} {of_these}", (low, high, ERASE_ROWS))
+        rows = db.execute(
+            f"select thread, {key}, {size} from json_each(?) cross join {table} on thread = value limit ?",
+            (of_these, ERASE_ROWS),
+        )
         chosen, total = list[tuple[Any, ...]](), 0
         while total < ERASE_BYTES and (row := next(rows, None)):
             chosen, total = [*chosen, row[:2]], total + row[2]
         rows.close()
         if chosen:
             db.executemany(f"delete from {table} where thread = ? and {key} = ?", chosen)
-            return cast(int, low)
-    return cast(int, high) + 1
+            return first
+    return threads[-1] + 1
 
 
 def forget_some(db: sqlite3.Connection) -> int:
@@ -1715,14 +1665,14 @@ class SQLiteStore(GroupCommit):
         super().__init__()
         self.settings = settings
         self.path = Path(settings.db).resolve()
-        self.wal = Path(f"{self.path}-wal")
+        self.wal, self.journal = Path(f"{self.path}-wal"), Path(f"{self.path}-journal")
         self.chores: list[Callable[[], Awaitable[None]]] = []
         self.erasing: list[Callable[[], Awaitable[bool]]] = []
-        self._exits = contextlib.AsyncExitStack()
+        self.exits = contextlib.AsyncExitStack()
         self._erasure = asyncio.Lock()
-        self._hot: dict[str, Hot] = {}  # by thread_id, as of the last commit
+        self._hot: HotRows = {}  # as of the last commit (see Transaction)
         self._hot_version: int | None = None  # of the data (PRAGMA data_version) that they are of
-        self._commits = 0
+        self._little = 0  # changes that were
         self._not_here_until = 0.0  # seconds (time.perf_counter)
         self._wal_limit = WAL_BYTES
         self._watched: AbstractSet[str] = frozenset()
@@ -1733,37 +1683,33 @@ class SQLiteStore(GroupCommit):
         async with contextlib.AsyncExitStack() as exits:
             self.descriptor = exits.enter_context(sole_owner(self.path))
             try:
-                if not (is_new := is_to_be_made(self.path)):
-                    await self._check()
+                is_new = not await self.check()
                 was_killed = self.wal.exists() and self.wal.stat().st_size > 0
-                self._writer = await self._opened("rw", exits)
+                self._writer = await self.opened("rw", exits)
                 await self._writer.run(partial(self._prepare, is_new, was_killed))
                 exits.push_async_callback(self._empty_wal)
-                self._readers = [await self._opened("ro", exits) for _ in range(2)]
+                self.readers = [await self.opened("ro", exits) for _ in range(2)]
                 self._version = await self.data_version()
-            except (sqlite3.Error, OSError) as error:
-                raise StartupError(f"{self.path} cannot be opened: {error}") from error
-            self._exits = exits.pop_all()
+            except (Problem, sqlite3.Error, OSError) as error:
+                raise StartupError(f"{self.path} cannot be opened: {error.__cause__ or error}") from error
+            self.exits = exits.pop_all()
         self._told = told
 
-    async def open_to_read(self) -> None:
-        """Beside a service that may run on it. Raises StartupError."""
-        if not self.path.exists():
-            raise StartupError(f"there is no {self.path}")
-        async with contextlib.AsyncExitStack() as exits:
-            await self._check()
-            self._readers = [await self._opened("ro", exits) for _ in range(2)]
-            self._exits = exits.pop_all()
-
-    async def _opened(self, mode: Literal["ro", "rw"], exits: contextlib.AsyncExitStack) -> Database:
-        database = await connect(self.path, mode)
+    async def opened(self, mode: Literal["ro", "rw"], exits: contextlib.AsyncExitStack) -> Database:
+        options: dict[str, Any] = {"uri": True, "isolation_level": None, "check_same_thread": False}
+        uri = f"file:{quote(str(self.path))}?mode={mode}"
+        database = Database(partial(sqlite3.connect, uri, timeout=BUSY_TIMEOUT, **options), iter_chunk_size=PAGE_ROWS)
+        await database
         exits.push_async_callback(database.close)
+        await database.run(open_packs)
         return database
 
-    async def _check(self) -> None:
+    async def check(self) -> bool:
+        """False where it is empty, or its making was cut short, which a writer takes back. Raises StartupError."""
         async with contextlib.AsyncExitStack() as exits:
-            database = await self._opened("ro", exits)
+            database = await self.opened("rw" if self.journal.exists() else "ro", exits)
             try:
+                ((tables,),) = await database.execute_fetchall("select count(*) from sqlite_schema")
                 ((application_id,),) = await database.execute_fetchall("pragma application_id")
                 ((version,),) = await database.execute_fetchall("pragma user_version")
                 ((verdict,),) = await database.execute_fetchall("pragma integrity_check(1)")
@@ -1774,6 +1720,8 @@ class SQLiteStore(GroupCommit):
                 ) from error
         if verdict != "ok":
             raise StartupError(f"{self.path} is damaged ({' '.join(verdict.split())}); restore it from a backup")
+        if not (tables or application_id or 0 < self.path.stat().st_size < SMALLEST_PAGE):
+            return False
         if application_id != APPLICATION_ID:
             raise StartupError(
                 f"{self.path} is the database of another application, or is not a database; name another file with --db"
@@ -1783,6 +1731,7 @@ class SQLiteStore(GroupCommit):
                 f"{self.path} has version {version}, and this resume-stream knows {SCHEMA_VERSION}; use the one that"
                 " made it, or name another file with --db"
             )
+        return True
 
     def _prepare(self, is_new: bool, was_killed: bool, db: sqlite3.Connection) -> None:
         if is_new:
@@ -1804,93 +1753,74 @@ class SQLiteStore(GroupCommit):
         """Which SQLite does itself only where no other process has the file open."""
         try:
             await self._writer.run(checkpoint)
-        except sqlite3.Error as error:
+        except Problem as error:
             log.warning("the last checkpoint failed, and is done at the next start: %s", error)
 
     async def close(self) -> None:
         await self.all_committed()
-        await self._exits.aclose()
+        await self.exits.aclose()
 
     def stop(self) -> None:
-        self._readers[True].stopped = True
+        self.readers[True].stopped = True
 
     # Writing
 
     async def commit(self, writes: Sequence[Write], size: int) -> list[Change | Problem]:
+        is_little = len(writes) <= FEW_WRITES and size <= FEW_BYTES
         try:
-            with database_problems():
-                return await self._commit(writes, size)
-        except Problem as problem:
-            if len(writes) == 1 or not is_of_its_rows(problem.__cause__):
-                raise
-        outcomes: list[Change | Problem] = []
-        for write in writes:  # alone, so that nobody is refused for another's thread
-            try:
-                outcomes += await self.commit([write], size)
-            except Problem as problem:
-                outcomes.append(problem)
-        return outcomes
-
-    async def _commit(self, writes: Sequence[Write], size: int) -> list[Change | Problem]:
-        def commit(db: sqlite3.Connection) -> list[Change | Problem]:
-            hot, self._hot = self._hot, {}  # nothing is kept of what fails
-            ((version,),) = db.execute("pragma data_version")
-            if version != self._hot_version or len(hot) > HOT_THREADS:
-                hot, self._hot_version = {}, version  # another process may have changed what was kept
-            transaction = Transaction(db, self.settings.max_message, hot)
-            outcomes = [transaction.outcome(write) for write in writes]
-            transaction.flush()
-            kept.update(hot)
+            outcomes, self._hot = await self.change(partial(self._outcomes, writes), is_little)
             return outcomes
+        except Problem as problem:
+            if len(writes) > 1 and is_of_its_rows(problem.__cause__):  # alone, so that nobody is refused for another's
+                return [outcome for write in writes for outcome in await self.commit([write], size)]
+            return [self.refused(problem)] * len(writes)
 
-        kept: dict[str, Hot] = {}
-        outcomes = self._change_here(commit) if len(writes) <= FEW_WRITES and size <= FEW_BYTES else None
-        if outcomes is None:
-            outcomes = await self.change(commit)
-        self._hot = kept
-        return outcomes
+    def _outcomes(self, writes: Sequence[Write], db: sqlite3.Connection) -> tuple[list[Change | Problem], HotRows]:
+        hot, self._hot = self._hot, {}  # nothing is kept of what fails
+        ((version,),) = db.execute("pragma data_version")
+        if version != self._hot_version or len(hot) > HOT_THREADS:
+            hot, self._hot_version = {}, version  # another process may have changed what was kept
+        transaction = Transaction(db, self.settings.max_message, hot)
+        outcomes = [transaction.outcome(write) for write in writes]
+        transaction.flush()
+        return outcomes, hot
 
-    def _change_here(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
-        """A change in the loop's own thread, without two changes of threads, each of which waits for Python's lock.
+    async def change(self, work: Callable[[sqlite3.Connection], T], is_little: bool = False) -> T:
+        """Run it in a transaction, all of it or nothing. Raises Problem.
 
-        None, with nothing done, where it would have to wait for another thread or process. After one
-        that took long there is none for a while, so that the loop waits for the disk for one percent
-        of its time at the most. Checkpoints, which take long, are made in the other thread.
+        What ``is_little`` the loop does itself, without two changes of threads, each of which waits for
+        Python's lock: where it waits for no other thread or process. After one that took long it does
+        none for a while, so that it waits for the disk for one percent of its time at the most.
+        Checkpoints, which take long, are made in the other thread.
         """
-        began = time.perf_counter()
-        self._commits += 1
-        if not (self._commits % IN_A_ROW and began >= self._not_here_until and self._writer.is_idle):
-            return None
-        if self.wal_size() > self._wal_limit:
-            return None
-        try:
-            return self._writer.run_here(partial(self._in_transaction, work))
-        except sqlite3.OperationalError as error:
-            if code_of(error) not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL):
-                raise
-            return None
-        finally:
-            if (took := time.perf_counter() - began) > QUICK:
-                self._not_here_until = began + PAUSE * took
-
-    async def change(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run it in a transaction, all of it or nothing. Raises sqlite3.Error and OSError."""
 
         def in_transaction(db: sqlite3.Connection) -> T:
-            answer = self._in_transaction(work, db)
-            if (wal_size := self.wal_size()) > self._wal_limit:
-                self._limit_wal(db, wal_size)
+            with writing(db):
+                return work(db)
+
+        def in_thread(db: sqlite3.Connection) -> T:
+            answer = in_transaction(db)
+            if is_long:
+                self._limit_wal(db)
             return answer
 
-        return await self.maintain(in_transaction)
-
-    def _in_transaction(self, work: Callable[[sqlite3.Connection], T], db: sqlite3.Connection) -> T:
-        self.wal_size()
-        with writing(db):
-            return work(db)
+        is_long, began, writer = self.wal_size() > self._wal_limit, time.perf_counter(), self._writer
+        self._little += is_little
+        is_allowed = is_little and self._little % IN_A_ROW and began >= self._not_here_until and not is_long
+        if is_allowed and writer.is_used.acquire(blocking=False):
+            try:
+                return writer.run_here(in_transaction)
+            except DATABASE_ERRORS as error:
+                if code_of(error) not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL):
+                    raise database_problem(error) from error
+            finally:
+                writer.is_used.release()
+                if (took := time.perf_counter() - began) > QUICK:
+                    self._not_here_until = began + PAUSE * took
+        return await self.maintain(in_thread)
 
     async def maintain(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run it on the writing connection, between two transactions; only here it waits for locks, and checkpoints."""
+        """Run it on the writing connection, between two transactions; only here that waits for locks."""
 
         def patiently(db: sqlite3.Connection) -> T:
             db.execute(f"pragma busy_timeout = {BUSY_TIMEOUT * 1000:.0f}")
@@ -1904,29 +1834,23 @@ class SQLiteStore(GroupCommit):
         return await self._writer.run(patiently)
 
     def wal_size(self) -> int:
-        """Raises OSError: SQLite itself would go on writing to files that nobody can open any more."""
+        """Raises Unavailable: SQLite itself would go on writing to files that nobody can open any more."""
         with contextlib.suppress(FileNotFoundError):
             wal = os.stat(self.wal)
             if (os.stat(self.path).st_ino, wal.st_ino) == self._inodes:
                 return wal.st_size
-        raise FileNotFoundError(f"{self.path.name} or its WAL was deleted or replaced; restart the service")
+        raise Unavailable(f"{self.path.name} or its WAL was deleted or replaced; restart the service.")
 
-    def _limit_wal(self, db: sqlite3.Connection, size: int) -> None:
-        """Readers that always overlap would keep the WAL growing.
-
-        Where one of another process stays, wait for it no longer than this, and not again before the WAL has grown.
-        """
+    def _limit_wal(self, db: sqlite3.Connection) -> None:
+        """Readers that always overlap would keep the WAL growing, and one of another process may stay for long."""
         try:
-            is_reset = checkpoint(db)
+            self._wal_limit = WAL_BYTES if checkpoint(db) else self.wal_size() + WAL_BYTES
         except sqlite3.Error as error:
             log.warning("checkpoint failed, and will be tried again: %s", error)  # what is committed stays so
-            is_reset = False
-        self._wal_limit = WAL_BYTES + (0 if is_reset else size)
 
     async def probe(self) -> None:
         """By a pragma, as SQLite writes no page for an update that changes nothing."""
-        with database_problems():
-            await self.change(lambda db: db.execute(f"pragma user_version = {SCHEMA_VERSION}"))
+        await self.change(lambda db: db.execute(f"pragma user_version = {SCHEMA_VERSION}"))
 
     # Reading
 
@@ -1940,8 +1864,7 @@ class SQLiteStore(GroupCommit):
             finally:
                 db.execute("commit")
 
-        with database_problems():
-            return await self._readers[heavy].run(in_snapshot)
+        return await self.readers[heavy].run(in_snapshot)
 
     @reads
     def find(self, db: sqlite3.Connection, thread_id: str, message_id: str | None = None) -> State:
@@ -2048,11 +1971,10 @@ class SQLiteStore(GroupCommit):
         cursor = str(rows[limit - 1][-1]) if len(rows) > limit else None
         return ThreadPage([ThreadSummary(*row[:-1]) for row in rows[:limit]], cursor)
 
-    async def measure(self) -> tuple[int, int, int]:
-        count = "select count(*) from messages where status = 'active'"
-        (active,) = await self.read(lambda db: db.execute(count).fetchone())
-        with database_problems():
-            return self.path.stat().st_size, self.wal.stat().st_size, active
+    @reads
+    def measure(self, db: sqlite3.Connection) -> tuple[int, int, int]:
+        (active,) = db.execute("select count(*) from messages where status = 'active'").fetchone()
+        return self.path.stat().st_size, self.wal.stat().st_size, active
 
     # Upkeep
 
@@ -2082,39 +2004,32 @@ class SQLiteStore(GroupCommit):
         its snapshot keeps the WAL: wait a while, then leave it for later.
         """
         give_up = asyncio.get_running_loop().time() + BUSY_TIMEOUT
-        nameless = "select exists (select 1 from threads where thread_id is null)"
         async with self._erasure:
-            if await self.read(lambda db: db.execute(nameless).fetchone()) == (0,):
+            place: int | None = 0
+            if await self.read(partial(nameless_from, 0)) == []:
                 return True  # whoever had its turn before has erased it
-            with database_problems():
-                place: int | None = 0
-                while place is not None:
-                    place = await self.change(partial(erase_some, place))
-                    await self.room()
-                await self.shrink()
-                while not await self.maintain(checkpoint):
-                    if asyncio.get_running_loop().time() >= give_up:
-                        return False
-                    await asyncio.sleep(ERASE_PAUSE)
-                for step in self.erasing:
-                    if not await step():
-                        return False
-                while await self.change(forget_some):
-                    await self.room()
-                return True
+            while place is not None:
+                place = await self.change(partial(erase_some, place))
+                await self.room()
+            await self.shrink()
+            while not await self.maintain(checkpoint):
+                if asyncio.get_running_loop().time() >= give_up:
+                    return False
+                await asyncio.sleep(ERASE_PAUSE)
+            for step in self.erasing:
+                if not await step():
+                    return False
+            while await self.change(forget_some):
+                await self.room()
+            return True
 
     async def shrink(self) -> None:
         while await self.maintain(shrink):
             await self.room()
 
-    async def checkpoint_some(self) -> None:
-        """Copy what has been committed to the file now, so that no append waits while much is copied at once."""
-        await self.maintain(lambda db: db.execute("pragma wal_checkpoint(passive)").fetchone())
-
     async def upkeep(self) -> None:
-        with database_problems():
-            for chore in self.chores:
-                await chore()
+        for chore in self.chores:
+            await chore()
 
     # Other processes
 
@@ -2129,8 +2044,7 @@ class SQLiteStore(GroupCommit):
         """All of them, as nobody knows where in the file another process has written."""
         while True:
             await asyncio.sleep(max(self.settings.poll_interval, MIN_POLL_INTERVAL))
-            with database_problems():
-                latest = await self.data_version() if self._watched else self._version
+            latest = await self.data_version() if self._watched else self._version
             if latest != self._version:
                 yield set(self._watched)
                 self._version = latest  # once it has been taken in

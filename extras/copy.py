@@ -31,8 +31,9 @@ from resume_stream import (
     StoredChunk,
     ThreadPage,
     ThreadStatus,
+    Told,
     add_command,
-    database_problems,
+    database_problem,
     open_packs,
     sole_owner,
     store_for,
@@ -163,8 +164,8 @@ async def read_from(settings: Settings, where: str) -> AsyncIterator[Source]:
         async with in_redis(settings, where) as store:
             yield store
         return
-    file = SQLiteStore(msgspec.structs.replace(settings, db=where))
-    await file.open_to_read()
+    file = FileSource(msgspec.structs.replace(settings, db=where))
+    await file.open(lambda changes, took: None)
     try:
         yield file
     finally:
@@ -191,6 +192,25 @@ def opened_alone(path: Path) -> Iterator[sqlite3.Connection]:
     with sole_owner(path.resolve()), contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
         open_packs(connection)
         yield connection
+
+
+class FileSource(SQLiteStore):
+    """A SQLite file that a service may be writing to, which is only read."""
+
+    async def open(self, told: Told) -> None:
+        if not self.path.exists():
+            raise StartupError(f"there is no {self.path}")
+        if not await self.check():
+            raise StartupError(f"{self.path} is not a database of resume-stream")
+        self.readers = [await self.opened("ro", self.exits) for _ in range(2)]
+
+
+@contextlib.contextmanager
+def database_problems() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise database_problem(error) from error
 
 
 class FileTarget:

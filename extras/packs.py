@@ -15,7 +15,7 @@ from functools import partial
 from typing import NamedTuple, cast
 
 import msgspec
-from resume_stream import SQLiteStore, is_of_its_rows, now_ms
+from resume_stream import Problem, SQLiteStore, is_of_its_rows, now_ms
 
 log = logging.getLogger("resume_stream")
 
@@ -62,10 +62,10 @@ class Packing:
             thread = found
             try:
                 await self._pack_thread(thread)
-            except (sqlite3.Error, UnicodeDecodeError) as error:
-                if not is_of_its_rows(error):
+            except Problem as problem:
+                if not is_of_its_rows(problem.__cause__):
                     raise
-                log.error("a thread cannot be packed, and stays as it is: %s", error)
+                log.error("a thread cannot be packed, and stays as it is: %s", problem)
         await store.shrink()
         self._until = latest
 
@@ -73,9 +73,14 @@ class Packing:
         store, after = self._store, 0
         while run := await store.read(partial(next_run, thread, after), heavy=True):
             await store.change(partial(put_away, run))
-            await store.checkpoint_some()
+            await store.maintain(checkpoint_some)
             after = run.rows[-1][0]
             await store.room()
+
+
+def checkpoint_some(db: sqlite3.Connection) -> None:
+    """Copy what has been committed to the file now, so that no append waits while much is copied at once."""
+    db.execute("pragma wal_checkpoint(passive)").fetchone()
 
 
 def latest_touched(db: sqlite3.Connection) -> int:

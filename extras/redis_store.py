@@ -835,9 +835,7 @@ class RedisStore(GroupCommit):
 
     def _outcome(self, work: Operation, raw: Any) -> Change | Problem:
         if isinstance(raw, Exception):
-            log.error("commit failed: %s", raw)
-            self._refused_ms = now_ms()
-            return redis_problem(raw)
+            return self.refused(redis_problem(raw))
         outcome, thread, message, now, number = raw
         answer = (outcome.decode(), thread.decode(), message.decode(), now, number)
         refusal = refusal_of(work, answer)
