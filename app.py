@@ -997,67 +997,46 @@ class Store(Protocol):
 
     is_shared: bool  # other processes of the service write to it too; ``told`` hears of it with no times
 
-    async def open(self, told: Told) -> None:
-        """Raises StartupError, and leaves everything as it was, where it cannot be served."""
+    # Raises StartupError, and leaves everything as it was, where it cannot be served; closing commits what waits.
+    async def open(self, told: Told) -> None: ...
+    async def close(self) -> None: ...
+    def stop(self) -> None: ...  # it is about to be closed: let nothing go on that takes long
 
-    async def close(self) -> None:
-        """Commits what is waiting first."""
-
-    def stop(self) -> None:
-        """It is about to be closed: let nothing go on that takes long."""
-
+    # Whoever writes text waits for room first: until less than a limit is waiting to be committed.
+    def write(self, write: Write) -> Awaitable[Change]: ...  # raises NotFound, Conflict and TooLarge
+    async def room(self) -> None: ...
     @property
-    def has_room(self) -> bool:
-        """Whether less than the limit is waiting to be committed."""
+    def has_room(self) -> bool: ...
 
-    async def room(self) -> None:
-        """Wait until it is so. Whoever writes text does so first."""
-
-    def write(self, write: Write) -> Awaitable[Change]:
-        """Raises NotFound, Conflict and TooLarge."""
-
+    # The text, the match and the status of what is not there raise NotFound.
     async def find(self, thread_id: str, message_id: str | None = None) -> State: ...
-
-    async def page(self, thread_id: str, message_id: str | None, after: int, limit: int) -> tuple[State, Page]:
-        """Up to ``limit`` entries after ``after``, and the state they belong to."""
-
-    async def text(self, thread_id: str, message_id: str | None, index: int = 0) -> tuple[State, str]:
-        """The text of a message from its chunk ``index`` on, or of all of a thread's. Raises NotFound."""
-
-    async def match(self, thread_id: str, message_id: str, known_content: str) -> Place:
-        """Where a reader with this text of the message begins. Raises NotFound."""
-
-    async def status(self, thread_id: str, limit: int, after: int) -> ThreadStatus:
-        """With up to ``limit`` of its messages, those after the first ``after``. Raises NotFound."""
-
+    # Up to ``limit`` entries after ``after``, and the state they belong to.
+    async def page(self, thread_id: str, message_id: str | None, after: int, limit: int) -> tuple[State, Page]: ...
+    # The text of a message from its chunk ``index`` on, or of all of a thread's.
+    async def text(self, thread_id: str, message_id: str | None, index: int = 0) -> tuple[State, str]: ...
+    # Where a reader with this text of the message begins.
+    async def match(self, thread_id: str, message_id: str, known_content: str) -> Place: ...
+    # With up to ``limit`` of its messages, those after the first ``after``.
+    async def status(self, thread_id: str, limit: int, after: int) -> ThreadStatus: ...
+    # The newest of a generation ``before`` this, whose id is ``covered`` by an id or a ``prefix*`` (None: all).
     async def threads(
         self, status: Status | None, limit: int, before: int | None, covered: Sequence[str] | None
-    ) -> ThreadPage:
-        """The newest of a generation ``before`` this, whose id is ``covered`` by an id or a ``prefix*`` (None: all)."""
+    ) -> ThreadPage: ...
 
-    async def idle_messages(self, untouched_since: int) -> list[tuple[str, str]]:
-        """Some of the active ones to which nobody appended since, with their threads."""
+    # Some of the active messages to which nobody appended since, with their threads.
+    async def idle_messages(self, untouched_since: int) -> list[tuple[str, str]]: ...
+    # Forget some of the threads that nobody touched since; how many.
+    async def expire(self, untouched_since: int) -> int: ...
+    async def erase(self) -> bool: ...  # leave no trace of what was forgotten; False: to be tried again
+    async def upkeep(self) -> None: ...  # whatever else is to be done now and then
+    async def probe(self) -> None: ...  # write, so that it is known whether that can be done
+    # Bytes of the database and of its WAL, and how many messages are active.
+    async def measure(self) -> tuple[int, int, int]: ...
 
-    async def expire(self, untouched_since: int) -> int:
-        """Forget some of the threads that nobody touched since; how many."""
-
-    async def erase(self) -> bool:
-        """Leave no trace of what was forgotten; False if that has to be tried again."""
-
-    async def upkeep(self) -> None:
-        """Whatever else it has to do now and then."""
-
-    async def probe(self) -> None:
-        """Write, so that it is known whether that can be done."""
-
-    async def measure(self) -> tuple[int, int, int]:
-        """Bytes of the database and of its WAL, and how many messages are active."""
-
-    def watch(self, thread_ids: AbstractSet[str]) -> None:
-        """Have what other processes do to these threads noticed; called again when the set has changed."""
-
-    def changed_elsewhere(self) -> AsyncGenerator[AbstractSet[str], None]:
-        """Yields those of them to which other processes have done nobody knows what."""
+    # Have what other processes do to these threads noticed; called again when the set has changed.
+    def watch(self, thread_ids: AbstractSet[str]) -> None: ...
+    # Yields those of them to which they have done nobody knows what.
+    def changed_elsewhere(self) -> AsyncGenerator[AbstractSet[str], None]: ...
 
 
 def check_exists(found: State, thread_id: str, message_id: str | None = None) -> None:
@@ -1096,7 +1075,6 @@ class Waiting(NamedTuple):
     """A write that is to be committed, and who waits for it."""
 
     write: Write
-    size: int
     asked: float
     done: asyncio.Future[Change]
 
@@ -1136,7 +1114,7 @@ class GroupCommit:
         if isinstance(write, Append):
             size = sum(write.sizes) + CHUNK_OVERHEAD * len(write.chunks)
         done: asyncio.Future[Change] = asyncio.get_running_loop().create_future()
-        self._waiting.append(Waiting(write, size, time.perf_counter(), done))
+        self._waiting.append(Waiting(write, time.perf_counter(), done))
         self._waiting_bytes += size
         if self._waiting_bytes >= PENDING_BYTES:
             self._has_room.clear()
@@ -1406,6 +1384,7 @@ class Transaction:
         ).rowcount
         if not forgotten:
             raise no_thread(write.thread_id)
+        self._db.execute("update clock set owed = 1")
         return Change(write.thread_id, "", found, self._now, cleared=True)
 
     def _stored(self, append: Append, found: Row) -> list[int]:
@@ -1523,7 +1502,6 @@ def sole_owner(path: Path) -> Iterator[int]:
     descriptor on the file (https://www.sqlite.org/howtocorrupt.html, 2.2), so this one is closed last;
     and never where it may be this process that serves the file. Raises StartupError.
     """
-    is_there = path.exists()
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1536,8 +1514,6 @@ def sole_owner(path: Path) -> Iterator[int]:
             raise StartupError(f"{path} has {names} names, and each would get a WAL of its own; keep one of them")
         yield descriptor
     finally:
-        if not is_there and os.fstat(descriptor).st_size == 0:
-            path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
@@ -1590,21 +1566,13 @@ ERASED = (
 )
 
 
-def nameless_from(first: int, db: sqlite3.Connection) -> list[int]:
-    """Some of the threads that have lost their name, in order."""
-    sql = "select thread from threads where thread_id is null and thread >= ? order by thread limit ?"
-    return [thread for (thread,) in db.execute(sql, (first, ERASE_ROWS))]
-
-
-def erase_some(first: int, db: sqlite3.Connection) -> int | None:
-    """Delete a bounded part of what some of these hold, from this one on; from which to go on, None after the last."""
-    if not (threads := nameless_from(first, db)):
-        return None
-    of_these = msgspec.json.encode(threads).decode()
+def erase_some(db: sqlite3.Connection) -> bool:
+    """Delete a bounded part of what threads have that have lost their name; False once there are none of them."""
+    threads = db.execute("select thread from threads where thread_id is null limit ?", (ERASE_ROWS,)).fetchall()
     for table, key, size in ERASED:
         rows = db.execute(
-            f"select thread, {key}, {size} from json_each(?) cross join {table} on thread = value limit ?",
-            (of_these, ERASE_ROWS),
+            f"select thread, {key}, {size} from json_each(?) cross join {table} on thread = value ->> 0 limit ?",
+            (msgspec.json.encode(threads).decode(), ERASE_ROWS),
         )
         chosen, total = list[tuple[Any, ...]](), 0
         while total < ERASE_BYTES and (row := next(rows, None)):
@@ -1612,17 +1580,9 @@ def erase_some(first: int, db: sqlite3.Connection) -> int | None:
         rows.close()
         if chosen:
             db.executemany(f"delete from {table} where thread = ? and {key} = ?", chosen)
-            return first
-    return threads[-1] + 1
-
-
-def forget_some(db: sqlite3.Connection) -> int:
-    """Delete the rows of such threads, but not of one that lost its name after the others were erased."""
-    return db.execute(
-        "delete from threads where thread in (select thread from threads where thread_id is null"
-        " and not exists (select 1 from messages where messages.thread = threads.thread) limit ?)",
-        (ERASE_ROWS,),
-    ).rowcount
+            return True
+    db.executemany("delete from threads where thread = ?", threads)
+    return bool(threads)
 
 
 def shrink(db: sqlite3.Connection) -> bool:
@@ -1687,7 +1647,6 @@ class SQLiteStore(GroupCommit):
                 was_killed = self.wal.exists() and self.wal.stat().st_size > 0
                 self._writer = await self.opened("rw", exits)
                 await self._writer.run(partial(self._prepare, is_new, was_killed))
-                exits.push_async_callback(self._empty_wal)
                 self.readers = [await self.opened("ro", exits) for _ in range(2)]
                 self._version = await self.data_version()
             except (Problem, sqlite3.Error, OSError) as error:
@@ -1709,10 +1668,10 @@ class SQLiteStore(GroupCommit):
         async with contextlib.AsyncExitStack() as exits:
             database = await self.opened("rw" if self.journal.exists() else "ro", exits)
             try:
-                ((tables,),) = await database.execute_fetchall("select count(*) from sqlite_schema")
-                ((application_id,),) = await database.execute_fetchall("pragma application_id")
-                ((version,),) = await database.execute_fetchall("pragma user_version")
-                ((verdict,),) = await database.execute_fetchall("pragma integrity_check(1)")
+                ((tables, application_id, version, verdict),) = await database.execute_fetchall(
+                    "select (select count(*) from sqlite_schema), *"
+                    " from pragma_application_id, pragma_user_version, pragma_integrity_check(1)"
+                )
             except sqlite3.DatabaseError as error:
                 raise StartupError(
                     f"{self.path} is damaged ({error}), or is not a database; restore it from a backup, or name another"
@@ -1748,13 +1707,6 @@ class SQLiteStore(GroupCommit):
             if is_copy or (was_killed and self.settings.synchronous == "NORMAL"):
                 renew_generations(db)
         self._inodes = os.stat(self.path).st_ino, os.stat(self.wal).st_ino
-
-    async def _empty_wal(self) -> None:
-        """Which SQLite does itself only where no other process has the file open."""
-        try:
-            await self._writer.run(checkpoint)
-        except Problem as error:
-            log.warning("the last checkpoint failed, and is done at the next start: %s", error)
 
     async def close(self) -> None:
         await self.all_committed()
@@ -1884,23 +1836,18 @@ class SQLiteStore(GroupCommit):
         )
         messages: dict[int, tuple[str, Status, str | None] | None] = {}  # a join would open every pack
         entries: list[Entry] = []
-        size = 0
+        size, is_full = 0, False
         for seq, message, event, content, timestamp, _ in rows:
             if message not in messages:
-                messages[message] = db.execute(
-                    "select message_id, status, reason from messages where message = ?", (message,)
-                ).fetchone()
-            if (of := messages[message]) is None:
+                of_it = "select message_id, status, reason from messages where message = ?"
+                messages[message] = db.execute(of_it, (message,)).fetchone()
+            if (known := messages[message]) is None:
                 continue  # deleted by hand, before its text was deleted with it
-            name, status, reason = of
-            if content is None:
-                entries.append(MessageEnd(name, status, reason, seq))
-            else:
-                entries.append(StoredChunk(content, timestamp, name, seq, event))
-                size += len(content)
-            if size >= PAGE_BYTES or len(entries) == limit:
+            is_end = content is None
+            entries.append(MessageEnd(*known, seq) if is_end else StoredChunk(content, timestamp, known[0], seq, event))
+            size += len(content or "")
+            if is_full := size >= PAGE_BYTES or len(entries) == limit:
                 break
-        is_full = size >= PAGE_BYTES or len(entries) == limit
         return found, Page(found.generation, entries[-1].seq if is_full else found.last_seq, entries, size)
 
     @reads_much
@@ -1924,9 +1871,9 @@ class SQLiteStore(GroupCommit):
         for seq, size, _ in db.execute(f"select {sizes} {OF_MESSAGE} order by last desc, seq desc", found.places):
             before -= size
             if before < offset:
-                skip = offset - before
-                is_whole = skip == size
-                return msgspec.structs.replace(begin, after=seq if is_whole else seq - 1, skip=0 if is_whole else skip)
+                is_whole = before + size == offset
+                after, skip = (seq, 0) if is_whole else (seq - 1, offset - before)
+                return msgspec.structs.replace(begin, after=after, skip=skip)
         return begin
 
     @reads
@@ -1937,9 +1884,9 @@ class SQLiteStore(GroupCommit):
             " from messages where thread = ? order by message limit ? offset ?",
             (found.thread, limit + 1, after),
         ).fetchall()
-        (row,) = db.execute(f"select {SUMMARY} from thread_summary where thread = ?", (found.thread,))
+        ((_, _, *summary),) = db.execute("select * from thread_summary where thread = ?", (found.thread,))
         return ThreadStatus(
-            **msgspec.structs.asdict(ThreadSummary(*row)),
+            **msgspec.structs.asdict(ThreadSummary(*summary)),
             cursor=found.cursor,
             messages=[MessageStatus(*message) for message in messages[:limit]],
             messages_cursor=str(after + limit) if len(messages) > limit else None,
@@ -1965,11 +1912,11 @@ class SQLiteStore(GroupCommit):
             )
         ranges = msgspec.json.encode([range_of(pattern) for pattern in covered or ()]).decode()
         rows = db.execute(
-            f"select {SUMMARY}, generation from thread_summary where {where} order by generation desc limit ?4",
+            f"select * from thread_summary where {where} order by generation desc limit ?4",
             (before, status, ranges, limit + 1),
         ).fetchall()
-        cursor = str(rows[limit - 1][-1]) if len(rows) > limit else None
-        return ThreadPage([ThreadSummary(*row[:-1]) for row in rows[:limit]], cursor)
+        cursor = str(rows[limit - 1][1]) if len(rows) > limit else None
+        return ThreadPage([ThreadSummary(*row[2:]) for row in rows[:limit]], cursor)
 
     @reads
     def measure(self, db: sqlite3.Connection) -> tuple[int, int, int]:
@@ -2000,16 +1947,14 @@ class SQLiteStore(GroupCommit):
     async def erase(self) -> bool:
         """By SQLite's own means: deleted bytes are overwritten (secure_delete), free pages given back, the WAL emptied.
 
-        A thread that was forgotten keeps its row until all of that is done. Where another process reads,
-        its snapshot keeps the WAL: wait a while, then leave it for later.
+        Where another process reads, its snapshot keeps the WAL: wait a while, then leave it for later.
         """
         give_up = asyncio.get_running_loop().time() + BUSY_TIMEOUT
+        nameless = "exists (select 1 from threads where thread_id is null)"
         async with self._erasure:
-            place: int | None = 0
-            if await self.read(partial(nameless_from, 0)) == []:
+            if await self.read(lambda db: db.execute(f"select owed or {nameless} from clock").fetchone()) == (0,):
                 return True  # whoever had its turn before has erased it
-            while place is not None:
-                place = await self.change(partial(erase_some, place))
+            while await self.change(erase_some):
                 await self.room()
             await self.shrink()
             while not await self.maintain(checkpoint):
@@ -2019,8 +1964,7 @@ class SQLiteStore(GroupCommit):
             for step in self.erasing:
                 if not await step():
                     return False
-            while await self.change(forget_some):
-                await self.room()
+            await self.change(lambda db: db.execute(f"update clock set owed = {nameless}"))
             return True
 
     async def shrink(self) -> None:
@@ -2048,9 +1992,6 @@ class SQLiteStore(GroupCommit):
             if latest != self._version:
                 yield set(self._watched)
                 self._version = latest  # once it has been taken in
-
-
-SUMMARY = "thread_id, status, message_count, chunk_count, size, created_at, updated_at"  # of the view thread_summary
 
 
 # ---------------------------------------------------------------------------------------------

@@ -12,10 +12,11 @@ pragma user_version = 3;
 -- that may be put back, all threads get a new one before it is served.
 create table clock (
     latest_generation integer not null,
-    is_copy           integer not null
+    is_copy           integer not null,
+    owed              integer not null -- 1: something was cleared, and has left traces
 ) strict;
 
-insert into clock values (0, 0);
+insert into clock values (0, 0, 0);
 
 create table threads (
     thread      integer primary key autoincrement, -- never used twice
@@ -154,9 +155,8 @@ end;
 create view thread_summary as
 select
     threads.thread,
-    threads.thread_id,
     threads.generation,
-    threads.last_seq,
+    threads.thread_id,
     case
         when exists (select 1 from messages where messages.thread = threads.thread and status = 'active') then 'active'
         else (select status from messages where messages.thread = threads.thread order by last_seq desc limit 1)
