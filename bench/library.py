@@ -22,7 +22,6 @@ AT_ONCE = 500  # threads in one commit
 ACTIVE = 100  # of so many threads one has an active message
 GOES = 50
 LISTED = 10  # threads in a list
-ASKED = 100  # threads whose state is asked for at once
 PACE = 0.001  # seconds from one append to the next
 LONG_AGO = 0  # ms since 1970
 
@@ -85,14 +84,12 @@ async def measured(library: Any, path: Path) -> dict[str, float]:
     store = library.SQLiteStore(settings)
     async with library.ChunkBuffer(settings, store) as buffer:
         all_threads = await threads_of(buffer)
-        asked = [(thread, None) for thread in all_threads[:: max(1, len(all_threads) // ASKED)][:ASKED]]
         found = {
             "active": await median_of(lambda: buffer.get_threads("active", limit=LISTED)),
             "no status": await median_of(lambda: buffer.get_threads("aborted", limit=LISTED)),
             "not covered": await median_of(lambda: buffer.get_threads(covered=["other-*", "another"], limit=LISTED)),
             "idle messages": await median_of(lambda: store.idle_messages(LONG_AGO)),
             "idle threads": await median_of(lambda: store.expire(LONG_AGO)),
-            "refresh": await median_of(lambda: store.states(asked)),
         }
         found["longest append"] = await longest_append_during(buffer, asyncio.sleep(2))
         began = time.monotonic()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from .library import ACTIVE, ASKED, GOES, LISTED, filled, upkeep
+from .library import ACTIVE, GOES, LISTED, filled, upkeep
 from .plan import Plan
 from .results import Line, Row, Samples, at_most_times, interleave, under
 
@@ -14,7 +14,6 @@ MEASURES = {
     "not covered": "list with a token that covers none",
     "idle messages": "look for idle messages",
     "idle threads": "look for expired threads",
-    "refresh": f"state of {ASKED} followed threads, after another process's change",
     "expiry": "expiry and erasure of a thread, when all expire",
 }
 
