@@ -34,10 +34,13 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
         self._redis = None
         if address:
-            redis_store = importlib.import_module("resume_stream.extras.redis_store")
+            redis_store, scripts = (
+                importlib.import_module(f"resume_stream.extras.redis_{room}") for room in ("store", "scripts")
+            )
             self._redis = importlib.import_module("redis").Redis.from_url(address)
-            monkeypatch.setattr(redis_store, "TIME", "redis.call('MGET', 'clock:s', 'clock:us')")
+            monkeypatch.setattr(scripts, "TIME", "redis.call('MGET', 'clock:s', 'clock:us')")
             monkeypatch.setattr(redis_store, "now_ms", self)
+            monkeypatch.setattr(scripts, "now_ms", self)
         self.now = 1_763_829_000_000
         self.looks = 0
         monkeypatch.setattr(resume_stream, "now_ms", self)
