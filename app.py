@@ -934,7 +934,7 @@ QUIET_TURNS = 3  # of the loop without another write, after which a transaction 
 HOT_THREADS = 1_024  # kept from one commit to the next
 FEW_WRITES, FEW_BYTES = 8, 16 * 1024  # that the loop may commit itself,
 QUICK = 0.001  # seconds that this may take,
-PAUSE = 100  # times as long as one took that took longer, for which it does not;
+PAUSE = 30  # times as long as one took that took longer, for which it does not;
 IN_A_ROW = 128  # commits, of which the last is left to the other thread in any case
 PAGE_ROWS = 512
 PAGE_BYTES = 256 * 1024
@@ -1263,12 +1263,12 @@ def text_of(db: sqlite3.Connection, found: Row, index: int = 0) -> bytes:
     return text or b""
 
 
+HotRows = dict[str, tuple[str, Row]]
+
+
 def range_of(pattern: str) -> tuple[str, str]:
     """Between which ids lie those that are it, or begin with it if it ends with ``*``."""
     return (pattern[:-1], pattern[:-1] + chr(sys.maxunicode)) if pattern.endswith("*") else (pattern, pattern)
-
-
-HotRows = dict[str, tuple[str, Row]]
 
 
 class Transaction:
@@ -1528,19 +1528,6 @@ def renew_generations(db: sqlite3.Connection) -> None:
     )
 
 
-@contextlib.contextmanager
-def writing(db: sqlite3.Connection) -> Iterator[None]:
-    """A write transaction, which waits for the lock now and not in its middle."""
-    db.execute("begin immediate")
-    try:
-        yield
-        db.execute("commit")
-    except BaseException:
-        if db.in_transaction:  # a full disk may have rolled it back already
-            db.execute("rollback")
-        raise
-
-
 def checkpoint(db: sqlite3.Connection) -> bool:
     """Empty the WAL; False if a reader kept it from that for so long."""
     db.execute(f"pragma busy_timeout = {CHECKPOINT_TIMEOUT * 1000:.0f}")
@@ -1595,7 +1582,7 @@ def shrink(db: sqlite3.Connection) -> bool:
 def reads(
     work: Callable[Concatenate[SQLiteStore, sqlite3.Connection, P], T], heavy: bool = False
 ) -> Callable[Concatenate[SQLiteStore, P], Coroutine[Any, Any, T]]:
-    """Make a method that reads the database one that does so in a snapshot, on a connection for that."""
+    """Make a method that reads the database one that does so in a snapshot, on a connection for reading."""
 
     async def method(store: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await store.read(lambda db: work(store, db, *args, **kwargs), heavy)
@@ -1603,11 +1590,7 @@ def reads(
     return method
 
 
-def reads_much(
-    work: Callable[Concatenate[SQLiteStore, sqlite3.Connection, P], T],
-) -> Callable[Concatenate[SQLiteStore, P], Coroutine[Any, Any, T]]:
-    """Likewise, on one of its own, so that it does not hold up what is soon done."""
-    return reads(work, heavy=True)
+reads_much = partial(reads, heavy=True)  # on a connection of its own, so that it does not hold up what is soon done
 
 
 class SQLiteStore(GroupCommit):
@@ -1702,7 +1685,8 @@ class SQLiteStore(GroupCommit):
         ((page_size,),) = db.execute("pragma page_size").fetchall()
         if self.settings.max_db:
             db.execute(f"pragma max_page_count = {self.settings.max_db // page_size}")
-        with writing(db):
+        with db:
+            db.execute("begin immediate")
             (is_copy,) = db.execute("select is_copy from clock").fetchone()
             if is_copy or (was_killed and self.settings.synchronous == "NORMAL"):
                 renew_generations(db)
@@ -1742,12 +1726,13 @@ class SQLiteStore(GroupCommit):
 
         What ``is_little`` the loop does itself, without two changes of threads, each of which waits for
         Python's lock: where it waits for no other thread or process. After one that took long it does
-        none for a while, so that it waits for the disk for one percent of its time at the most.
+        none for a while, so that it waits for the disk for a thirtieth of its time at the most.
         Checkpoints, which take long, are made in the other thread.
         """
 
         def in_transaction(db: sqlite3.Connection) -> T:
-            with writing(db):
+            with db:  # commits, or rolls back
+                db.execute("begin immediate")  # as the lock is to be waited for now, and not in the middle
                 return work(db)
 
         is_long, began, writer = self.wal_size() > self._wal_limit, time.perf_counter(), self._writer
@@ -1807,11 +1792,9 @@ class SQLiteStore(GroupCommit):
         """Run it in one snapshot; what is ``heavy`` does not hold up what is not. Raises Problem."""
 
         def in_snapshot(db: sqlite3.Connection) -> T:
-            db.execute("begin")
-            try:
+            with db:
+                db.execute("begin")
                 return work(db)
-            finally:
-                db.execute("commit")
 
         return await self.readers[heavy].run(in_snapshot)
 
