@@ -991,11 +991,10 @@ class Store(Protocol):
     A write is asked for at once, and its Change comes back after its commit; writes are committed in
     the order in which they were asked for. ``told`` is called with the changes of each commit, each
     with the time at which it was asked for (time.perf_counter), and with the seconds that the commit
-    took: before anybody is answered, in order. What one call reads is of one moment. All of them raise
-    Problem; a write that does has changed nothing. Times are ms since 1970.
+    took: before anybody is answered, in order; without these times, where another process made them.
+    What one call reads is of one moment. All of them raise Problem; a write that does has changed
+    nothing. Times are ms since 1970.
     """
-
-    is_shared: bool  # other processes of the service write to it too; ``told`` hears of it with no times
 
     # Raises StartupError, and leaves everything as it was, where it cannot be served; closing commits what waits.
     async def open(self, told: Told) -> None: ...
@@ -1601,8 +1600,6 @@ class SQLiteStore(GroupCommit):
     done, and one what may take long. An extra may add to what is done in ``chores``, by the clean-up,
     and in ``erasing``: what is left to do once something was deleted; False where that is not done yet.
     """
-
-    is_shared = False
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
@@ -2663,7 +2660,7 @@ class ChunkBuffer:
         """
         upload = asyncio.timeout(None if expires == math.inf else expires - time.time())
         with self._attached(thread_id) as tail:
-            had_ended = self._store.is_shared and await self._has_ended(tail, thread_id, message_id)
+            had_ended = await self._has_ended(tail, thread_id, message_id)
             # What has ended before is not ended by anyone now; a retry of its last upload is answered as before.
             tail.uploads[upload] = "" if had_ended else message_id
             lift = partial(tail.uploads.pop, upload, None)
@@ -2997,7 +2994,8 @@ class ChunkBuffer:
         """The thread's tail; what other processes do to the thread is noticed in the meantime."""
         tail = self._tail(thread_id, generation)
         tail.users += 1
-        self._store.watch(self._tails.keys())
+        if tail.users == 1:
+            self._store.watch(self._tails.keys())
         try:
             yield tail
         finally:
@@ -3049,8 +3047,9 @@ class ChunkBuffer:
             with logged_problems("watch other processes"):
                 async with aclosing(self._store.changed_elsewhere()) as elsewhere:
                     async for thread_ids in elsewhere:
-                        for thread_id in thread_ids & self._tails.keys():
-                            await self._doubt(thread_id, self._tails[thread_id])
+                        for thread_id, tail in [*self._tails.items()]:
+                            if thread_id in thread_ids:
+                                await self._doubt(thread_id, tail)
 
     async def _doubt(self, thread_id: str, tail: Tail) -> None:
         """Whoever reads looks for itself; whoever uploads has to be told of an end."""

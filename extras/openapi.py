@@ -242,7 +242,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "after": {"example": CURSOR},
     "follow": {"description": "wait for what is not made yet, and on a thread for the next message"},
     "idle_timeout": {"description": "end where nothing is new for so long; 0: never", "example": "1m"},
-    "poll_interval": {"description": "the longest that a change by another process goes unnoticed", "example": "100ms"},
+    "poll_interval": {"description": "of no effect: the setting of this name is everybody's", "example": "100ms"},
     "limit": {"description": "the most that an answer has: of chunks 1 to 10,000, of threads 1 to 1,000"},
     "wait": {"description": "seconds to wait where there is nothing yet"},
     "status": {"description": "only threads of this status"},

@@ -115,8 +115,6 @@ def store_for(settings: Settings) -> Store:
 class RedisStore(GroupCommit):
     """Threads in Redis (see Store)."""
 
-    is_shared = True
-
     def __init__(self, settings: Settings) -> None:
         super().__init__()
         self._settings = settings
