@@ -934,7 +934,7 @@ QUIET_TURNS = 3  # of the loop without another write, after which a transaction 
 HOT_THREADS = 1_024  # kept from one commit to the next
 FEW_WRITES, FEW_BYTES = 8, 16 * 1024  # that the loop may commit itself,
 QUICK = 0.001  # seconds that this may take,
-PAUSE = 30  # times as long as one took that took longer, for which it does not;
+PAUSE = 20  # times as long as one took that took longer, for which it does not;
 IN_A_ROW = 128  # commits, of which the last is left to the other thread in any case
 PAGE_ROWS = 512
 PAGE_BYTES = 256 * 1024
@@ -1723,7 +1723,7 @@ class SQLiteStore(GroupCommit):
 
         What ``is_little`` the loop does itself, without two changes of threads, each of which waits for
         Python's lock: where it waits for no other thread or process. After one that took long it does
-        none for a while, so that it waits for the disk for a thirtieth of its time at the most.
+        none for a while, so that it waits for the disk for a twentieth of its time at the most.
         Checkpoints, which take long, are made in the other thread.
         """
 
