@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import difflib
 import enum
 import fcntl
 import gc
@@ -31,6 +30,7 @@ import logging
 import math
 import os
 import re
+import signal
 import socket
 import sqlite3
 import sys
@@ -38,26 +38,13 @@ import threading
 import time
 import weakref
 import zlib
-from collections import deque
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterable,
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Coroutine,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractAsyncContextManager, aclosing
 from functools import lru_cache, partial
 from http import HTTPStatus
-from operator import itemgetter
 from pathlib import Path
-from types import FrameType, ModuleType, TracebackType
+from types import FrameType, ModuleType
 from typing import (
     Annotated,
     Any,
@@ -74,24 +61,21 @@ from typing import (
     get_args,
     get_type_hints,
 )
-from urllib.parse import quote, unquote_to_bytes, urlsplit
+from urllib.parse import quote, unquote_to_bytes
 
 import aiosqlite
 import msgspec
 import uvicorn
 import uvloop
-from litestar import Litestar, MediaType, Request, Response, Router, delete, get, post, put
+from litestar import Litestar, Request, Response, Router, delete, get, post, put
 from litestar.config.cors import CORSConfig
 from litestar.connection import ASGIConnection
 from litestar.di import NamedDependency, Provide
 from litestar.exceptions import HTTPException, ValidationException
 from litestar.middleware import DefineMiddleware
 from litestar.openapi import OpenAPIConfig
-from litestar.openapi.plugins import JsonRenderPlugin, OpenAPIRenderPlugin
-from litestar.openapi.spec import Components, SecurityScheme
 from litestar.params import FromQuery, PathParameter, QueryParameter
 from litestar.plugins.problem_details import ProblemDetailsException
-from litestar.response import Stream
 from litestar.response.base import ASGIResponse
 from litestar.response.streaming import ASGIStreamingResponse
 from litestar.types import ASGIApp, ExceptionHandlersMap, Guard, Message, Receive, Scope, Send
@@ -112,113 +96,9 @@ __all__ = [
     "create_app",
     "router",
 ]
-# What the files in extras/ may use besides, and nothing else: who changes one of these looks there.
-FOR_EXTRAS = [
-    "ABORT",
-    "ADMIN",
-    "ANYONE",
-    "API_HEADERS",
-    "Append",
-    "BUSY_TIMEOUT",
-    "BadRequest",
-    "Body",
-    "BrokenOff",
-    "Buffer",
-    "CHUNK_OVERHEAD",
-    "CHUNK_WEIGHT",
-    "Change",
-    "ChunkPage",
-    "Commands",
-    "Conflict",
-    "Cursor",
-    "CursorGone",
-    "DatabaseFull",
-    "Entry",
-    "Forbidden",
-    "Format",
-    "Gate",
-    "Grant",
-    "GroupCommit",
-    "HEARTBEAT",
-    "InvalidContent",
-    "Listener",
-    "MAX_REASON",
-    "MESSAGES",
-    "MessageStatus",
-    "NotFound",
-    "PAGE_BYTES",
-    "PAGE_ROWS",
-    "PRODUCER_TIMEOUT",
-    "Page",
-    "Parts",
-    "Place",
-    "RAW",
-    "READ",
-    "RELAYED",
-    "RETRY",
-    "Reader",
-    "Record",
-    "SCOPES",
-    "SMALL_BODY",
-    "SQLiteStore",
-    "SSE_HEADERS",
-    "StartupError",
-    "State",
-    "Status",
-    "Step",
-    "Stopping",
-    "Store",
-    "StreamedBody",
-    "TAKES_READER",
-    "THREAD",
-    "ThreadId",
-    "ThreadPage",
-    "ThreadSummary",
-    "Told",
-    "TooLarge",
-    "UNDECODABLE",
-    "Unauthorized",
-    "Unavailable",
-    "UnsupportedMediaType",
-    "Upstream",
-    "WRITE",
-    "__version__",
-    "add_command",
-    "another_goes_on",
-    "another_is_stored",
-    "answered_early",
-    "body_pieces",
-    "bytes_known",
-    "check_exists",
-    "checked_id",
-    "checked_sizes",
-    "chunks_from_json",
-    "decode_body",
-    "encode_json",
-    "granted",
-    "has_word_for_end",
-    "invalid_json",
-    "message_ended",
-    "message_too_large",
-    "no_message",
-    "no_thread",
-    "now_ms",
-    "parse_duration",
-    "place_of",
-    "problem_document",
-    "seconds",
-    "sole_owner",
-    "store_for",
-    "thread_cleared",
-    "token_expired",
-    "unpacked",
-    "utf8_size",
-    "whole_body",
-    "word_for",
-    "would_leave_a_gap",
-]
 
-# This file is the package resume_stream, also where it is run as it is, and extras/ beside it is part of that.
+# This file is the package resume_stream, also where it is run as it is, and extras/ beside it is part of that:
+# what is in there may use whatever has no leading underscore here.
 __path__ = [str(Path(__file__).parent)]
 sys.modules.setdefault("resume_stream", sys.modules[__name__])
 
@@ -243,10 +123,7 @@ SECRET_BYTES = 32
 
 
 def parse_duration(text: str) -> Duration:
-    """Seconds from ``100ms``, ``30s``, ``5m``, ``1h``, ``2d``; a bare number is in seconds.
-
-    Raises ValueError for anything else.
-    """
+    """Seconds from ``100ms``, ``30s``, ``5m``, ``1h``, ``2d``; a bare number is in seconds. Raises ValueError."""
     match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?)(ms|s|m|h|d)?", text.strip(), re.ASCII)
     if match is None:
         raise ValueError(f"{text!r} is not a duration; write it like 100ms, 30s, 5m or 1h")
@@ -261,45 +138,13 @@ def parse_size(text: str) -> Size:
     return Size(int(match[1]) * SIZE_UNITS[match[2] or "B"])
 
 
-def parse_origins(text: str) -> tuple[str, ...]:
-    """The origins of a comma-separated list, as browsers send them (RFC 6454), without a slash."""
-    return tuple(origin.strip().rstrip("/") for origin in text.split(",") if origin.strip())
+def parse_list(text: str) -> tuple[str, ...]:
+    """What is between commas: origins, as browsers send them (RFC 6454), and upstreams, without a slash at the end."""
+    return tuple(item.strip().rstrip("/") for item in text.split(",") if item.strip())
 
 
-class Upstream(NamedTuple):
-    """A server to relay, under a name of its own; ``url`` has no slash at its end."""
-
-    name: str
-    url: str
-
-
-def parse_upstreams(text: str) -> tuple[Upstream, ...]:
-    """Those of a comma-separated list like ``openai=https://api.openai.com``. Raises ValueError."""
-    found: dict[str, Upstream] = {}
-    for item in filter(None, map(str.strip, text.split(","))):
-        match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9_-]*)=(https?://[^/?#@\s]+(?:/[^?#@\s]*)?)", item, re.ASCII)
-        if match is None:
-            shown = re.sub(r"\?.*", "?…", re.sub("//.*@", "//…@", item))  # as either may hold a key
-            raise ValueError(f"{shown!r} is not an upstream; write it like openai=https://api.openai.com")
-        if not has_address(match[2]):
-            raise ValueError(f"{item!r} has no host, or a port that is not one of 1 to 65535")
-        if match[1] in found:
-            raise ValueError(f"there are two upstreams {match[1]}; give each a name of its own")
-        found[match[1]] = Upstream(match[1], match[2].rstrip("/"))
-    return tuple(found.values())
-
-
-def has_address(url: str) -> bool:
-    """Whether there is a host in it, and no port that cannot be."""
-    try:
-        parts = urlsplit(url)
-        return bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
-
-
-def described(text: str) -> msgspec.Meta:
-    return msgspec.Meta(description=text)
+def says(description: str) -> msgspec.Meta:
+    return msgspec.Meta(description=description)
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -309,103 +154,77 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ``resume-stream serve`` (``--idle-timeout``); the flag wins. Raises ValueError for what cannot be.
     """
 
-    host: Annotated[str, described("address to listen on")] = "127.0.0.1"
-    port: Annotated[int, described("port to listen on; 0 picks a free one and prints it")] = 8000
-    uds: Annotated[str, described("Unix socket to listen on, in place of host and port")] = ""
-    db: Annotated[str, described("the SQLite file")] = "resume-stream.db"
+    host: Annotated[str, says("address to listen on")] = "127.0.0.1"
+    port: Annotated[int, says("port to listen on; 0 picks a free one and prints it")] = 8000
+    uds: Annotated[str, says("Unix socket to listen on, in place of host and port")] = ""
+    db: Annotated[str, says("the SQLite file")] = "resume-stream.db"
     store: Annotated[
-        str, described("Redis in place of the SQLite file: redis://host:6379/0, rediss://… or unix:///path")
+        str, says("Redis in place of the SQLite file: redis://host:6379/0, rediss://… or unix:///path")
     ] = ""
-    ttl: Annotated[Duration, described("a thread untouched for so long is erased")] = Duration(3600)
-    cleanup_interval: Annotated[Duration, described("how often expired threads are looked for")] = Duration(300)
-    idle_timeout: Annotated[Duration, described("a stream with nothing new for so long ends; 0: never")] = Duration(30)
-    heartbeat: Annotated[Duration, described("a quiet stream sends a comment this often")] = Duration(15)
+    ttl: Annotated[Duration, says("a thread untouched for so long is erased")] = Duration(3600)
+    cleanup_interval: Annotated[Duration, says("how often expired threads are looked for")] = Duration(300)
+    idle_timeout: Annotated[Duration, says("a stream with nothing new for so long ends; 0: never")] = Duration(30)
+    heartbeat: Annotated[Duration, says("a quiet stream sends a comment this often")] = Duration(15)
     poll_interval: Annotated[
-        Duration, described("the longest that a change by another process (the sqlite3 shell) goes unnoticed")
+        Duration, says("the longest that a change by another process (the sqlite3 shell) goes unnoticed")
     ] = Duration(0.1)
-    producer_timeout: Annotated[Duration, described("a message nobody appends to for so long is aborted; 0: never")] = (
+    producer_timeout: Annotated[Duration, says("a message nobody appends to for so long is aborted; 0: never")] = (
         Duration(300)
     )
-    packing: Annotated[bool, described("keep what has ended compressed, once the clean-up has come by")] = True
+    packing: Annotated[bool, says("keep what has ended compressed, once the clean-up has come by")] = True
     synchronous: Annotated[
-        Literal["FULL", "NORMAL"], described("FULL: what is acknowledged survives a power cut; NORMAL: a crash")
+        Literal["FULL", "NORMAL"], says("FULL: what is acknowledged survives a power cut; NORMAL: a crash")
     ] = "FULL"
-    max_chunk: Annotated[Size, described("largest chunk")] = Size(1024**2)
-    max_body: Annotated[Size, described("largest JSON body")] = Size(10 * 1024**2)
-    max_message: Annotated[Size, described("largest message: its text, and 16 bytes a chunk")] = Size(64 * 1024**2)
-    max_db: Annotated[Size, described("largest database file; 0: as large as the disk")] = Size(0)
-    max_readers: Annotated[int, described("most readers at a time")] = 10_000
-    secret: Annotated[str, described("turns authentication on: the key of HS256 tokens, 32 bytes or more")] = ""
+    max_chunk: Annotated[Size, says("largest chunk")] = Size(1024**2)
+    max_body: Annotated[Size, says("largest JSON body")] = Size(10 * 1024**2)
+    max_message: Annotated[Size, says("largest message: its text, and 16 bytes a chunk")] = Size(64 * 1024**2)
+    max_db: Annotated[Size, says("largest database file; 0: as large as the disk")] = Size(0)
+    max_readers: Annotated[int, says("most readers at a time")] = 10_000
+    secret: Annotated[str, says("turns authentication on: the key of HS256 tokens, 32 bytes or more")] = ""
     upstream: Annotated[
-        tuple[Upstream, ...],
-        described("what to relay, like openai=https://api.openai.com, with commas or more than once"),
+        tuple[str, ...], says("what to relay, like openai=https://api.openai.com, with commas or more than once")
     ] = ()
-    max_relays: Annotated[int, described("most answers of upstreams at a time")] = 1_000
+    max_relays: Annotated[int, says("most answers of upstreams at a time")] = 1_000
     cors_origins: Annotated[
-        tuple[str, ...], described("other origins whose pages may connect, like https://chat.example, with commas")
+        tuple[str, ...], says("other origins whose pages may connect, like https://chat.example, with commas")
     ] = ()
-    allow_anonymous: Annotated[bool, described("serve others than loopback without a secret")] = False
-    log_format: Annotated[Literal["auto", "console", "json"], described("auto: console on a terminal, else json")] = (
-        "auto"
-    )
+    allow_anonymous: Annotated[bool, says("serve others than loopback without a secret")] = False
+    log_format: Annotated[Literal["auto", "console", "json"], says("auto: console on a terminal, else json")] = "auto"
 
     def __post_init__(self) -> None:
-        for name in SETTING_TYPES:
+        for name in SETTINGS:
             msgspec.structs.force_setattr(self, name, checked_setting(name, getattr(self, name)))
+        if self.cleanup_interval < MIN_CLEANUP_INTERVAL:
+            raise ValueError("a cleanup_interval of 0 cannot be; it would never pause; give it 1s or more")
+        if 0 < (size := len(self.secret.encode())) < SECRET_BYTES:
+            raise ValueError(
+                f"the secret has {size} bytes, and HS256 asks for {SECRET_BYTES} or more (RFC 7518, 3.2); make one"
+                " with: openssl rand -hex 32"
+            )
 
 
-SETTING_HINTS: dict[str, Any] = get_type_hints(Settings, include_extras=True)
-SETTING_TYPES: dict[str, Any] = {name: get_args(hint)[0] for name, hint in SETTING_HINTS.items()}
-SETTING_DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(Settings)}
-SETTING_METAVARS: dict[Any, str] = {
-    str: "TEXT",
-    int: "NUMBER",
-    bool: "true|false",
-    Duration: "DURATION",
-    Size: "SIZE",
-    tuple[str, ...]: "ORIGINS",
-    tuple[Upstream, ...]: "NAME=URL",
-}
-SETTING_PARSERS: dict[Any, Callable[[str], Any]] = {
-    Duration: parse_duration,
-    Size: parse_size,
-    tuple[str, ...]: parse_origins,
-    tuple[Upstream, ...]: parse_upstreams,
+PARSERS: dict[Any, Callable[[str], Any]] = {Duration: parse_duration, Size: parse_size, tuple[str, ...]: parse_list}
+KINDS = {str: "TEXT", int: "NUMBER", bool: "true|false", Duration: "DURATION", Size: "SIZE", tuple[str, ...]: "LIST"}
+SETTINGS: dict[str, tuple[Any, str, str]] = {  # of each its type, how that is called, and what it says
+    name: (kind, KINDS.get(kind) or "|".join(get_args(kind)), meta.description)
+    for name, hint in get_type_hints(Settings, include_extras=True).items()
+    for kind, meta in [get_args(hint)]
 }
 
 
-def parse_setting(name: str, text: str) -> Any:
-    """The value of the setting ``name``. Raises ValueError with one sentence for a person."""
-    kind = SETTING_TYPES[name]
-    if kind is str and not text:
+def checked_setting(name: str, value: Any, is_text: bool = False) -> Any:
+    """The value of a setting, also of its text (``"1s"``). Raises ValueError with one sentence for a person."""
+    kind, called, _ = SETTINGS[name]
+    if is_text and not value:
         raise ValueError(f"{name} is empty; give it a value, or leave it out")
-    if parser := SETTING_PARSERS.get(kind):
-        return parser(text)
+    if isinstance(value, str) and kind in PARSERS:
+        value = PARSERS[kind](value)
     try:
-        return msgspec.convert(text, kind, strict=False)
+        value = msgspec.convert(value, kind, strict=not is_text)
     except msgspec.ValidationError as error:
-        choices = " or ".join(map(str, get_args(kind))) or kind.__name__
-        raise ValueError(f"{text!r} is not {choices}") from error
-
-
-def checked_setting(name: str, value: Any) -> Any:
-    """The value, also of its text (``"1s"``). Raises ValueError with one sentence for a person."""
-    kind = SETTING_TYPES[name]
-    if isinstance(value, str) and kind in SETTING_PARSERS:
-        value = parse_setting(name, value)
-    try:
-        value = msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"{name}={value!r:.80} cannot be: {error}") from error
+        raise ValueError(f"{name}={value!r:.80} cannot be; it is {called}") from error
     if isinstance(value, float | int) and not 0 <= value < math.inf:
         raise ValueError(f"{name}={value} cannot be; it is 0 or more")
-    if name == "cleanup_interval" and value < MIN_CLEANUP_INTERVAL:
-        raise ValueError(f"cleanup_interval={value} cannot be; it would never pause; give it 1s or more")
-    if name == "secret" and 0 < len(value.encode()) < SECRET_BYTES:
-        raise ValueError(
-            f"the secret has {len(value.encode())} bytes, and HS256 asks for {SECRET_BYTES} or more (RFC 7518, 3.2);"
-            " make one with: openssl rand -hex 32"
-        )
     return value
 
 
@@ -465,15 +284,14 @@ class Signal(enum.Enum):
     """What a reader is told besides chunks and ends.
 
     RESET: forget what you have, all of it follows. GONE: the thread was cleared or expired.
-    TIMEOUT: nothing new for ``idle_timeout``. HEARTBEAT: nothing new, and still here. EXPIRED:
-    what allowed the reader to read has expired. ERROR: reading went wrong; a problem says how.
+    TIMEOUT: nothing new for ``idle_timeout``. HEARTBEAT: nothing new, and still here. ERROR: a
+    problem says what went wrong.
     """
 
     RESET = "reset"
     GONE = "gone"
     TIMEOUT = "timeout"
     HEARTBEAT = "heartbeat"
-    EXPIRED = "expired"
     ERROR = "error"
 
 
@@ -538,10 +356,7 @@ class ThreadSummary(Record, frozen=True):
 
 
 class ThreadStatus(ThreadSummary, frozen=True):
-    """``get_thread_status``: one thread with its messages, in the order they began.
-
-    ``messages_cursor`` gets the next of them, None where there are no more.
-    """
+    """One thread with its messages, in the order they began; ``messages_cursor`` gets the next, where there are any."""
 
     cursor: str = ""
     messages: list[MessageStatus] = []
@@ -565,11 +380,7 @@ class AccumulatedContent(Record, frozen=True):
 
 
 class ChunkPage(Record, frozen=True):
-    """What follows a cursor, with the ends among it.
-
-    ``status`` is the reader's view at ``cursor``: it turns ``completed`` or ``aborted`` only with
-    the page that holds the end.
-    """
+    """What follows a cursor. ``status`` is completed or aborted only with the page that holds the end."""
 
     chunks: list[StoredChunk]
     ends: list[MessageEnd]
@@ -578,63 +389,34 @@ class ChunkPage(Record, frozen=True):
 
 
 class Page:
-    """Consecutive entries of a thread's sequence, encoded once in each format for all who read them.
+    """Consecutive entries of a thread's sequence.
 
-    Its reader has everything up to ``last_seq`` once it has this page, even where entries of
-    other messages were left out.
+    Its reader has everything up to ``last_seq`` once it has this page, even where entries of other messages
+    were left out.
     """
 
-    __slots__ = ("_encoded", "_parts", "asked", "entries", "generation", "last_seq", "size", "unread", "wires")
+    __slots__ = ("entries", "generation", "last_seq", "size")
+    shared: dict[Any, bytes] | None = None  # what is made of it once for all (see extras/live.py)
 
-    def __init__(
-        self, generation: int, last_seq: int, entries: Sequence[Entry], size: int = 0, asked: float | None = None
-    ) -> None:
-        self.generation = generation
-        self.last_seq = last_seq
-        self.entries = entries
-        self.size = size
-        self.asked = asked  # when its append was asked for (time.perf_counter), until somebody reads it
-        self.unread = True
-        self.wires: dict[Format, bytes] = {}  # what an extra makes of it once for all
-        self._parts: Sequence[Page] = ()
-        self._encoded: dict[Format, list[bytes]] = {}
-
-    @classmethod
-    def joined(cls, parts: Sequence[Page]) -> Page:
-        """Pages that follow one another, as one that shares what they encoded."""
-        if len(parts) == 1:
-            return parts[0]
-        page = cls(parts[-1].generation, parts[-1].last_seq, [entry for part in parts for entry in part.entries])
-        page._parts = parts
-        return page
+    def __init__(self, generation: int, last_seq: int, entries: Sequence[Entry], size: int = 0) -> None:
+        self.generation, self.last_seq, self.entries, self.size = generation, last_seq, entries, size
 
     @property
-    def parts(self) -> Sequence[Page]:
-        return self._parts or (self,)
-
-    @property
-    def completes(self) -> bool:
+    def end(self) -> MessageEnd | None:
         end = self.entries[-1]
-        return isinstance(end, MessageEnd) and end.status == "completed"
+        return end if isinstance(end, MessageEnd) else None
 
-    @property
-    def cost(self) -> int:
-        """About how many bytes it takes."""
-        return self.size + CHUNK_OVERHEAD * len(self.entries)
-
-    def encoded(self, form: Format) -> list[bytes]:
-        if self._parts:
-            return [piece for part in self._parts for piece in part.encoded(form)]
-        if (known := self._encoded.get(form)) is None:
-            known = self._encoded[form] = form.frames(self)
-        return known
+    def encoded(self, form: Format) -> bytes:
+        return form.frames(self)
 
 
 class Format(Protocol):
     """How readers are told what they read, on one kind of wire."""
 
-    def frames(self, page: Page) -> list[bytes]:
-        """The page's entries, as what is sent of them: in one piece, or one for each entry."""
+    tells_all: bool  # or else the body is broken off where a reader is to be told what there is no word for
+
+    def frames(self, page: Page) -> bytes:
+        """What is sent of the page's entries."""
 
     def signal(self, signal: Signal, problem: Problem | None = None) -> bytes:
         """What is sent of anything else: nothing, where this wire has no word for it."""
@@ -659,9 +441,9 @@ class State(Record, frozen=True):
     version: int = 0  # of the thread: grows with each change, where changes may be told of out of order
 
     @property
-    def order(self) -> tuple[int, int]:
-        """By which of two states of one thread, the later is known."""
-        return self.last_seq, self.version
+    def order(self) -> tuple[int, int, int]:
+        """By which, of two states under one name, the later is known."""
+        return self.generation, self.last_seq, self.version
 
     @property
     def ended(self) -> bool:
@@ -719,17 +501,6 @@ class Change(Record, frozen=True):
         state = self.state
         return Appended(self.thread_id, self.message_id, state.last or 0, state.chunk_count, cast(Status, state.status))
 
-    def entries(self) -> list[Entry]:
-        last_seq = self.state.last_seq
-        first_seq = last_seq + 1 - self.ended - len(self.chunks)
-        entries: list[Entry] = [
-            StoredChunk(chunk.content, self.timestamp, self.message_id, seq, chunk.event)
-            for seq, chunk in enumerate(self.chunks, first_seq)
-        ]
-        if self.ended:
-            entries.append(MessageEnd(self.message_id, cast(Status, self.state.status), self.state.reason, last_seq))
-        return entries
-
 
 class Place(Record, frozen=True):
     """Where a reader begins.
@@ -747,13 +518,6 @@ class Place(Record, frozen=True):
     skip: int = 0
     reset: bool = False
     finished: bool = False
-
-    def ends_with(self, page: Page) -> bool:
-        return self.message_id is not None and isinstance(page.entries[-1], MessageEnd)
-
-    def ends_where(self, active: bool) -> bool:
-        """A message ends with its end, a thread where none of its messages is active."""
-        return not (self.follow or active or self.message_id is not None)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -775,12 +539,9 @@ class Problem(ProblemDetailsException):
         cls.status_code, cls.kind, cls.always = status, kind, headers or {}
 
     def __init__(self, detail: str, **members: Any) -> None:
+        headers = dict(self.always) or None
         super().__init__(
-            detail=detail,
-            title=self.kind,
-            status_code=self.status_code,
-            headers=dict(self.always) or None,
-            extra=members or None,
+            detail=detail, title=self.kind, status_code=self.status_code, headers=headers, extra=members or None
         )
 
 
@@ -825,20 +586,15 @@ class Stopping(Unavailable, status=503, kind="Unavailable", headers={"Retry-Afte
         super().__init__("The service is stopping; try again when it is back.")
 
 
-class NotEntered(Problem, status=500, kind="Not entered"):
-    def __init__(self) -> None:
-        super().__init__(
-            "The buffer was not entered: write 'async with ChunkBuffer(…) as buffer', or give it to the lifespan of the"
-            " app. An app that is mounted in another one gets no lifespan of its own; enter its buffer in the other's."
-        )
-
-
 class StartupError(Exception):
     """Why the service cannot start, in one line."""
 
 
 class BrokenOff(Exception):
     """The body is to be broken off, as its end would be taken for a complete answer (RFC 9112, 8)."""
+
+
+# What is said in more than one place.
 
 
 def no_thread(thread_id: str) -> NotFound:
@@ -875,14 +631,6 @@ def another_is_stored(message_id: str, index: int, state: State) -> Conflict:
     return Conflict(
         f"Another chunk is stored as index {index} of the message {message_id!r}: another producer writes to it, or"
         " this one sent something else before. Stop, or begin a new message.",
-        expectedIndex=state.chunk_count,
-    )
-
-
-def has_chunks(message_id: str, state: State) -> Conflict:
-    return Conflict(
-        f"The message {message_id!r} has {state.chunk_count} chunks already, and a whole stream would be stored after"
-        " them; begin a new message.",
         expectedIndex=state.chunk_count,
     )
 
@@ -1973,8 +1721,8 @@ class SQLiteStore(GroupCommit):
 # ---------------------------------------------------------------------------------------------
 
 EXTRAS = (
-    *("logs", "tokens", "metrics", "page", "websocket", "uploads", "operate", "copy", "clients", "openapi"),
-    *("dialects", "relay", "limits", "express", "packs", "erasure"),
+    *("logs", "tokens", "metrics", "page", "websocket", "live", "producing", "raw", "operate", "copy", "clients"),
+    *("openapi", "dialects", "relay", "limits", "express", "packs", "erasure"),
 )
 KEEPERS = ("packs", "erasure")  # those of them that add to what the SQLite store does
 STORES = {"redis": "redis_store", "rediss": "redis_store", "unix": "redis_store"}  # by the scheme of their address
@@ -2015,117 +1763,69 @@ def store_for(settings: Settings) -> Store:
 # ---------------------------------------------------------------------------------------------
 
 CLOCK_STEP_MS = 2_000  # more than a clock drifts between two looks
-RETRY_PAUSE, RETRY_PAUSE_MOST = 0.05, 1.0  # seconds between two tries of what the store refuses for now
-AHEAD = 32  # pieces that a source may be ahead of what is committed of it
 CUT = 0.0  # the moment, by the loop's clock, to which an upload is cut short
-LONG_TEXT = 1024**2  # bytes, past which a text is read in pieces
-LIVE_BYTES = 1024**2  # of a thread's newest pages, kept while somebody follows it
-ALL_LIVE_BYTES = 32 * 1024**2  # of all threads
 HELD_BYTES = 32 * 1024**2  # of bodies that are still coming in, or to be sent on
-CALLED_AT_ONCE = 4  # readers of a thread, in one turn of the loop
-MUCH_TO_SEND = LIVE_BYTES // 4  # for which all are called at once, or it would be let go before they are
-JOINED = 4  # what readers at as many different places have before them, kept for those who are at the same
-
-
-class Listener:
-    """Who wants to know what happens in a buffer, for instance to count it."""
-
-    def resumed(self, kind: str, place: Place) -> None: ...
-
-    def committed(self, changes: Sequence[Change], seconds: float) -> None: ...
-
-    def delivered(self, page: Page) -> None: ...
-
-    def sent(self, size: int) -> None: ...
-
-    def relayed(self, upstream: str, outcome: str) -> None: ...
-
-    def expired(self, threads: int) -> None: ...
-
-
-class Live:
-    """About how many bytes the live ends of all threads take together."""
-
-    total = 0
 
 
 class Tail:
-    """The live end of one thread, from its making to its clearing: what those who follow it share.
+    """What those who follow a thread share, though it be cleared and made again meanwhile.
 
-    ``generation`` is 0 until the thread is made, ``last_seq`` None until it is known.
+    ``generation`` is 0 while no such thread is known, ``last_seq`` -1 while it is not known whether there is one.
+    What had a generation up to ``gone`` is no more, as generations only grow. Whoever is ``waiting`` is called
+    once, when something happens next. It keeps none of what comes, which is in the store (see extras/live.py).
     """
 
-    def __init__(self, generation: int, live: Live) -> None:
-        self.generation = generation
-        self.last_seq: int | None = None
+    def __init__(self) -> None:
+        self.generation, self.last_seq, self.version = 0, -1, 0
         self.doubts = 0
-        self.version = 0
         self.active = True
-        self.gone = False
+        self.gone = 0
         self.users = 0
         self.followers = 0  # of the users, those who read
         self.uploads: dict[asyncio.Timeout, str] = {}  # of which message, if that can still end
-        self._pages: dict[int, Page] = {}  # by the place of their first entry
-        self._cost = 0  # of these, about how many bytes they take
-        self._live = live
-        self._joined: dict[tuple[int, str | None], tuple[int, Page | None]] = {}  # since the newest page came
-        self._waiting: dict[Callable[[], None], None] = {}
-        self._woken: deque[Callable[[], None]] = deque()
-        self._is_calling = False
-        self._to_send = 0  # about how many bytes came since the last of them was called
+        self.waiting: dict[Callable[[], None], None] = {}
 
-    def learn(self, state: State) -> None:
-        """Take what a reader found, if it is newer: a change may have been told of since that takes no place."""
-        if self.last_seq is None or state.order > (self.last_seq, self.version):
-            self._set(state)
+    @property
+    def order(self) -> tuple[int, int, int]:
+        return self.generation, self.last_seq, self.version
+
+    def learn(self, state: State, or_as_new: bool = False) -> None:
+        """Take what was found, if it is newer: a change that takes no place may have been told of since."""
+        if state.generation > self.generation > 0:
+            self.clear(self.generation)
+        self.gone = max(self.gone, state.generation - 1)
+        if state.order > self.order or (or_as_new and state.order == self.order):
+            (self.generation, self.last_seq, self.version), self.active = state.order, state.active
 
     def take(self, change: Change, asked: float | None) -> None:
-        state = change.state
-        if self.last_seq is None or state.order >= (self.last_seq, self.version):
-            self._set(state)
-        if self.followers and (entries := change.entries()):
-            self._keep(Page(state.generation, state.last_seq, entries, change.size, asked))
+        """``asked`` is when it was asked for (time.perf_counter)."""
+        if change.state.generation <= self.gone:
+            return  # a reader has found the thread that came after it
+        if change.cleared:
+            self.clear(change.state.generation)
+            return
+        self.learn(change.state, or_as_new=True)
+        if self.followers:
+            self.keep(change, asked)
         if change.ended:
             self.cut(change.message_id)
         self.wake()
 
+    def clear(self, generation: int) -> None:
+        """This one and those before it are no more."""
+        self.gone = max(self.gone, generation)
+        if self.generation <= generation:
+            self.generation, self.last_seq, self.version, self.active = 0, -1, 0, True
+            self.forget()
+            self.cut()
+            self.wake()
+
     def doubt(self) -> None:
         """Another process may have changed anything: whoever follows looks anew, and learns it."""
-        self.forget()
-        self.last_seq = None
+        self.last_seq = -1
         self.doubts += 1
-        self.wake()
-
-    def retire(self) -> None:
-        self.gone = True
         self.forget()
-        self.cut()
         self.wake()
-
-    def knows_more_than(self, found: State) -> bool:
-        """Whether something has been told of since a state was read."""
-        is_same = not self.gone and self.generation == found.generation and self.last_seq is not None
-        return is_same and found.order < (self.last_seq or 0, self.version)
-
-    def may_have_more(self, seq: int) -> bool:
-        return self.last_seq is None or seq < self.last_seq
-
-    def after(self, seq: int, message_id: str | None) -> tuple[int, Page | None] | None:
-        """All that is here, joined once for all who have as much: up to where, and what of it is the message's."""
-        if (known := self._joined.get((seq, message_id))) is None and seq + 1 in self._pages:
-            pages, last_seq = [], seq
-            while page := self._pages.get(last_seq + 1):
-                pages.append(page)
-                last_seq = page.last_seq
-            if len(self._joined) >= JOINED:
-                self._joined.clear()
-            known = self._joined[seq, message_id] = (last_seq, page_for(message_id, pages))
-        return known
-
-    def forget(self) -> None:
-        self._pages.clear()
-        self._joined.clear()
-        self._weigh(-self._cost)
 
     def cut(self, message_id: str | None = None) -> None:
         """Interrupt the uploads of one message, or all of them."""
@@ -2133,69 +1833,30 @@ class Tail:
             if message_id in (None, name) and not upload.expired():
                 upload.reschedule(CUT)
 
-    def call_once(self, call: Callable[[], None]) -> None:
-        """When something happens next."""
-        self._waiting[call] = None
-
-    def call_off(self, call: Callable[[], None]) -> None:
-        self._waiting.pop(call, None)
-
     def wake(self) -> None:
-        """Call all who wait, a few in a turn of the loop: what producers send in between then goes out with it."""
-        self._woken.extend(self._waiting)
-        self._waiting.clear()
-        if self._woken and not self._is_calling:
-            self._is_calling = True
-            asyncio.get_running_loop().call_soon(self._call_some)
-
-    def _call_some(self) -> None:
-        count = len(self._woken)
-        try:
-            for _ in range(count if self._to_send > MUCH_TO_SEND else min(CALLED_AT_ONCE, count)):
-                self._woken.popleft()()
-        finally:
-            self._is_calling = bool(self._woken)
-            if self._is_calling:
-                asyncio.get_running_loop().call_soon(self._call_some)
-            else:
-                self._joined.clear()
-                self._to_send = 0
+        calls, self.waiting = self.waiting, {}
+        for call in calls:
+            asyncio.get_running_loop().call_soon(call)
 
     async def wait(self, until: float) -> None:
         """Until something happens, or the loop's clock shows ``until``."""
-        loop = asyncio.get_running_loop()
-        waiting: asyncio.Future[None] = loop.create_future()
-        timer = None if until == math.inf else loop.call_at(until, wake_up, waiting)
-        call = partial(wake_up, waiting)
-        self.call_once(call)
+        something = asyncio.Event()
+        self.waiting[something.set] = None
         try:
-            await waiting
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(None if until == math.inf else until):
+                    await something.wait()
         finally:
-            self.call_off(call)
-            if timer is not None:
-                timer.cancel()
+            self.waiting.pop(something.set, None)
 
-    def _set(self, state: State) -> None:
-        self.generation, self.active = state.generation, state.active
-        self.last_seq, self.version = state.order
+    def keep(self, change: Change, asked: float | None) -> None:
+        """Have what came at hand for those who follow."""
 
-    def _keep(self, page: Page) -> None:
-        """The newest stays, whatever its size: all who follow are about to be sent it."""
-        self._joined.clear()
-        self._pages[page.entries[0].seq] = page
-        self._to_send += page.cost
-        self._weigh(page.cost)
-        while self._cost > LIVE_BYTES and len(self._pages) > 1:
-            self._weigh(-self._pages.pop(next(iter(self._pages))).cost)
+    def after(self, seq: int, message_id: str | None) -> tuple[int, Page | None] | None:
+        """What is at hand after a place: up to where it goes, and what of it is of the message (None: of any)."""
 
-    def _weigh(self, cost: int) -> None:
-        self._cost += cost
-        self._live.total += cost
-
-
-def wake_up(waiting: asyncio.Future[None]) -> None:
-    if not waiting.done():
-        waiting.set_result(None)
+    def forget(self) -> None:
+        """Have nothing at hand."""
 
 
 class Step(enum.Enum):
@@ -2209,15 +1870,15 @@ class Step(enum.Enum):
 class Reader:
     """One who follows, and is counted while it is there: what it is to be sent next, by whatever sends it.
 
-    Times are seconds, by default those of the settings; 0 turns ``idle_timeout`` and ``heartbeat``
-    off; ``expires`` is in seconds since 1970. ``due`` is when, by the loop's clock, a reader that
-    waits is to be told that it does. It has a ``place`` once it begins, and a ``tail`` while it is
-    attached (see ChunkBuffer.attached).
+    It is made before any work is done for it. Times are seconds, by default those of the settings; 0 turns
+    ``idle_timeout`` and ``heartbeat`` off; ``expires`` is in seconds since 1970. ``due`` is when, by the loop's
+    clock, one that waits is to be told that it does. Raises Unavailable where there are ``max_readers`` already,
+    unless it is not ``limited``.
     """
 
     __slots__ = (
         *("__weakref__", "_beat", "_buffer", "_expires", "_has_page", "_heartbeat", "_idle", "_idle_timeout"),
-        *("_is_told", "_loaded", "_now", "_reset", "_skip", "place", "seq", "tail"),
+        *("_is_told", "_now", "_reset", "_skip", "generation", "loaded", "place", "seq", "tail"),
     )
 
     def __init__(
@@ -2226,82 +1887,75 @@ class Reader:
         idle_timeout: float | None = None,
         heartbeat: float | None = None,
         expires: float = math.inf,
+        limited: bool = True,
     ) -> None:
-        settings = buffer.settings
+        settings, count = buffer.settings, buffer.readers
+        if buffer.stopping:
+            raise Stopping
+        if limited and count >= settings.max_readers:
+            raise Unavailable(f"There are {count} readers, as many as max_readers allows; try again later.")
         self._buffer = buffer
         self.tail: Tail
-        self._loaded: Page | None = None
-        self._has_page = self._is_told = False
-        self._idle = self._beat = math.inf
+        self.loaded: Page | None = None  # what the store has, to be sent with the next step
         self._idle_timeout = (settings.idle_timeout if idle_timeout is None else idle_timeout) or math.inf
         self._heartbeat = (settings.heartbeat if heartbeat is None else heartbeat) or math.inf
         self._now = asyncio.get_running_loop().time
         self._expires = self._now() + expires - time.time()
+        buffer._readers.add(self)
 
     def begin(self, place: Place) -> None:
-        """Follow from this place on."""
-        self.place = place
-        self.seq, self._skip, self._reset = place.after, place.skip, place.reset
-        self._got_something()
+        self.place, self.generation, self.seq = place, place.generation, place.after
+        self._skip, self._reset = place.skip, place.reset
+        self._has_page, self._is_told = True, False
 
     @property
     def due(self) -> float:
         return min(self._expires, self._idle, self._beat)
 
-    def load(self, page: Page) -> None:
-        """Take what the store has, to be sent with the next step."""
-        self._loaded = page
-
     def step(self) -> Page | Signal | Step:
-        """What it is to be sent now; when it is asked for the next, that has been taken off its hands."""
+        """What it is to be sent now; when it is asked for the next, that has been taken off its hands.
+
+        Raises Unauthorized, once, where it has expired.
+        """
+        tail, place, now = self.tail, self.place, self._now()
         if self._has_page:
-            self._got_something()
-        tail, place = self.tail, self.place
+            self._has_page, self._idle, self._beat = False, now + self._idle_timeout, now + self._heartbeat
         if self._reset:
             self._reset = False
             return Signal.RESET
-        while not (self._is_told or self._buffer.stopping or tail.gone):
-            if tail.may_have_more(self.seq) and self._now() < self._expires:
-                if (found := self._next()) is None:
-                    return Step.LOAD
-                self.seq, page = found
-                if page is not None:
-                    self._has_page, self._is_told = True, place.ends_with(page)
-                    return self._less_skipped(page)
-            elif place.ends_where(tail.active) and not tail.may_have_more(self.seq):
-                return Step.END
-            else:
-                return self._signal()
-        if tail.gone and not self._is_told:
+        self.generation = self.generation or tail.generation
+        if self._is_told or self._buffer.stopping:
+            return Step.END
+        if 0 < self.generation <= tail.gone:
             self._is_told = True
             return Signal.GONE
-        return Step.END
+        while (has_more := tail.last_seq < 0 or self.seq < tail.last_seq) and now < self._expires:
+            if (found := self._next()) is None:
+                return Step.LOAD
+            self.seq, page = found
+            if page is not None:
+                self._has_page, self._is_told = True, place.message_id is not None and page.end is not None
+                return self._less_skipped(page)
+        # A message ends with its end, and a thread where none of its messages is active.
+        is_over = not (has_more or place.follow or tail.active or place.message_id is not None)
+        return Step.END if is_over else self._signal(now)
 
     def _next(self) -> tuple[int, Page | None] | None:
-        if (page := self._loaded) is not None:
-            self._loaded = None
-            return page.last_seq, page_for(self.place.message_id, [page])
+        if (page := self.loaded) is not None:
+            self.loaded = None
+            return page.last_seq, page if page.entries else None
         return self.tail.after(self.seq, self.place.message_id)
 
-    def _signal(self) -> Signal | Step:
-        when, signal = min(
-            (self._expires, Signal.EXPIRED),
-            (self._idle, Signal.TIMEOUT),
-            (self._beat, Signal.HEARTBEAT),
-            key=itemgetter(0),
-        )
-        if when > self._now():
+    def _signal(self, now: float) -> Signal | Step:
+        if self.due > now:
             return Step.WAIT
-        if signal is Signal.HEARTBEAT:
-            self._beat = self._now() + self._heartbeat
-        else:
-            self._is_told = True
-        return signal
-
-    def _got_something(self) -> None:
-        self._has_page = False
-        now = self._now()
-        self._idle, self._beat = now + self._idle_timeout, now + self._heartbeat
+        if self._beat < min(self._idle, self._expires):
+            self._beat = now + self._heartbeat
+            return Signal.HEARTBEAT
+        self._is_told = True
+        if self._expires <= self._idle:
+            raise token_expired()
+        return Signal.TIMEOUT
 
     def _less_skipped(self, page: Page) -> Page:
         skip, self._skip = self._skip, 0
@@ -2338,12 +1992,9 @@ def utf8_size(text: str) -> int:
         ) from error
 
 
-def is_reserved(event: str) -> bool:
-    return event in RESERVED_EVENTS or event.startswith(RELAYED)
-
-
 def check_event(event: str) -> None:
-    if not 1 <= len(event) <= MAX_NAME or CONTROL_CHARACTER.search(event) or is_reserved(event):
+    is_ours = event in RESERVED_EVENTS or event.startswith(RELAYED)
+    if not 1 <= len(event) <= MAX_NAME or CONTROL_CHARACTER.search(event) or is_ours:
         raise InvalidContent(
             f"{event!r:.80} cannot be an event; use 1 to {MAX_NAME} characters, no control characters, and none of"
             f" the service's own names ({', '.join(sorted(RESERVED_EVENTS))})."
@@ -2358,26 +2009,21 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
 
 def list_place(cursor: str | None) -> int | None:
     """Where a page of a list ended. Raises BadRequest."""
-    if cursor is None:
-        return None
-    if not re.fullmatch(r"\d{1,18}", cursor, re.ASCII):
+    if cursor is not None and not re.fullmatch(r"\d{1,18}", cursor, re.ASCII):
         raise BadRequest(f"{cursor!r:.80} is not a cursor of this list; send the one that its last page gave.")
-    return int(cursor)
+    return None if cursor is None else int(cursor)
 
 
-def checked_sizes(chunks: Sequence[Chunk], max_chunk: int) -> tuple[list[int], Problem | None]:
-    """The bytes of each chunk, up to the first that is refused, and why it is."""
-    sizes: list[int] = []
-    try:
-        for chunk in chunks:
-            if chunk.event is not None:
-                check_event(chunk.event)
-            if (size := utf8_size(chunk.content)) > max_chunk:
-                raise TooLarge(f"A chunk has {size} bytes, over max_chunk ({max_chunk}); send it in parts.")
-            sizes.append(size)
-    except Problem as problem:
-        return sizes, problem
-    return sizes, None
+def checked_sizes(chunks: Sequence[Chunk], max_chunk: int) -> list[int]:
+    """The bytes of each chunk. Raises InvalidContent and TooLarge."""
+    sizes = []
+    for chunk in chunks:
+        if chunk.event is not None:
+            check_event(chunk.event)
+        sizes.append(size := utf8_size(chunk.content))
+        if size > max_chunk:
+            raise TooLarge(f"A chunk has {size} bytes, over max_chunk ({max_chunk}); send it in parts.")
+    return sizes
 
 
 class ChunkBuffer:
@@ -2391,21 +2037,20 @@ class ChunkBuffer:
 
     def __init__(self, settings: Settings | None = None, store: Store | None = None) -> None:
         self.settings = settings = settings or Settings()
-        self.listener = Listener()
+        self.tell: Callable[..., None] = lambda event, *what: None  # of what happens, for whoever counts it
         self.stopping = False
-        self._threads: Store = store or store_for(settings)
+        self._store: Store = store or store_for(settings)
         self._entered = False
+        self._tail_type = live_end()
         self._tails: dict[str, Tail] = {}
         self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()  # gone with their streams, be they read or not
-        self._live = Live()
         self._held = 0  # bytes of bodies that are still coming in, or to be sent on
         self._erasure_owed = True
         self._tasks: set[asyncio.Task[None]] = set()
-        self._probe: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         """Raises StartupError where the store cannot be served."""
-        await self._threads.open(self._take)
+        await self._store.open(self._take)
         self._entered = True
         self._started_ms = now_ms()
         self._clock_offset, self._clock_set_ms = now_ms() - ms_since_boot(), 0
@@ -2413,20 +2058,18 @@ class ChunkBuffer:
             self.begin(work())
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         self.stop()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._store.close()
+        await self.store.close()
 
     def stop(self) -> None:
         """End every stream now, without an end event, so that clients reconnect elsewhere or later."""
         self.stopping = True
-        self._store.stop()
+        self.store.stop()
         for tail in self._tails.values():
             tail.cut()
             tail.wake()
@@ -2436,11 +2079,14 @@ class ChunkBuffer:
         return len(self._readers)
 
     @property
-    def _store(self) -> Store:
-        """Raises NotEntered, as what is asked of a store that is not open would never be answered."""
+    def store(self) -> Store:
+        """Raises Problem before it is open, as what is asked of it then would never be answered."""
         if not self._entered:
-            raise NotEntered
-        return self._threads
+            raise Problem(
+                "The buffer was not entered: write 'async with ChunkBuffer(…) as buffer', or give it to the lifespan of"
+                " the app. A mounted app gets no lifespan of its own; enter its buffer in that of the other one."
+            )
+        return self._store
 
     def begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """What goes on by itself, until the buffer is left."""
@@ -2453,44 +2099,24 @@ class ChunkBuffer:
 
     async def room(self) -> None:
         """Wait until less than the limit is waiting to be committed. Raises Unavailable."""
-        await self._store.room()
+        await self.store.room()
         if self.stopping:
             raise Stopping
 
-    @property
-    def has_room(self) -> bool:
-        """Whether ``room`` would neither wait nor raise."""
-        return not self.stopping and self._store.has_room
+    def hold(self, size: int) -> None:
+        """Count bytes of bodies that are still coming in, or to be sent on, or (below 0) are no longer.
 
-    @contextlib.contextmanager
-    def holding(self) -> Iterator[Callable[[int], None]]:
-        """Yields a function to call with the bytes that one holds of what is still coming in, or to be sent on.
-
-        It raises Unavailable where all together would hold over 32 MiB.
+        Raises Unavailable where that is over 32 MiB of all of them.
         """
-        held = 0
-
-        def hold(size: int) -> None:
-            nonlocal held
-            self._held += size - held
-            held = size
-            if self._held > HELD_BYTES:
-                raise Unavailable("Too much is being sent at the same time; try again, or send it in smaller parts.")
-
-        try:
-            yield hold
-        finally:
-            self._held -= held
+        self._held += size
+        if size > 0 and self._held > HELD_BYTES:
+            raise Unavailable("Too much is being sent at the same time; try again, or send it in smaller parts.")
 
     async def open_message(self, thread_id: str, message_id: str) -> tuple[Appended, bool]:
-        """Open a message before its first chunk, so that readers can wait for it.
-
-        The second value is whether it is new; a message that is there already counts the call as
-        a sign of life. Raises BadRequest for an id that cannot be one.
-        """
+        """Open a message before its first chunk; whether it is new. If not, that is a sign of life."""
         check_ids(thread_id, message_id)
         await self.room()
-        change = await self._store.write(Open(thread_id, message_id))
+        change = await self.store.write(Open(thread_id, message_id))
         return change.answer, change.made
 
     async def add_chunks(
@@ -2504,200 +2130,57 @@ class ChunkBuffer:
     ) -> Appended:
         """Append chunks, all or nothing, and return once they are committed.
 
-        Opens the message if need be. ``index`` (from 0) is the number in this message of the
-        first of the chunks, and makes a retry safe: what is stored already is compared and
-        skipped. ``complete`` ends the message in the same transaction. No chunks at all are a
-        sign of life.
-
-        Raises Conflict (the message has ended, ``index`` leaves a gap, or another chunk is
-        stored there), TooLarge, InvalidContent, Unavailable, DatabaseFull. After any of them
-        nothing has changed.
+        Opens the message if need be. ``index`` (from 0) is the number in this message of the first of the
+        chunks, and makes a retry safe: what is stored already is compared and skipped. ``complete`` ends the
+        message in the same transaction. No chunks at all are a sign of life. Raises Conflict (the message has
+        ended, ``index`` leaves a gap, or another chunk is stored there), TooLarge, InvalidContent, Unavailable,
+        DatabaseFull; then nothing has changed.
         """
         if isinstance(chunks, str):
             raise BadRequest("The chunks are one text; put it in a list, or its characters would be a chunk each.")
         taken = [Chunk(chunk) if isinstance(chunk, str) else chunk for chunk in chunks]
         append = self.checked_append(thread_id, message_id, taken, index=index, complete=complete)
         await self.room()
-        return (await self.append(append)).answer
+        return (await self.store.write(append)).answer
 
     def checked_append(
         self, thread_id: str, message_id: str, chunks: Sequence[Chunk] = (), *, index: int | None, complete: bool
     ) -> Append:
-        """The append, if its ids, its index, and the events, sizes and text of its chunks are good."""
+        """For the store, if its ids, its index, and the events, sizes and text of its chunks are good."""
         check_ids(thread_id, message_id)
         if index is not None and not 0 <= index < 2**63:
             raise BadRequest(f"index={index} cannot be; it is the number of the first chunk in its message, from 0.")
         if len(chunks) > MAX_CHUNKS:
             raise too_many_chunks()
-        sizes, refusal = checked_sizes(chunks, self.settings.max_chunk)
-        if refusal is not None:
-            raise refusal
+        sizes = checked_sizes(chunks, self.settings.max_chunk)
         return Append(thread_id, message_id, chunks, sizes, index, complete)
-
-    def append(self, append: Append) -> Awaitable[Change]:
-        """What was checked, right behind what was asked for before; the caller has waited for ``room``."""
-        return self._store.write(append)
 
     async def complete_message(self, thread_id: str, message_id: str) -> Appended:
         """End a message; again: the same answer. Raises NotFound; Conflict if it was aborted."""
         check_ids(thread_id, message_id)
         await self.room()
-        return (await self._store.write(End(thread_id, message_id, "completed"))).answer
+        return (await self.store.write(End(thread_id, message_id, "completed"))).answer
 
     async def abort_message(self, thread_id: str, message_id: str, reason: str | None = None) -> Appended:
-        """Abort a message, from either side; again: the same answer.
-
-        ``reason`` has up to 1,000 characters. Raises NotFound; Conflict if it is completed; TooLarge.
-        """
+        """Abort a message, from either side; again: the same answer. Raises NotFound; Conflict if it is completed."""
         check_ids(thread_id, message_id)
         if reason is not None:
             utf8_size(reason)
             if len(reason) > MAX_REASON:
                 raise TooLarge(f"The reason has {len(reason)} characters; say it in {MAX_REASON} or fewer.")
         await self.room()
-        return (await self._store.write(End(thread_id, message_id, "aborted", reason))).answer
+        return (await self.store.write(End(thread_id, message_id, "aborted", reason))).answer
 
     async def clear_thread_buffer(self, thread_id: str) -> None:
-        """Forget a thread; returns once its text is in neither the database nor the WAL.
-
-        Raises NotFound.
-        """
+        """Forget a thread; returns once its text is in neither the database nor the WAL. Raises NotFound."""
         check_ids(thread_id)
         await self.room()
-        await self._store.write(Clear(thread_id))
+        await self.store.write(Clear(thread_id))
         try:
             await self._erase()
         except (DatabaseFull, Unavailable) as problem:
             problem.detail = f"The thread is cleared, and its text will be erased later. {problem.detail}"
             raise
-
-    async def agent_stream(
-        self, thread_id: str, message_id: str, source: AsyncIterable[str | Chunk]
-    ) -> AsyncGenerator[str | Chunk, None]:
-        """Store and yield what ``source`` yields: text, or Chunks where an event has a name.
-
-        Each piece is yielded once it is committed. When the consumer goes away, storing goes on.
-        The message is completed when ``source`` ends, and aborted when it fails, with the name
-        of the exception as its reason; the exception is raised here too. When the message is
-        ended from outside, ``source`` is closed and the iteration ends.
-
-        Raises Conflict where the message has ended or has chunks already; then nothing is asked of
-        ``source``, which is closed.
-        """
-        opened, _ = await self.open_message(thread_id, message_id)
-        if opened.status != "active" or opened.chunk_count:
-            await close(source)
-            found = await self._store.find(thread_id, message_id)
-            raise message_ended(message_id, found) if found.ended else has_chunks(message_id, found)
-        place = await self.locate(thread_id, message_id, after=str(opened.seq))
-        recording = self.record(thread_id, message_id, source, index=opened.chunk_count)
-        # Not limited to max_readers, as an agent's stream is no reader's.
-        items = self.follow(place, idle_timeout=0, heartbeat=1, limited=False)
-        async with aclosing(items):
-            async for item in items:
-                if isinstance(item, Page):
-                    for entry in item.entries:
-                        if isinstance(entry, StoredChunk):
-                            yield (Chunk(entry.content, entry.event) if entry.event else entry.content)
-                elif recording.done():
-                    break  # it failed, and could not even abort the message
-        await asyncio.wait([recording])
-        if recording.cancelled():
-            raise Stopping
-        recording.result()
-
-    def record(
-        self, thread_id: str, message_id: str, source: AsyncIterable[str | Chunk], *, index: int = 0
-    ) -> asyncio.Task[None]:
-        """Store what ``source`` yields, by itself, whoever comes or goes, until the buffer is left.
-
-        All that it has yielded while the last commit was under way is one append; it is at most 32
-        pieces ahead. ``index`` is the number of its first piece in the message. What hinders the store
-        (a lock, a full disk) is waited for, for up to ``producer_timeout``. The message is completed
-        when ``source`` ends; when it fails the message is aborted, with the error's ``reason``, or else
-        its name, as the reason, and the task raises the error. When the message is ended from outside
-        the task ends. ``source`` is closed in any case.
-        """
-        return self.begin(self._record(thread_id, message_id, source, index))
-
-    async def _record(self, thread_id: str, message_id: str, source: AsyncIterable[str | Chunk], index: int) -> None:
-        try:
-            async with self.while_active(thread_id, message_id) as lift, aclosing(gathered(source, AHEAD)) as batches:
-                async for pieces in batches:
-                    await self.patiently(partial(self.add_chunks, thread_id, message_id, pieces, index=index))
-                    index += len(pieces)
-                lift()
-                await self.patiently(partial(self.complete_message, thread_id, message_id))
-        except Conflict as error:
-            log.info("recording stopped: %s", error.detail)
-        except Exception as error:
-            with contextlib.suppress(Problem):  # the error itself is what is to be seen
-                await self.abort_message(thread_id, message_id, getattr(error, "reason", type(error).__name__))
-            raise
-
-    async def patiently(self, write: Callable[[], Awaitable[T]]) -> T:
-        """A write that can be asked for again, until what hinders the store has passed."""
-        loop = asyncio.get_running_loop()
-        give_up = loop.time() + (self.settings.producer_timeout or math.inf)
-        pause = RETRY_PAUSE
-        while True:
-            try:
-                return await write()
-            except (Unavailable, DatabaseFull):
-                if self.stopping or loop.time() + pause > give_up:
-                    raise
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, RETRY_PAUSE_MOST)
-
-    @contextlib.asynccontextmanager
-    async def while_active(
-        self, thread_id: str, message_id: str, expires: float = math.inf
-    ) -> AsyncIterator[Callable[[], Any]]:
-        """Cut the block short as soon as the message is ended by anyone, or the service stops.
-
-        Also at ``expires`` (seconds since 1970). Yields a function that lifts the watch, for the
-        one who ends the message itself. Raises Conflict, Unavailable or Unauthorized: why.
-        """
-        upload = asyncio.timeout(None if expires == math.inf else expires - time.time())
-        with self._attached(thread_id) as tail:
-            had_ended = await self._has_ended(tail, thread_id, message_id)
-            # What has ended before is not ended by anyone now; a retry of its last upload is answered as before.
-            tail.uploads[upload] = "" if had_ended else message_id
-            lift = partial(tail.uploads.pop, upload, None)
-            try:
-                async with upload:
-                    yield lift
-            except TimeoutError:
-                if not upload.expired():
-                    raise
-                raise (
-                    await self._why_cut(thread_id, message_id) if upload.when() == CUT else token_expired()
-                ) from None
-            finally:
-                lift()
-
-    async def _has_ended(self, tail: Tail, thread_id: str, message_id: str) -> bool:
-        """As of all that was told of by now. Raises Unavailable."""
-        found = await self._store.find(thread_id, message_id)
-        while tail.knows_more_than(found):
-            found = await self._store.find(thread_id, message_id)
-        if self.stopping:
-            raise Stopping
-        return found.ended
-
-    async def _why_cut(self, thread_id: str, message_id: str) -> Problem:
-        if self.stopping:
-            return Stopping()
-        found = await self._store.find(thread_id, message_id)
-        return message_ended(message_id, found) if found.ended else thread_cleared()
-
-    async def stored_text(self, thread_id: str, message_id: str, index: int) -> tuple[str, int]:
-        """The text stored from chunk ``index`` on, and the index after it."""
-        try:
-            found, text = await self._store.text(thread_id, message_id, index)
-        except NotFound:
-            return "", index
-        return text, max(index, found.chunk_count)
 
     # Readers
 
@@ -2713,87 +2196,66 @@ class ChunkBuffer:
     ) -> AsyncGenerator[StoredChunk | MessageEnd | Signal, None]:
         """What the reader does not have yet of a message, until it ends.
 
-        ``known_content`` is text it has: a prefix of the message's text resumes right after it,
-        inside a chunk if need be; so does a text that occurs exactly once; anything else is
-        answered with Signal.RESET and everything. ``after`` (a cursor or a bare sequence number)
-        stands in its place. ``idle_timeout`` is in seconds, by default that of the settings, which
-        alone say how often other processes are looked for, whatever the ``poll_interval``. Ends
-        after a MessageEnd, Signal.GONE or Signal.TIMEOUT.
-
-        Raises NotFound, BadRequest (a bad cursor), Unavailable (too many readers).
+        ``known_content`` is text it has: a prefix of the message's text resumes right after it, inside a chunk
+        if need be; so does a text that occurs exactly once; anything else is answered with Signal.RESET and
+        everything. ``after`` (a cursor or a bare sequence number) stands in its place. ``idle_timeout`` is in
+        seconds, by default that of the settings; ``poll_interval`` changes nothing, as nothing is polled for a
+        reader. Ends after a MessageEnd, Signal.GONE or Signal.TIMEOUT. Raises NotFound, BadRequest, Unavailable.
         """
         if after is not None:
             known_content = None
         place = await self.locate(thread_id, message_id, after=after, known_content=known_content)
         if place.finished:
             return
-        items = self.follow(place, idle_timeout=idle_timeout, heartbeat=0)
-        async with aclosing(items):
+        async with aclosing(self.follow(place, idle_timeout=idle_timeout, heartbeat=0)) as items:
             async for item in items:
                 for entry in item.entries if isinstance(item, Page) else [item]:
                     yield entry
 
     async def get_accumulated_content(self, thread_id: str, message_id: str | None = None) -> AccumulatedContent:
-        """The text of a message so far, or of a thread's messages in the order they began.
+        """The text of a message so far, or of a thread's messages in the order they began. Raises NotFound."""
+        content, rest = await self.content(thread_id, message_id)
+        return msgspec.structs.replace(content, content=content.content + "".join([piece async for piece in rest]))
 
-        Raises NotFound, BadRequest.
-        """
-        check_ids(thread_id, message_id)
-        found, text = await self._store.text(thread_id, message_id)
-        return AccumulatedContent(text, found.cursor, found.status or await self._status_of(thread_id, found))
-
-    async def _status_of(self, thread_id: str, found: State) -> Status:
-        """Of a thread, for one who has all of it that was found."""
-        if found.active:
-            return "active"
-        whole = await self._store.status(thread_id, 1, 0)
-        return whole.status if whole.cursor == found.cursor else "active"
-
-    async def get_long_content(
+    async def content(
         self, thread_id: str, message_id: str | None = None
-    ) -> tuple[AccumulatedContent, AsyncGenerator[str, None]] | None:
-        """The same where the text is over 1 MiB: without it, and it in pieces; None where it is not.
-
-        Raises NotFound, BadRequest. The generator raises BrokenOff where the thread is cleared meanwhile.
-        """
+    ) -> tuple[AccumulatedContent, AsyncGenerator[str, None]]:
+        """The same with the first of its text, and the rest in pieces, as it may be long."""
         check_ids(thread_id, message_id)
-        whole = await self._store.status(thread_id, 1, 0)
-        size, status = whole.size, whole.status
-        if message_id is not None:
-            found = await self._store.find(thread_id, message_id)
-            if found.status is None:
-                raise no_message(thread_id, message_id)
-            size, status = found.size, found.status
-        if size <= LONG_TEXT:
-            return None
-        pieces = self._content_pieces(thread_id, message_id, Cursor.parse(whole.cursor))
-        return AccumulatedContent("", whole.cursor, status), pieces
+        if message_id is None:
+            thread = await self.store.status(thread_id, 1, 0)
+            cursor, status = thread.cursor, thread.status
+        else:
+            found = await self.store.find(thread_id, message_id)
+            check_exists(found, thread_id, message_id)
+            cursor, status = found.cursor, cast(Status, found.status)
+        pieces = self._pieces(thread_id, message_id, Cursor.parse(cursor))
+        return AccumulatedContent(await anext(pieces, ""), cursor, status), pieces
 
-    async def _content_pieces(self, thread_id: str, message_id: str | None, up_to: Cursor) -> AsyncGenerator[str, None]:
-        messages: list[str] = [] if message_id is None else [message_id]
-        places: int | None = 0 if message_id is None else None
-        while messages or places is not None:
-            if not messages:
-                status = await self._store.status(thread_id, MESSAGES, cast(int, places))
-                messages = [message.message_id for message in status.messages]
-                places = list_place(status.messages_cursor)
-                continue
-            name, seq = messages.pop(0), 0
-            while seq < up_to.seq:
-                found, page = await self._store.page(thread_id, name, seq, PAGE_ROWS)
-                if found.generation != up_to.generation:
-                    raise BrokenOff
-                seq = page.last_seq
-                yield "".join(e.content for e in page.entries if isinstance(e, StoredChunk) and e.seq <= up_to.seq)
+    async def _pieces(self, thread_id: str, message_id: str | None, up_to: Cursor) -> AsyncGenerator[str, None]:
+        """Raises NotFound where the thread is cleared meanwhile."""
+        if message_id is None:
+            after: int | None = 0
+            while after is not None:
+                status = await self.store.status(thread_id, MESSAGES, after)
+                for message in status.messages:
+                    async for piece in self._pieces(thread_id, message.message_id, up_to):
+                        yield piece
+                after = list_place(status.messages_cursor)
+            return
+        seq = 0
+        while seq < up_to.seq:
+            found, page = await self.store.page(thread_id, message_id, seq, PAGE_ROWS)
+            if found.generation != up_to.generation:
+                raise no_thread(thread_id)
+            seq = page.last_seq
+            yield "".join(e.content for e in page.entries if isinstance(e, StoredChunk) and e.seq <= up_to.seq)
 
     async def get_thread_status(self, thread_id: str, limit: int = MESSAGES, cursor: str | None = None) -> ThreadStatus:
-        """A thread with up to ``limit`` (1 to 1,000) of its messages, those after ``cursor``.
-
-        Raises NotFound, BadRequest.
-        """
+        """A thread with up to ``limit`` (1 to 1,000) of its messages, those after ``cursor``. Raises NotFound."""
         check_ids(thread_id)
         check_range("limit", limit, 1, MESSAGES)
-        return self._with_readers(await self._store.status(thread_id, limit, list_place(cursor) or 0))
+        return self._with_readers(await self.store.status(thread_id, limit, list_place(cursor) or 0))
 
     async def get_threads(
         self,
@@ -2802,12 +2264,9 @@ class ChunkBuffer:
         cursor: str | None = None,
         covered: Sequence[str] | None = None,
     ) -> ThreadPage:
-        """Up to ``limit`` (1 to 1000) threads, the newest first, of one status or of any.
-
-        ``covered`` leaves only those whose id it has, itself or as a ``prefix*``. Raises BadRequest.
-        """
+        """Up to ``limit`` (1 to 1,000) threads, the newest first, of a status, covered by an id or ``prefix*``."""
         check_range("limit", limit, 1, 1000)
-        page = await self._store.threads(status, limit, list_place(cursor), covered)
+        page = await self.store.threads(status, limit, list_place(cursor), covered)
         return ThreadPage([self._with_readers(thread) for thread in page.threads], page.cursor)
 
     def _with_readers(self, thread: S) -> S:
@@ -2822,27 +2281,13 @@ class ChunkBuffer:
         """The thread's active message, the one that began last; None where there is none. Raises BadRequest."""
         check_ids(thread_id)
         with contextlib.suppress(NotFound):
-            first = (await self._store.status(thread_id, 1, 0)).message_count
+            first = (await self.store.status(thread_id, 1, 0)).message_count
             while first > 0:
                 first = max(first - MESSAGES, 0)
-                status = await self._store.status(thread_id, MESSAGES, first)
+                status = await self.store.status(thread_id, MESSAGES, first)
                 if active := [message.message_id for message in status.messages if message.status == "active"]:
                     return active[-1]
         return None
-
-    async def thread_of(self, generation: int) -> str | None:
-        """The thread of this generation; None where there is none (any more)."""
-        for thread in (await self._store.threads(None, 1, generation + 1, None)).threads:
-            if (await self._store.find(thread.thread_id)).generation == generation:
-                return thread.thread_id
-        return None
-
-    async def page(
-        self, thread_id: str, message_id: str | None, after: int = 0, limit: int = PAGE_ROWS
-    ) -> tuple[State, Page]:
-        """Up to ``limit`` entries after a place, for one who is no reader, and the state they belong to."""
-        check_ids(thread_id, message_id)
-        return await self._store.page(thread_id, message_id, after, limit)
 
     async def get_chunks(
         self,
@@ -2854,10 +2299,10 @@ class ChunkBuffer:
         wait: float = 0,
         expires: float = math.inf,
     ) -> ChunkPage:
-        """Up to ``limit`` (1 to 10,000) entries after a cursor; waits up to ``wait`` s (0 to 300).
+        """Up to ``limit`` (1 to 10,000) entries after a cursor; waits up to ``wait`` s (0 to 300) for the first.
 
-        ``expires`` is in seconds since 1970. Raises NotFound, BadRequest, Unauthorized (expired
-        while it waited), and CursorGone for a cursor of another generation.
+        Raises NotFound, CursorGone for a cursor of another generation, and Unauthorized where it ``expires``
+        (seconds since 1970) while it waits.
         """
         check_range("limit", limit, 1, 10_000)
         check_range("wait", wait, 0, 300)
@@ -2869,19 +2314,19 @@ class ChunkBuffer:
             return page
         async with aclosing(self.follow(place, idle_timeout=wait, heartbeat=0, expires=expires)) as items:
             await anext(items, None)
-        if time.time() >= expires:
-            raise token_expired()
         return await self._chunk_page(place, limit)
 
     async def _chunk_page(self, place: Place, limit: int) -> ChunkPage:
-        found, page = await self._store.page(place.thread_id, place.message_id, place.after, limit)
+        found, page = await self.store.page(place.thread_id, place.message_id, place.after, limit)
         if found.generation != place.generation:
             raise no_thread(place.thread_id)
         status: Status = "active"
-        if place.message_id is None:
-            status = await self._status_of(place.thread_id, found) if found.last_seq == page.last_seq else "active"
-        elif found.ended and cast(int, found.last) <= page.last_seq:
-            status = cast(Status, found.status)
+        if place.message_id is not None:
+            if found.ended and cast(int, found.last) <= page.last_seq:
+                status = cast(Status, found.status)
+        elif not found.active and found.last_seq == page.last_seq:
+            whole = await self.store.status(place.thread_id, 1, 0)
+            status = whole.status if whole.cursor == found.cursor else "active"
         return ChunkPage(
             [entry for entry in page.entries if isinstance(entry, StoredChunk)],
             [entry for entry in page.entries if isinstance(entry, MessageEnd)],
@@ -2900,184 +2345,113 @@ class ChunkBuffer:
     ) -> Place:
         """Where a reader begins who has all up to this cursor, or this text of the message, or nothing.
 
-        With ``follow`` it waits for what is not made yet. Raises NotFound (without ``follow``),
-        BadRequest and InvalidContent.
+        With ``follow`` it waits for what is not made yet; else raises NotFound.
         """
         check_ids(thread_id, message_id)
         if known_content is not None:
-            if message_id is None:
-                raise BadRequest("known_content is the text of one message; say which, by its message_id.")
             utf8_size(known_content)
-            kind, place = "content", await self._store.match(thread_id, message_id, known_content)
+            kind, place = "content", await self.store.match(thread_id, cast(str, message_id), known_content)
         else:
             cursor = None if after is None else Cursor.parse(str(after))
             kind = "start" if cursor is None else "cursor"
-            place = place_of(await self._store.find(thread_id, message_id), thread_id, message_id, cursor, follow)
-        self.listener.resumed(kind, place)
+            place = place_of(await self.store.find(thread_id, message_id), thread_id, message_id, cursor, follow)
+        self.tell("resumed", kind, place)
         return place
 
-    def seat(
-        self,
-        *,
-        idle_timeout: float | None = None,
-        heartbeat: float | None = None,
-        expires: float = math.inf,
-        limited: bool = True,
-    ) -> Reader:
-        """A place among those who follow, taken before any work is done for them. Times are as for a Reader.
-
-        It is free again once the reader is gone. Raises Unavailable if there are ``max_readers``
-        already, unless it is not ``limited``.
-        """
-        if self.stopping:
-            raise Stopping
-        if limited and self.readers >= self.settings.max_readers:
-            raise Unavailable(f"There are {self.readers} readers, as many as max_readers allows; try again later.")
-        reader = Reader(self, idle_timeout, heartbeat, expires)
-        self._readers.add(reader)
-        return reader
-
-    def leave(self, reader: Reader) -> None:
-        """Free a seat at once, and not only when nothing knows of its reader any more."""
-        self._readers.discard(reader)
-
     def follow(self, place: Place, reader: Reader | None = None, **times: Any) -> AsyncGenerator[Page | Signal, None]:
-        """What comes after a place, as it is committed, for one who has a seat, or else gets one as with ``seat``.
-
-        No transaction is open while the consumer has a page.
-        """
-        reader = reader or self.seat(**times)
+        """What comes after a place, as it is committed. No transaction is open while the consumer has a page."""
+        reader = reader or Reader(self, **times)
         reader.begin(place)
         return self.read(reader)
 
     async def read(self, reader: Reader) -> AsyncGenerator[Page | Signal, None]:
-        with self.attached(reader) as tail:
+        with self.attached(reader.place.thread_id, reader) as tail:
             while (step := reader.step()) is not Step.END:
                 if step is Step.WAIT:
                     await tail.wait(reader.due)
                 elif step is Step.LOAD:
                     await self.load(reader)
                 else:
-                    if isinstance(step, Page):
-                        self.listener.delivered(step)
                     yield step
 
     async def load(self, reader: Reader) -> None:
-        """What the store has for it; nothing, if meanwhile its tail is known to be of another thread."""
+        """What the store has for it; nothing, if meanwhile its thread is known to be another one."""
         tail, place = reader.tail, reader.place
-        wanted, doubts = tail.generation, tail.doubts
-        found, page = await self._store.page(place.thread_id, place.message_id, reader.seq, PAGE_ROWS)
-        if wanted not in (0, found.generation):
-            self._retire(place.thread_id, tail)
-        elif not tail.gone and tail.generation in (0, found.generation):
-            if tail.doubts == doubts:
-                tail.learn(found)
-            if page.last_seq > reader.seq:
-                reader.load(page)
+        doubts = tail.doubts
+        found, page = await self.store.page(place.thread_id, place.message_id, reader.seq, PAGE_ROWS)
+        if tail.doubts == doubts:
+            tail.learn(found)
+        if reader.generation not in (0, found.generation):
+            tail.clear(reader.generation)
+        elif found.generation == tail.generation and page.last_seq > reader.seq:
+            reader.loaded = page
 
     @contextlib.contextmanager
-    def attached(self, reader: Reader) -> Iterator[Tail]:
-        place = reader.place
-        with self._attached(place.thread_id, place.generation) as tail:
-            reader.tail = tail
-            tail.followers += 1
-            try:
-                yield tail
-            finally:
-                tail.followers -= 1
-                if not tail.followers:
-                    tail.forget()
-                self._readers.discard(reader)
-
-    @contextlib.contextmanager
-    def _attached(self, thread_id: str, generation: int = 0) -> Iterator[Tail]:
-        """The thread's tail; what other processes do to the thread is noticed in the meantime."""
-        tail = self._tail(thread_id, generation)
+    def attached(self, thread_id: str, reader: Reader | None = None) -> Iterator[Tail]:
+        """The thread's tail, which is told of all that happens while anybody uses it, and keeps it for readers."""
+        tail = self._tails.setdefault(thread_id, self._tail_type())
         tail.users += 1
         if tail.users == 1:
-            self._store.watch(self._tails.keys())
+            self.store.watch(self._tails.keys())
+        tail.followers += reader is not None
+        if reader is not None:
+            reader.tail = tail
         try:
             yield tail
         finally:
             tail.users -= 1
-            if not tail.users and self._tails.get(thread_id) is tail:
+            tail.followers -= reader is not None
+            if not tail.followers:
+                tail.forget()
+            if not tail.users:
                 del self._tails[thread_id]
-                self._store.watch(self._tails.keys())
-
-    def _tail(self, thread_id: str, generation: int) -> Tail:
-        """Generations only grow: of two threads under one name, the lower is gone."""
-        tail = self._tails.get(thread_id)
-        if tail and 0 < tail.generation < generation:
-            self._retire(thread_id, tail)
-            tail = None
-        if tail is None:
-            tail = self._tails[thread_id] = Tail(generation, self._live)
-        elif generation and not tail.generation:
-            tail.generation, tail.last_seq = generation, None
-            tail.wake()
-        elif generation and tail.generation != generation:
-            tail = Tail(generation, self._live)
-            tail.retire()
-        return tail
-
-    def _retire(self, thread_id: str, tail: Tail) -> None:
-        if self._tails.get(thread_id) is tail:
-            del self._tails[thread_id]
-        tail.retire()
+                self.store.watch(self._tails.keys())
+            if reader is not None:
+                self._readers.discard(reader)
 
     # What the store and the clock do
 
-    def _take(self, changes: Sequence[tuple[Change, float | None]], seconds: float | None) -> None:
+    def _take(self, changes: Sequence[tuple[Change, float | None]], seconds: float | None = None) -> None:
+        """What the store tells of, before it is answered; the seconds are those of a commit."""
         if seconds is not None:
-            self.listener.committed([change for change, _ in changes], seconds)
+            self.tell("committed", [change for change, _ in changes], seconds)
         for change, asked in changes:
-            tail, generation = self._tails.get(change.thread_id), change.state.generation
-            if tail is None or (generation < tail.generation):
-                continue  # a reader has found the thread that came after it
-            if change.cleared or tail.generation not in (0, generation):
-                self._retire(change.thread_id, tail)
-            else:
+            if tail := self._tails.get(change.thread_id):
                 tail.take(change, asked)
-        if self._live.total > ALL_LIVE_BYTES:
-            for tail in self._tails.values():
-                tail.forget()
 
     async def _watch_other_processes(self) -> None:
         while True:
             with logged_problems("watch other processes"):
-                async with aclosing(self._store.changed_elsewhere()) as elsewhere:
+                async with aclosing(self.store.changed_elsewhere()) as elsewhere:
                     async for thread_ids in elsewhere:
-                        for thread_id, tail in [*self._tails.items()]:
-                            if thread_id in thread_ids:
+                        for thread_id in thread_ids:
+                            if tail := self._tails.get(thread_id):
                                 await self._doubt(thread_id, tail)
 
     async def _doubt(self, thread_id: str, tail: Tail) -> None:
         """Whoever reads looks for itself; whoever uploads has to be told of an end."""
         tail.doubt()
         for message_id in {*filter(None, tail.uploads.values())}:
-            generation, found = tail.generation, await self._store.find(thread_id, message_id)
-            if generation not in (0, found.generation):
-                self._retire(thread_id, tail)
+            generation, found = tail.generation, await self.store.find(thread_id, message_id)
+            if tail.generation == generation not in (0, found.generation):
+                tail.clear(generation)
             elif found.ended:
                 tail.cut(message_id)
 
     async def _clean_up_forever(self) -> None:
+        interval = self.settings.cleanup_interval
         while True:
             with logged_problems("clean up"):
-                await self._clean_up()
-            interval = self.settings.cleanup_interval
+                untouched_since = now_ms() - round(self.settings.ttl * 1000)
+                while untouched_since >= self._clock_set_at() and (expired := await self.store.expire(untouched_since)):
+                    self.tell("expired", expired)
+                await self._erase()
+                await self.store.upkeep()
             await asyncio.sleep(min(interval, BUSY_TIMEOUT) if self._erasure_owed else interval)
-
-    async def _clean_up(self) -> None:
-        untouched_since = now_ms() - round(self.settings.ttl * 1000)
-        while untouched_since >= self._clock_set_at() and (expired := await self._store.expire(untouched_since)):
-            self.listener.expired(expired)
-        await self._erase()
-        await self._store.upkeep()
 
     async def _erase(self) -> None:
         self._erasure_owed = True
-        self._erasure_owed = not await self._store.erase()
+        self._erasure_owed = not await self.store.erase()
 
     def _clock_set_at(self) -> int:
         """When the clock was last set, by its own new time (ms); what is older cannot be told apart by age."""
@@ -3095,70 +2469,23 @@ class ChunkBuffer:
             if untouched_since < max(self._started_ms, self._clock_set_at()):
                 continue  # while the service was down nobody could append
             with logged_problems("abort idle messages"):
-                for thread_id, message_id in await self._store.idle_messages(untouched_since):
+                for idle in await self.store.idle_messages(untouched_since):
                     with contextlib.suppress(NotFound, Conflict):  # touched or ended in the meantime
-                        await self._store.write(
-                            End(thread_id, message_id, "aborted", PRODUCER_TIMEOUT, untouched_since)
-                        )
+                        await self.store.write(End(*idle, "aborted", PRODUCER_TIMEOUT, untouched_since))
 
-    async def check_ready(self) -> None:
-        """Raises Unavailable or DatabaseFull unless the store answers and takes writes."""
-        if self._probe is None or self._probe.done():  # those who ask at the same time share one answer
-            self._probe = asyncio.create_task(self._store.probe())
-        await asyncio.shield(self._probe)
 
-    async def measure(self) -> tuple[int, int, int]:
-        """Bytes of the database file and of its WAL, and how many messages are active."""
-        return await self._store.measure()
+def live_end() -> type[Tail]:
+    """How readers have what comes: out of memory where extras/live.py is in place, else each out of the store."""
+    try:
+        live: type[Tail] = importlib.import_module("resume_stream.extras.live").LiveTail
+    except ModuleNotFoundError:
+        return Tail
+    return live
 
 
 def ms_since_boot() -> int:
     """A clock that nobody can set."""
     return time.clock_gettime_ns(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)) // 1_000_000
-
-
-async def gathered(source: AsyncIterable[T], ahead: int) -> AsyncGenerator[list[T], None]:
-    """All that a source has yielded since the consumer last asked, of at most ``ahead`` items; closes it."""
-    waiting: list[T] = []
-    filled, emptied = asyncio.Event(), asyncio.Event()
-
-    async def pull() -> None:
-        async for item in source:
-            waiting.append(item)
-            filled.set()
-            if len(waiting) >= ahead:
-                emptied.clear()
-                await emptied.wait()
-
-    pulling = asyncio.create_task(pull())
-    pulling.add_done_callback(lambda _: filled.set())
-    try:
-        while waiting or not pulling.done():
-            await filled.wait()
-            filled.clear()
-            items = waiting.copy()
-            waiting.clear()
-            emptied.set()
-            if items:
-                yield items
-        pulling.result()
-    finally:
-        pulling.cancel()
-        await asyncio.wait([pulling])
-        if not pulling.cancelled():
-            pulling.exception()  # looked at, whether or not anybody is there to be told
-        await close(source)
-
-
-async def close(source: AsyncIterable[Any]) -> None:
-    if aclose := getattr(source, "aclose", None):
-        await aclose()
-
-
-def page_for(message_id: str | None, pages: Sequence[Page]) -> Page | None:
-    """The pages as the readers of one message, or of all, need them, or None if there is nothing in them for it."""
-    parts = [page for page in pages if page.entries and message_id in (None, page.entries[0].message_id)]
-    return Page.joined(parts) if parts else None
 
 
 @contextlib.contextmanager
@@ -3182,7 +2509,6 @@ UNDECODABLE = (msgspec.DecodeError, UnicodeError, RecursionError)  # the last fo
 RETRY = b"retry: 1000\n"
 HEARTBEAT = b": hb\n"  # with no blank line after it: some clients dispatch an empty event for one
 SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-LINE_END = re.compile("\r\n|\n|\r")
 
 
 def problem_document(problem: ProblemDetailsException) -> dict[str, Any]:
@@ -3197,7 +2523,9 @@ class ServerSentEvents:
     do not dispatch an event without it (HTML, 9.2.6). Only what has a place has an id.
     """
 
-    def frames(self, page: Page) -> list[bytes]:
+    tells_all = True
+
+    def frames(self, page: Page) -> bytes:
         generation = page.generation
         names: dict[str, bytes] = {}
         frames = []
@@ -3214,7 +2542,7 @@ class ServerSentEvents:
                 b'id: %d-%d\n%sdata: {"content":%s,"timestamp":%d,"messageId":%s,"seq":%d}\n\n'
                 % (generation, entry.seq, event, encode_json(entry.content), entry.timestamp, name, entry.seq)
             )
-        return [b"".join(frames)]
+        return b"".join(frames)
 
     def signal(self, signal: Signal, problem: Problem | None = None) -> bytes:
         if signal is Signal.HEARTBEAT:
@@ -3225,67 +2553,32 @@ class ServerSentEvents:
         return b"event: %s\ndata: %s\n\n" % (name.encode(), encode_json(data))
 
 
-class RawEvents:
-    """Chunks as server-sent events whose data is their content, and nothing of our own besides the id.
-
-    What a client expects that knows only its producer. A line end inside the content divides the
-    data into lines, which readers join with LF (HTML, 9.2.6).
-    """
-
-    def frames(self, page: Page) -> list[bytes]:
-        frames = []
-        for entry in page.entries:
-            if isinstance(entry, StoredChunk) and not (entry.event or "").startswith(RELAYED):
-                event = "" if entry.event is None else f"event: {entry.event}\n"
-                data = "\ndata: ".join(LINE_END.split(entry.content))
-                frames.append(f"id: {page.generation}-{entry.seq}\n{event}data: {data}\n\n".encode())
-        return [b"".join(frames)]
-
-    def signal(self, signal: Signal, problem: Problem | None = None) -> bytes:
-        return HEARTBEAT if signal is Signal.HEARTBEAT else b""
-
-
 SERVER_SENT = ServerSentEvents()
-RAW = RawEvents()
 
 
-def word_for(signal: Signal, form: Format) -> bytes:
-    if signal is Signal.EXPIRED:
-        return form.signal(Signal.ERROR, token_expired())
-    return form.signal(signal)
+def can_end(form: Format, end: MessageEnd | None) -> bool:
+    """Or else the body has to be broken off, as it would be taken for that of a completed message."""
+    return form.tells_all or (end is not None and end.status == "completed")
 
 
-def has_word_for_end(form: Format, completed: bool) -> bool:
-    """Otherwise the body has to be broken off, or it would be taken for that of a completed message."""
-    return completed or form is not RAW
-
-
-async def sent(
-    items: AsyncGenerator[Page | Signal, None], form: Format, listener: Listener
-) -> AsyncGenerator[bytes, None]:
-    """What a reader is sent. The first line goes at once, so that headers and bytes flow.
-
-    Raises BrokenOff where the format has no word for an end that is not that of a completed message.
-    """
+async def sent(buffer: ChunkBuffer, reader: Reader, form: Format) -> AsyncGenerator[bytes, None]:
+    """What a reader is sent. The first line goes at once, so that headers and bytes flow. Raises BrokenOff."""
     yield RETRY
-    completed = False
-    async with aclosing(items):
+    end: MessageEnd | None = None
+    async with aclosing(buffer.read(reader)) as items:
         try:
             async for item in items:
                 if isinstance(item, Page):
-                    completed = item.completes
-                    frames = b"".join(item.encoded(form))
-                    listener.sent(len(frames))
+                    end, frames = item.end, item.encoded(form)
+                    buffer.tell("sent", item, len(frames))
                     yield frames
                 else:
-                    yield word_for(item, form)
+                    yield form.signal(item)
         except Problem as problem:
             yield form.signal(Signal.ERROR, problem)
-    if not has_word_for_end(form, completed):
+    if not can_end(form, end):
         raise BrokenOff
 
-
-TAKES_READER = "resume_stream.takes_reader"  # an extension of the ASGI scope, where extras/express.py is in place
 
 CHUNKS = msgspec.json.Decoder(Chunk | list[Chunk])
 
@@ -3315,42 +2608,26 @@ def invalid_json(text: bytes | bytearray, error: Exception, where: str = "The bo
 
 BODY_TIMEOUT = 30  # seconds in which a JSON body has to be there
 SMALL_BODY = 16 * 1024  # bytes, of one that has no reason to be larger
+TAKES_READER = "resume_stream.takes_reader"  # an extension of the ASGI scope, where extras/express.py is in place
 
-READ = frozenset({"read"})
-WRITE = frozenset({"write"})
-ABORT = frozenset({"abort", "write"})
-ADMIN = frozenset({"admin"})
 SCOPES = ("read", "write", "abort", "admin")
+READ, WRITE, ABORT, ADMIN = map(frozenset, (["read"], ["write"], ["abort", "write"], ["admin"]))
 
 
 class Grant(Record, frozen=True):
-    """What a caller may do.
+    """What a caller may do: all, where there is no secret (see extras/tokens.py)."""
 
-    ``scope`` is words of read, write, abort and admin (RFC 8693, 4.2), ``threads`` ids or
-    ``prefix*`` (None: all), ``expires`` seconds since 1970.
-    """
-
-    scope: frozenset[str] = frozenset({"admin"})
-    threads: tuple[str, ...] | None = None
-    expires: float = math.inf
+    threads: tuple[str, ...] | None = None  # ids or ``prefix*``; None: all
+    expires: float = math.inf  # seconds since 1970
 
     def covers(self, thread_id: str) -> bool:
-        return self.threads is None or any(
-            thread_id.startswith(pattern[:-1]) if pattern.endswith("*") else thread_id == pattern
-            for pattern in self.threads
-        )
+        return True
 
     def has(self, scopes: AbstractSet[str]) -> bool:
-        return "admin" in self.scope or not scopes.isdisjoint(self.scope)
+        return True
 
     def require(self, scopes: AbstractSet[str], thread_id: str | None) -> None:
         """Raises Unauthorized, or Forbidden: the same whether there is such a thread or not."""
-        if time.time() >= self.expires:
-            raise token_expired()
-        if not self.has(scopes):
-            raise Forbidden(f"The token's scope is {' '.join(sorted(self.scope))!r}; this takes {' or '.join(scopes)}.")
-        if thread_id is not None and not self.covers(thread_id):
-            raise Forbidden(f"The token does not cover the thread {thread_id!r}; get one that names it.")
 
 
 ANYONE = Grant()  # what everybody may do where there is no secret
@@ -3358,21 +2635,6 @@ ANYONE = Grant()  # what everybody may do where there is no secret
 
 def granted(connection: ASGIConnection[Any, Any, Any, Any]) -> Grant:
     return cast(Grant, connection.scope.get("auth", ANYONE))
-
-
-class AbortBody(Record, frozen=True, forbid_unknown_fields=True):
-    reason: str | None = None
-
-
-class ResumeBody(Record, frozen=True, rename=None, forbid_unknown_fields=True):
-    """``known_content`` or ``after``; ``poll_interval`` in seconds, or like ``100ms``."""
-
-    thread_id: str
-    message_id: str
-    known_content: str | None = None
-    after: str | int | None = None
-    poll_interval: float | str | None = None
-    idle_timeout: float | str | None = None
 
 
 def seconds(name: str, value: str | float | None) -> float | None:
@@ -3395,7 +2657,46 @@ def refused_type(request: Request[Any, Any, Any], kinds: Iterable[str]) -> Unsup
     )
 
 
-def decode_body(request: Request[Any, Any, Any], body: bytes | bytearray, kind: type[T]) -> T:
+async def body_pieces(request: Request[Any, Any, Any]) -> AsyncGenerator[tuple[bytes, bool], None]:
+    """The body as it arrives; the flag is set with its last piece. Until then an answer ends the connection."""
+    scope = cast(dict[str, Any], request.scope)
+    scope["has_more_body"] = True
+    while scope["has_more_body"]:
+        event = await request.receive()
+        if event["type"] != "http.request":
+            raise BadRequest("The connection was closed before the body ended.")
+        scope["has_more_body"] = event.get("more_body", False)
+        yield event.get("body", b""), not scope["has_more_body"]
+
+
+async def whole_body(request: Request[Any, Any, Any], buffer: ChunkBuffer, most: float = math.inf) -> bytearray:
+    """Up to ``max_body``, or ``most``, bytes, in up to 30 s. Raises TooLarge, TooSlow and Unavailable."""
+    body, limit = bytearray(), min(most, buffer.settings.max_body)
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT):
+            async for piece, _ in body_pieces(request):
+                body += piece
+                buffer.hold(len(piece))
+                if len(body) > limit:
+                    raise TooLarge(f"The body has over {limit} bytes; send it in parts, or stream it as NDJSON.")
+    except TimeoutError as error:
+        raise TooSlow(f"The body did not come within {BODY_TIMEOUT} s; stream it as NDJSON.") from error
+    finally:
+        buffer.hold(-len(body))
+    return body
+
+
+async def json_body(
+    request: Request[Any, Any, Any],
+    buffer: ChunkBuffer,
+    kind: type[T],
+    default: T | None = None,
+    most: float = math.inf,
+) -> T:
+    """What a call takes besides chunks. Raises what ``whole_body`` does, UnsupportedMediaType and InvalidContent."""
+    body = await whole_body(request, buffer, most)
+    if not body and default is not None:
+        return default
     if request.content_type[0] != "application/json":
         raise refused_type(request, ["application/json"])
     try:
@@ -3404,153 +2705,61 @@ def decode_body(request: Request[Any, Any, Any], body: bytes | bytearray, kind: 
         raise InvalidContent(f"The body does not have the form that this call takes: {error}.") from error
 
 
-async def body_pieces(request: Request[Any, Any, Any]) -> AsyncGenerator[tuple[bytes, bool], None]:
-    """The body as it arrives; the flag is set with its last piece."""
-    is_last = False
-    while not is_last:
-        event = await request.receive()
-        if event["type"] != "http.request":
-            raise BadRequest("The connection was closed before the body ended.")
-        is_last = not event.get("more_body", False)
-        yield event.get("body", b""), is_last
-
-
-@contextlib.contextmanager
-def answered_early() -> Iterator[None]:
-    """A body that is answered before its end is not read on, so its connection cannot be kept."""
-    try:
-        yield
-    except Problem as problem:
-        problem.headers = {**(problem.headers or {}), "Connection": "close"}
-        raise
-
-
-async def whole_body(request: Request[Any, Any, Any], buffer: ChunkBuffer, most: int | None = None) -> bytearray:
-    """Up to ``max_body``, or ``most``, bytes, in up to 30 s. Raises TooLarge, TooSlow and Unavailable."""
-    limit = buffer.settings.max_body if most is None else min(most, buffer.settings.max_body)
-    body = bytearray()
-    with answered_early(), buffer.holding() as hold:
-        try:
-            async with asyncio.timeout(BODY_TIMEOUT):
-                async for piece, _ in body_pieces(request):
-                    body += piece
-                    hold(len(body))
-                    if len(body) > limit:
-                        raise TooLarge(f"The body has over {limit} bytes; send it in parts, or stream it as NDJSON.")
-        except TimeoutError as error:
-            raise TooSlow(f"The body did not come within {BODY_TIMEOUT} s; stream it as NDJSON.") from error
-    return body
-
-
-async def while_connected(request: Request[Any, Any, Any], reading: Coroutine[Any, Any, T]) -> T:
-    """What it reads, which takes long: not for a client that has hung up. Its body has been read."""
-
-    async def hung_up() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    gone, read = asyncio.create_task(hung_up()), asyncio.create_task(reading)
-    try:
-        await asyncio.wait((gone, read), return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in (gone, read):
-            task.cancel()  # of no effect where it is done
-    if not read.done():
-        raise BadRequest("The connection was closed before there was an answer.")
-    return read.result()
-
-
-class Body(NamedTuple):
-    """The body of an append, still to be read, and where it goes."""
-
-    request: Request[Any, Any, Any]
-    buffer: ChunkBuffer
-    append: Append  # without its chunks
-
-
-async def append_json(body: Body) -> tuple[Appended, bool]:
-    """All or nothing; the answer, and whether anything was new."""
-    buffer, append = body.buffer, body.append
-    if (asked := cast(Any, body.request.scope).get("asked")) is not None:
-        change = await asked  # by whoever took the request before us (see extras/express.py)
-        return change.answer, change.changed
-    await buffer.room()
-    whole = await whole_body(body.request, buffer)
-    if time.time() >= granted(body.request).expires:
-        raise token_expired()
-    append = buffer.checked_append(
-        append.thread_id, append.message_id, chunks_from_json(whole), index=append.index, complete=append.complete
-    )
-    await buffer.room()
-    change = await buffer.append(append)
+async def append_json(request: Request[Any, Any, Any], buffer: ChunkBuffer, append: Append) -> tuple[Appended, bool]:
+    """The append, whose chunks are the body, all or nothing; the answer, and whether anything was new."""
+    if (asked := cast(Any, request.scope).get("asked")) is None:  # by whoever took it before us (extras/express.py)
+        await buffer.room()
+        body = await whole_body(request, buffer)
+        if time.time() >= granted(request).expires:
+            raise token_expired()
+        append = buffer.checked_append(
+            append.thread_id, append.message_id, chunks_from_json(body), index=append.index, complete=append.complete
+        )
+        await buffer.room()
+        asked = buffer.store.write(append)
+    change: Change = await asked
     return change.answer, change.changed
 
 
-class Streamed(Response[Any]):
-    """A body in pieces, which is broken off where their iterator raises BrokenOff."""
+class Streamed(ASGIStreamingResponse):
+    """A body in pieces, which is broken off where their iterator raises BrokenOff, or finds that they are gone.
 
-    def __init__(self, pieces: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
-        super().__init__(None)
-        self._pieces, self._all_headers = pieces, headers
+    A reader is handed over to the connection, where that can send what the reader is to have.
+    """
 
-    def to_asgi_response(self, *args: Any, **kwargs: Any) -> ASGIResponse:
-        return StreamedBody(iterator=self._pieces, headers=self._all_headers, status_code=200)
+    def __init__(self, pieces: Any, headers: Mapping[str, str], *reader_and_form: Any) -> None:
+        super().__init__(iterator=pieces, headers=dict(headers), status_code=200)
+        self._reader_and_form = reader_and_form
 
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        take: Any = (scope.get("extensions") or {}).get(TAKES_READER) if self._reader_and_form else None
+        if take is None or not await take(scope, partial(self.start_response, send), *self._reader_and_form):
+            await super().__call__(scope, receive, send)
 
-class StreamedBody(ASGIStreamingResponse):
     async def send_body(self, send: Send, receive: Receive) -> None:
         try:
             await super().send_body(send, receive)
-        except* BrokenOff:
+        except* (BrokenOff, Problem):
             log.debug("the body was broken off")  # as the server closes a connection whose answer is not complete
 
 
-class EventStream(Response[Any]):
-    """What a reader is sent, as server-sent events."""
-
-    def __init__(self, buffer: ChunkBuffer, reader: Reader, form: Format) -> None:
-        super().__init__(None)
-        self._stream = buffer, reader, form
-
-    def to_asgi_response(self, *args: Any, **kwargs: Any) -> ASGIResponse:
-        return StreamedEvents(*self._stream)
-
-
-class StreamedEvents(StreamedBody):
-    """Hands its reader over to the connection where that can take it, or else sends what the reader is to have."""
-
-    def __init__(self, buffer: ChunkBuffer, reader: Reader, form: Format) -> None:
-        self._reader, self._form = reader, form
-        events = sent(buffer.read(reader), form, buffer.listener)
-        super().__init__(iterator=events, headers=SSE_HEADERS, status_code=200)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        take: Any = (scope.get("extensions") or {}).get(TAKES_READER)
-        if take is None or not await take(scope, partial(self.start_response, send), self._reader, self._form):
-            await super().__call__(scope, receive, send)
-
-
-def event_stream(buffer: ChunkBuffer, place: Place, form: Format = SERVER_SENT, **times: Any) -> Response[Any]:
+def event_stream(buffer: ChunkBuffer, place: Place, form: Format = SERVER_SENT, **times: Any) -> ASGIResponse:
     """204 where nothing more will come, which tells an EventSource to stop reconnecting (HTML, 9.2.3)."""
     if place.finished:
-        return Response(None, status_code=204)
-    reader = buffer.seat(**times)
+        return ASGIResponse(status_code=204)
+    reader = Reader(buffer, **times)
     reader.begin(place)
-    return EventStream(buffer, reader, form)
+    return Streamed(sent(buffer, reader, form), SSE_HEADERS, reader, form)
 
 
 Buffer = NamedDependency[ChunkBuffer]
 THREAD = "/threads/{thread_id:str}"
 MESSAGE = f"{THREAD}/messages/{{message_id:str}}"
-NAME = "1 to 200 characters, no control characters, no /"
-ThreadId = Annotated[str, PathParameter(description=NAME)]
-MessageId = Annotated[str, PathParameter(description=NAME)]
+NAME = PathParameter(description="1 to 200 characters, no control characters, no /")
+ThreadId = Annotated[str, NAME]
+MessageId = Annotated[str, NAME]
 ListCursor = Annotated[str | None, QueryParameter(name="cursor", description="as the page before gave it")]
 After = Annotated[str | None, QueryParameter(name="after", description="a cursor as a stream gave it, or a bare seq")]
-FormatName = Annotated[
-    Literal["raw"] | None,
-    QueryParameter(name="format", description="raw: each chunk's content is the data, and no events of our own"),
-]
 
 
 @put(MESSAGE, summary="Open a message before its first chunk", scopes=WRITE)
@@ -3576,7 +2785,7 @@ async def append_chunks(
     if (take := kinds.get(request.content_type[0])) is None:
         raise refused_type(request, kinds)
     append = buffer.checked_append(thread_id, message_id, index=index, complete=complete)
-    answer, is_new = await take(Body(request, buffer, append))
+    answer, is_new = await take(request, buffer, append)
     return Response(answer, status_code=201 if is_new else 200)
 
 
@@ -3585,113 +2794,82 @@ async def complete_message(buffer: Buffer, thread_id: ThreadId, message_id: Mess
     return await buffer.complete_message(thread_id, message_id)
 
 
+class AbortBody(Record, frozen=True, forbid_unknown_fields=True):
+    reason: str | None = None
+
+
 @post(MESSAGE + "/abort", status_code=200, summary="Abort a message", scopes=ABORT, body=AbortBody | None)
 async def abort_message(
     request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId, message_id: MessageId
 ) -> Appended:
     """From either side; the body is `{"reason": "…"}`, or nothing."""
-    body = await whole_body(request, buffer, SMALL_BODY)
-    reason = decode_body(request, body, AbortBody).reason if body else None
-    return await buffer.abort_message(thread_id, message_id, reason)
+    body = await json_body(request, buffer, AbortBody, AbortBody(), SMALL_BODY)
+    return await buffer.abort_message(thread_id, message_id, body.reason)
 
 
 class Reading(NamedTuple):
     """What a reader's query asks for."""
 
-    after: str | None
+    buffer: ChunkBuffer
+    cursor: str | None
     follow: bool
-    idle_timeout: str | None
-    poll_interval: str | None
-    form: str | None
+    form: Format
+    times: dict[str, Any]
 
 
-async def stream(
-    request: Request[Any, Any, Any], buffer: ChunkBuffer, thread_id: str, message_id: str | None, reading: Reading
-) -> Response[Any]:
+def reading_of(
+    request: Request[Any, Any, Any],
+    buffer: Buffer,
+    after: After = None,
+    follow: FromQuery[bool] = False,
+    idle_timeout: FromQuery[str | None] = None,
+    poll_interval: FromQuery[str | None] = None,
+    form: Annotated[
+        str | None, QueryParameter(name="format", description="raw: chunks as their producer sent them")
+    ] = None,
+) -> Reading:
     """From Last-Event-ID (which a browser sends when it reconnects), from ``after``, or the start."""
-    seconds("poll_interval", reading.poll_interval)
-    options: dict[str, Any] = {
-        "idle_timeout": seconds("idle_timeout", reading.idle_timeout),
-        "expires": granted(request).expires,
-    }
-    cursor = request.headers.get("last-event-id") or reading.after
-    place = await buffer.locate(thread_id, message_id, after=cursor, follow=reading.follow)
-    if reading.form is None:
-        return event_stream(buffer, place, **options)
-    if place.reset:
-        raise cursor_gone()  # as this format has no word for it
-    if cursor is not None and place.generation and not reading.follow:
-        page = await buffer.get_chunks(thread_id, message_id, after=cursor)
-        place = msgspec.structs.replace(place, finished=not page.chunks and page.status != "active")
-    return event_stream(buffer, place, RAW, **options)
+    seconds("poll_interval", poll_interval)  # of no effect, as nothing is polled for a reader
+    formats = request.route_handler.opt["formats"]
+    if form not in formats:
+        raise BadRequest(f"There is no format {form!r:.80}; there is {', '.join(filter(None, formats)) or 'none'}.")
+    times = {"idle_timeout": seconds("idle_timeout", idle_timeout), "expires": granted(request).expires}
+    return Reading(buffer, request.headers.get("last-event-id") or after, follow, formats[form], times)
+
+
+async def stream(reading: Reading, thread_id: str, message_id: str | None = None) -> ASGIResponse:
+    buffer, cursor, follow, form, times = reading
+    place = await buffer.locate(thread_id, message_id, after=cursor, follow=follow)
+    if not form.tells_all:
+        if place.reset:
+            raise cursor_gone()
+        if cursor is not None and place.generation and not follow:
+            page = await buffer.get_chunks(thread_id, message_id, after=cursor)
+            place = msgspec.structs.replace(place, finished=not page.chunks and page.status != "active")
+    return event_stream(buffer, place, form, **times)
 
 
 @get(THREAD + "/stream", summary="Follow a thread (SSE)", scopes=READ, token_in_query=True)
-async def stream_thread(
-    request: Request[Any, Any, Any],
-    buffer: Buffer,
-    thread_id: ThreadId,
-    after: After = None,
-    follow: FromQuery[bool] = False,
-    idle_timeout: FromQuery[str | None] = None,
-    poll_interval: FromQuery[str | None] = None,
-    form: FormatName = None,
-) -> Response[Any]:
+async def stream_thread(reading: NamedDependency[Reading], thread_id: ThreadId) -> ASGIResponse:
     """With `follow=true` it waits for a thread not made yet, and for the next message."""
-    return await stream(request, buffer, thread_id, None, Reading(after, follow, idle_timeout, poll_interval, form))
+    return await stream(reading, thread_id)
 
 
 @get(MESSAGE + "/stream", summary="Follow a message (SSE)", scopes=READ, token_in_query=True)
-async def stream_message(
-    request: Request[Any, Any, Any],
-    buffer: Buffer,
-    thread_id: ThreadId,
-    message_id: MessageId,
-    after: After = None,
-    follow: FromQuery[bool] = False,
-    idle_timeout: FromQuery[str | None] = None,
-    poll_interval: FromQuery[str | None] = None,
-    form: FormatName = None,
-) -> Response[Any]:
+async def stream_message(reading: NamedDependency[Reading], thread_id: ThreadId, message_id: MessageId) -> ASGIResponse:
     """With `follow=true` it waits for a message not made yet."""
-    return await stream(
-        request, buffer, thread_id, message_id, Reading(after, follow, idle_timeout, poll_interval, form)
-    )
+    return await stream(reading, thread_id, message_id)
 
 
-async def unfinished_at(buffer: ChunkBuffer, thread_id: str, cursor: Cursor, form: str | None) -> str | None:
-    """The message that the cursor is in, if one who has all up to there can be sent more of it."""
-    state, page = await buffer.page(thread_id, None, cursor.seq - 1, 1)
-    had = page.entries[0] if page.entries else None
-    if had is None or had.seq != cursor.seq or cursor.generation not in (None, state.generation):
-        return None
-    state, page = await buffer.page(thread_id, had.message_id, cursor.seq, 1)
-    is_more = any(form is None or isinstance(entry, StoredChunk) for entry in page.entries)
-    return had.message_id if is_more or state.status == "active" else None
+class ResumeBody(Record, frozen=True, rename=None, forbid_unknown_fields=True):
+    """``known_content`` or ``after``; ``idle_timeout`` in seconds, or like ``30s``."""
 
-
-@get(THREAD + "/live", summary="Follow the active message of a thread (SSE)", scopes=READ, token_in_query=True)
-async def stream_active_message(
-    request: Request[Any, Any, Any],
-    buffer: Buffer,
-    thread_id: ThreadId,
-    after: After = None,
-    idle_timeout: FromQuery[str | None] = None,
-    poll_interval: FromQuery[str | None] = None,
-    form: FormatName = None,
-) -> Response[Any]:
-    """From its start; 204 where none is active. Of several it is the one that began last.
-
-    One who comes back with a cursor first gets the rest of the message that it is in, though that has ended meanwhile.
-    """
-    cursor = request.headers.get("last-event-id") or after
-    message_id = None if cursor is None else await unfinished_at(buffer, thread_id, Cursor.parse(cursor), form)
-    message_id = message_id or await buffer.get_active_message(thread_id)
-    if message_id is None:
-        return Response(None, status_code=204)
-    return await stream(
-        request, buffer, thread_id, message_id, Reading(after, False, idle_timeout, poll_interval, form)
-    )
+    thread_id: str
+    message_id: str
+    known_content: str | None = None
+    after: str | int | None = None
+    poll_interval: float | str | None = None
+    idle_timeout: float | str | None = None
 
 
 @post(
@@ -3702,19 +2880,36 @@ async def stream_active_message(
     token_in_query=True,
     body=ResumeBody,
 )
-async def resume_stream(request: Request[Any, Any, Any], buffer: Buffer) -> Response[Any]:
-    body = decode_body(request, await whole_body(request, buffer), ResumeBody)
+async def resume_stream(request: Request[Any, Any, Any], buffer: Buffer) -> ASGIResponse:
+    body = await json_body(request, buffer, ResumeBody)
     if body.known_content is not None and body.after is not None:
         raise BadRequest("known_content and after exclude each other; send the one that you have.")
     quiet, _ = seconds("idle_timeout", body.idle_timeout), seconds("poll_interval", body.poll_interval)
     granted(request).require(READ, body.thread_id)
+    locating = buffer.locate(body.thread_id, body.message_id, after=body.after, known_content=body.known_content)
     try:
-        place = await while_connected(
-            request, buffer.locate(body.thread_id, body.message_id, after=body.after, known_content=body.known_content)
-        )
+        place = await while_connected(request, locating)
     except NotFound:
-        return Stream([RETRY, SERVER_SENT.event("complete", {"exists": False})], headers=SSE_HEADERS, status_code=200)
+        return Streamed([RETRY, SERVER_SENT.event("complete", {"exists": False})], SSE_HEADERS)
     return event_stream(buffer, place, idle_timeout=quiet, expires=granted(request).expires)
+
+
+async def while_connected(request: Request[Any, Any, Any], reading: Coroutine[Any, Any, T]) -> T:
+    """What it reads, which takes long: not for a client that has hung up. Its body has been read."""
+
+    async def hung_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    gone, read = asyncio.create_task(hung_up()), asyncio.create_task(reading)
+    try:
+        await asyncio.wait((gone, read), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (gone, read):
+            task.cancel()  # of no effect where it is done
+    if not read.done():
+        raise BadRequest("The connection was closed before there was an answer.")
+    return read.result()
 
 
 @get(THREAD + "/chunks", summary="Read chunks by pages, or by a long poll", scopes=READ, token_in_query=True)
@@ -3734,28 +2929,23 @@ async def get_chunks(
 @get(THREAD + "/content", summary="The text so far", scopes=READ, token_in_query=True)
 async def get_accumulated_content(
     request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId, message_id: FromQuery[str | None] = None
-) -> Response[Any]:
+) -> ASGIResponse:
     is_text = request.accept.best_match(["application/json", "text/plain"]) == "text/plain"
-    headers = {"Vary": "Accept"}
-    if long := await buffer.get_long_content(thread_id, message_id):
-        kind = "text/plain; charset=utf-8" if is_text else "application/json"
-        return Streamed(content_in_pieces(*long, is_text), {**API_HEADERS, **headers, "Content-Type": kind})
-    content = await buffer.get_accumulated_content(thread_id, message_id)
-    if is_text:
-        return Response(content.content, media_type=MediaType.TEXT, headers=headers)
-    return Response(content, headers=headers)
+    kind = "text/plain; charset=utf-8" if is_text else "application/json"
+    content, pieces = await buffer.content(thread_id, message_id)
+    return Streamed(encoded_text(content, pieces, is_text), {"Vary": "Accept", "Content-Type": kind})
 
 
-async def content_in_pieces(
+async def encoded_text(
     content: AccumulatedContent, pieces: AsyncGenerator[str, None], is_text: bool
 ) -> AsyncGenerator[bytes, None]:
     """The text, or an AccumulatedContent with it, which is never whole in memory."""
-    before, after = encode_json(content).split(b'""', 1)
-    yield b"" if is_text else before + b'"'
+    yield b"" if is_text else b'{"content":"'
+    yield content.content.encode() if is_text else encode_json(content.content)[1:-1]
     async with aclosing(pieces):
         async for piece in pieces:
             yield piece.encode() if is_text else encode_json(piece)[1:-1]
-    yield b"" if is_text else b'"' + after
+    yield b"" if is_text else f'","cursor":"{content.cursor}","status":"{content.status}"}}'.encode()
 
 
 @get(THREAD, summary="A thread and its messages", scopes=READ, token_in_query=True)
@@ -3782,100 +2972,68 @@ async def clear_thread_buffer(buffer: Buffer, thread_id: ThreadId) -> None:
     await buffer.clear_thread_buffer(thread_id)
 
 
-@get("/health/live", summary="The process answers")
-async def live() -> dict[str, str]:
-    return {"status": "ok"}
-
-
-@get("/health/ready", summary="The database answers and takes writes", scopes=None)
-async def ready(buffer: Buffer) -> dict[str, str]:
-    await buffer.check_ready()
-    return {"status": "ok"}
-
-
 # ---------------------------------------------------------------------------------------------
 # The app
 # ---------------------------------------------------------------------------------------------
 
-TESTED_UVICORN = ((0, 54), (0, 55))  # from the first on, and before the second
+API_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
 class Parts:
-    """What the service is put together from; each extra adds to it.
-
-    ``api`` is mounted below ``/api``, ``root`` below ``/``, where ``pages`` are open to everybody.
-    ``bodies`` says by content type how the body of an append is taken, ``dialects`` what is known of
-    other people's streams, ``grant_of`` what a token allows, where there is a secret. ``connection``
-    is what serves a connection, the first one outermost. What is in ``on_start`` is called once the
-    service listens, what is in ``on_stop`` as soon as it is told to stop. ``headers`` are those that
-    answers have below a path, unless they say themselves how they may be cached.
-    """
+    """What the service is put together from; each extra adds to it."""
 
     def __init__(self, buffer: ChunkBuffer) -> None:
         self.buffer = buffer
-        self.api: list[Any] = [
-            open_message,
-            append_chunks,
-            complete_message,
-            abort_message,
-            stream_thread,
-            stream_message,
-            stream_active_message,
-            resume_stream,
-            get_chunks,
-            get_accumulated_content,
-            get_thread_status,
-            get_threads,
-            clear_thread_buffer,
+        self.api: list[Any] = [  # below /api
+            *(open_message, append_chunks, complete_message, abort_message, stream_thread, stream_message),
+            *(resume_stream, get_chunks, get_accumulated_content, get_thread_status, get_threads, clear_thread_buffer),
         ]
-        self.root: list[Any] = [ready]
-        self.pages: list[Any] = [live]
-        self.bodies: dict[str, Callable[[Body], Awaitable[tuple[Appended, bool]]]] = {"application/json": append_json}
-        self.dialects: list[Any] = []
+        self.root: list[Any] = []  # below /
+        self.pages: list[Any] = []  # below / too, and open to everybody
+        # How the body of an append is taken, by its content type, and how a stream is told, by the query's format.
+        self.bodies: dict[str, Callable[..., Awaitable[tuple[Appended, bool]]]] = {"application/json": append_json}
+        self.formats: dict[str | None, Format] = {None: SERVER_SENT}
+        self.dialects: list[Any] = []  # what is known of other people's streams
+        self.producing: Any = None  # what extras/producing.py lets others do too
+        # Those of answers below a path, unless they say themselves how they may be cached.
         self.headers: dict[str, dict[str, str]] = {"/api": API_HEADERS}
         self.guards: list[Guard] = []
-        self.grant_of: Callable[[str], Grant] | None = None
-        self.connection: list[type[HttpToolsProtocol]] = []
-        self.middleware: list[DefineMiddleware] = [
-            DefineMiddleware(Gate, settings=buffer.settings, headers=self.headers)
-        ]
-        self.openapi: Callable[..., OpenAPIConfig] = OpenAPIConfig
-        self.openapi_pages: list[OpenAPIRenderPlugin] = []
-        self.on_start: list[Callable[[], None]] = []
-        self.on_stop: list[Callable[[], None]] = []
+        self.grant_of: Callable[[str], Grant] | None = None  # what a token allows, where there is a secret
+        self.connection: list[type[HttpToolsProtocol]] = []  # what serves a connection, the first one outermost
+        self.middleware: list[DefineMiddleware] = [DefineMiddleware(Gate, settings=buffer.settings)]
+        self.openapi: OpenAPIConfig | None = None
+        self.openapi_pages: list[Any] = []
+        self.on_start: list[Callable[[], None]] = []  # called once the service listens
+        self.on_stop: list[Callable[[], None]] = []  # called as soon as it is told to stop
         mounted = set()
         for extra in found_extras():
             mounted.add(extra.__name__.rpartition(".")[2])
             if hasattr(extra, "mount"):
                 extra.mount(self)
-        if buffer.settings.upstream and not {"dialects", "relay"} <= mounted:
-            raise StartupError(
-                "there is an upstream, and nothing here that relays; put extras/relay.py and dialects.py in place"
-            )
-        if buffer.settings.secret and not self.guards:
-            raise StartupError(
-                "there is a secret, and nothing here that knows of tokens; put extras/tokens.py in place"
-            )
-
-    def protocol(self) -> type[HttpToolsProtocol]:
-        """What is over uvicorn's own is bound to its inside, and so to the versions that were tested."""
-        first, end = TESTED_UVICORN
-        if first <= tuple(map(int, uvicorn.__version__.split(".")[:2])) < end:
-            return type("Connection", (*self.connection, HttpToolsProtocol), {})
-        log.warning(
-            "uvicorn %s was not tested, so connections are its own: slower, and without limits", uvicorn.__version__
-        )
-        return HttpToolsProtocol
+        for setting, needed in (("secret", "tokens"), ("upstream", "relay")):
+            if getattr(buffer.settings, setting) and needed not in mounted:
+                raise StartupError(f"{setting} is set, and nothing here knows of it; put extras/{needed}.py in place")
 
     def router(self, path: str, handlers: Sequence[Any]) -> Router:
         return Router(
             path,
             route_handlers=handlers,
             guards=self.guards,
-            dependencies={"buffer": Provide(lambda: self.buffer, use_cache=True, sync_to_thread=False)},
+            dependencies={
+                "buffer": Provide(lambda: self.buffer, use_cache=True, sync_to_thread=False),
+                "reading": Provide(reading_of, sync_to_thread=False),
+            },
             exception_handlers=ERROR_ANSWERS,
-            opt={"bodies": self.bodies},
+            opt={"bodies": self.bodies, "formats": self.formats},
         )
+
+    async def add_headers(self, message: Message, scope: Scope) -> None:
+        if message["type"] == "http.response.start":
+            said = list(message["headers"])
+            if all(name.lower() != b"cache-control" for name, _ in said):
+                of_path = [headers for path, headers in self.headers.items() if scope["path"].startswith(path)]
+                added = [(name.lower().encode(), value.encode()) for some in of_path for name, value in some.items()]
+                message["headers"] = said + added
 
 
 def router(buffer: ChunkBuffer, path: str = "/api") -> Router:
@@ -3903,56 +3061,44 @@ def create_app(settings: Settings | None = None, *, buffer: ChunkBuffer | None =
 
 
 def app_of(parts: Parts, lifespan: Sequence[AbstractAsyncContextManager[Any]] = ()) -> Litestar:
-    settings, bearer = parts.buffer.settings, SecurityScheme(type="http", scheme="bearer", bearer_format="JWT")
+    origins = list(parts.buffer.settings.cors_origins)
     return Litestar(
         [parts.router("/api", parts.api), parts.router("/", parts.root), *parts.pages],
         lifespan=list(lifespan),
         middleware=parts.middleware,
-        cors_config=CORSConfig(allow_origins=list(settings.cors_origins)) if settings.cors_origins else None,
-        openapi_config=parts.openapi(
-            title="resume-stream",
-            version=__version__,
-            components=Components(security_schemes={"bearerAuth": bearer}),
-            security=[{"bearerAuth": []}],
-            render_plugins=parts.openapi_pages or [JsonRenderPlugin()],
-        ),
+        before_send=[parts.add_headers],
+        cors_config=CORSConfig(allow_origins=origins) if origins else None,
+        openapi_config=parts.openapi,
         exception_handlers=ERROR_ANSWERS,
         logging_config=None,
     )
 
 
-def answer_problem(request: Request[Any, Any, Any], problem: ProblemDetailsException) -> Response[Any]:
+def answer_error(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
+    """Whatever it is, as a problem document; of what nobody has thought of, only the log says what it is."""
+    headers = dict(getattr(error, "headers", None) or {})
+    if isinstance(error, ProblemDetailsException):
+        problem = error
+    elif isinstance(error, HTTPException):  # what Litestar itself refuses
+        detail = error.detail or HTTPStatus(error.status_code).phrase
+        if isinstance(error, ValidationException) and isinstance(error.extra, list):
+            detail = "; ".join(f"{item.get('key', 'body')}: {item['message']}" for item in error.extra) + "."
+        problem = Problem(detail)
+        problem.status_code, problem.title = error.status_code, HTTPStatus(error.status_code).phrase
+    else:
+        log.error("unexpected: %s", error, exc_info=error)
+        problem = Problem("Something went wrong here; the log of the service says what.")
+    if cast(Any, request.scope).get("has_more_body"):
+        headers["Connection"] = "close"  # as a body that is answered before its end is not read on
     return Response(
         problem_document(problem),
         media_type="application/problem+json",
         status_code=problem.status_code,
-        headers=problem.headers,
+        headers=headers,
     )
 
 
-def answer_http_error(request: Request[Any, Any, Any], error: HTTPException) -> Response[Any]:
-    """What Litestar itself refuses, in the same form."""
-    detail = error.detail
-    if isinstance(error, ValidationException) and isinstance(error.extra, list):
-        detail = "; ".join(f"{item.get('key', 'body')}: {item['message']}" for item in error.extra) + "."
-    problem = Problem(detail or HTTPStatus(error.status_code).phrase)
-    problem.status_code, problem.title = error.status_code, HTTPStatus(error.status_code).phrase
-    problem.headers = error.headers
-    return answer_problem(request, problem)
-
-
-def answer_unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
-    """What nobody has thought of: it is in the log, whole, and its answer says nothing of it."""
-    log.error("unexpected: %s", error, exc_info=error)
-    return answer_problem(request, Problem("Something went wrong here; the log of the service says what."))
-
-
-ERROR_ANSWERS: ExceptionHandlersMap = {
-    ProblemDetailsException: answer_problem,
-    HTTPException: answer_http_error,
-    Exception: answer_unexpected,
-}
-API_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+ERROR_ANSWERS: ExceptionHandlersMap = dict.fromkeys((HTTPException, Exception), answer_error)
 
 
 class Gate:
@@ -3963,14 +3109,10 @@ class Gate:
     has to be a loopback name, and a foreign ``Origin`` has to be among ``cors_origins``.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, headers: Mapping[str, Mapping[str, str]]) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._headers = [
-            (path, [(name.lower().encode(), value.encode()) for name, value in of_path.items()])
-            for path, of_path in headers.items()
-        ]
         self._any_host = bool(settings.secret or settings.uds) or not is_loopback(settings.host)
-        self._origins = frozenset(settings.cors_origins)
+        self._origins = settings.cors_origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] in ("http", "websocket"):
@@ -3979,11 +3121,10 @@ class Gate:
             if refusal := self.refusal(hosts or [""], origins):
                 log.warning("refused: %s", refusal.detail)
                 raise refusal
-            if "\ufffd" in scope["path"] and not is_utf8(unquote_to_bytes(scope.get("raw_path", b""))):
-                raise BadRequest("The path is not valid UTF-8; percent-encode ids as UTF-8.")
-            for path, headers in self._headers:
-                if scope["path"].startswith(path):
-                    send = with_headers(send, headers)
+            try:
+                unquote_to_bytes(scope.get("raw_path", b"")).decode()
+            except UnicodeDecodeError as error:
+                raise BadRequest("The path is not valid UTF-8; percent-encode ids as UTF-8.") from error
         await self._app(scope, receive, send)
 
     def refusal(self, hosts: Sequence[str], origins: Sequence[str]) -> Forbidden | None:
@@ -3992,25 +3133,6 @@ class Gate:
         if all(origin in self._origins or origin.partition("://")[2] == hosts[0] for origin in origins):
             return None
         return Forbidden(f"Pages of the origin {origins!r:.80} may not connect; name it in cors_origins.")
-
-
-def with_headers(send: Send, headers: Sequence[tuple[bytes, bytes]]) -> Send:
-    async def send_with_headers(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            said = list(message["headers"])
-            if all(name.lower() != b"cache-control" for name, _ in said):
-                message["headers"] = [*said, *headers]
-        await send(message)
-
-    return send_with_headers
-
-
-def is_utf8(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^][:@/\s]+))(?::[0-9]{1,5})?")  # RFC 9110, 7.2
@@ -4040,24 +3162,39 @@ STUCK_AFTER = 0.2  # seconds after which a connection whose reader does not read
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which ends streams as soon as it is told to stop, and then exits with 0."""
+    """uvicorn, which ends streams as soon as it is told to stop, and then exits with 0, however often it is told."""
 
     def __init__(self, config: uvicorn.Config, parts: Parts) -> None:
         super().__init__(config)
         self._parts = parts
         self._loop = asyncio.get_running_loop()
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        addresses = [listener.getsockname() for server in self.servers for listener in server.sockets]
-        where = ", ".join(a if isinstance(a, str) else url_of(*a[:2]) for a in addresses)
-        print(start_line(self._parts.buffer.settings, where), flush=True)
-        for tell in self._parts.on_start:
-            tell()
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """What tells it to stop once more must not end the process while the store is being closed, or after that."""
+        before = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for sig, handler in before.items():
+                signal.signal(sig, signal.SIG_IGN if self.should_exit else handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.should_exit = True
         self._loop.call_soon_threadsafe(self._parts.buffer.stop)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        settings = self._parts.buffer.settings
+        addresses = [listener.getsockname() for server in self.servers for listener in server.sockets]
+        where = ", ".join(a if isinstance(a, str) else url_of(*a[:2]) for a in addresses)
+        kept = re.sub("//[^/]*@", "//", settings.store.partition("?")[0])  # with no password in it
+        kept = kept or f"SQLite {sqlite3.sqlite_version}, database {settings.db}, synchronous={settings.synchronous}"
+        who = "anyone who can connect" if settings.allow_anonymous else "this machine only"
+        who = "whoever has a token" if settings.secret else who
+        print(f"resume-stream {__version__} on {where}, {kept}, open to {who}", flush=True)
+        for tell in self._parts.on_start:
+            tell()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for tell in self._parts.on_stop:
@@ -4072,27 +3209,6 @@ class Server(uvicorn.Server):
 
 def url_of(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def kept_in(settings: Settings) -> str:
-    """Where, with no password in it."""
-    if settings.store:
-        return re.sub("//[^/]*@", "//", settings.store.partition("?")[0])
-    return f"SQLite {sqlite3.sqlite_version}, database {settings.db}"
-
-
-def start_line(settings: Settings, where: str) -> str:
-    if settings.secret:
-        who = "whoever has a token"
-    elif settings.allow_anonymous:
-        who = "anyone who can connect"
-    else:
-        who = "this machine only"
-    return (
-        f"resume-stream {__version__} on {where}, {kept_in(settings)}"
-        f" (synchronous={settings.synchronous}, ttl={settings.ttl:g}s, max_message={settings.max_message},"
-        f" max_db={settings.max_db or 'none'}, max_readers={settings.max_readers}), open to {who}"
-    )
 
 
 def listening(settings: Settings) -> list[socket.socket]:
@@ -4123,7 +3239,7 @@ async def serve(settings: Settings) -> None:
         parts = Parts(await exits.enter_async_context(ChunkBuffer(settings)))
         config = uvicorn.Config(
             app_of(parts),
-            http=parts.protocol(),
+            http=type("Connection", (*parts.connection, HttpToolsProtocol), {}),
             uds=settings.uds or None,
             lifespan="off",
             log_config=None,
@@ -4137,40 +3253,6 @@ async def serve(settings: Settings) -> None:
         await Server(config, parts).serve(sockets or None)
 
 
-def settings_from(environment: Mapping[str, str], flags: Mapping[str, Any]) -> Settings:
-    """Raises StartupError."""
-    check_variables(environment)
-    values = {}
-    for name in SETTING_TYPES:
-        variable = f"RESUME_STREAM_{name.upper()}"
-        flag = f"--{name.replace('_', '-')}"
-        if name in flags:
-            source, text = flag, flags[name] if isinstance(flags[name], str) else ",".join(flags[name])
-        elif variable in environment:
-            source, text = variable, environment[variable]
-        else:
-            continue
-        try:
-            values[name] = checked_setting(name, parse_setting(name, text))
-        except ValueError as error:
-            raise StartupError(f"{source}: {error}") from error
-    return Settings(**values)
-
-
-def check_variables(environment: Mapping[str, str]) -> None:
-    """Raises StartupError for a variable that would be a setting if it were spelled right."""
-    known = [name.upper() for name in SETTING_TYPES]
-    for variable in environment:
-        name = variable.removeprefix("RESUME_STREAM_")
-        is_another = name in OTHER_VARIABLES or re.fullmatch("UPSTREAM_[A-Z0-9_]+_HEADERS", name)
-        if variable.startswith("RESUME_STREAM_") and name not in known and not is_another:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"perhaps RESUME_STREAM_{near[0]} is meant" if near else "see resume-stream serve --help"
-            raise StartupError(f"{variable} is no setting; {hint}")
-
-
-# Those of the client.
-OTHER_VARIABLES = {"URL", "TOKEN"}
 Commands = Any  # argparse keeps the type of what add_subparsers returns to itself
 Command = Callable[[Settings, dict[str, Any]], int | None]
 
@@ -4182,26 +3264,39 @@ def add_command(commands: Commands, name: str, summary: str, run: Command, *sett
     )
     added.set_defaults(run=lambda flags: run(settings_from(os.environ, flags), flags))
     for setting in settings:
-        kind, default = SETTING_TYPES[setting], SETTING_DEFAULTS[setting]
-        flag = f"--{setting.replace('_', '-')}"
-        text = f"{get_args(SETTING_HINTS[setting])[1].description} (default: {setting_text(kind, default)})"
-        metavar = SETTING_METAVARS.get(kind) or "|".join(get_args(kind))
+        kind, called, says = SETTINGS[setting]
+        options: dict[str, Any] = {"help": f"{says} (default: {setting_text(setting)})", "metavar": called}
         if kind is bool:
-            added.add_argument(flag, help=text, nargs="?", const="true", metavar=metavar)
-        elif kind in (tuple[str, ...], tuple[Upstream, ...]):
-            added.add_argument(flag, help=text, action="append", metavar=metavar)
-        else:
-            added.add_argument(flag, help=text, metavar=metavar)
+            options |= {"nargs": "?", "const": "true"}
+        if kind == tuple[str, ...]:
+            options |= {"action": "append"}
+        added.add_argument(f"--{setting.replace('_', '-')}", **options)
     return added
 
 
-def setting_text(kind: Any, value: Any) -> str:
-    """The value as one would write it: the other way round than parse_setting."""
+def setting_text(name: str) -> str:
+    """The default as one would write it."""
+    kind, value = SETTINGS[name][0], getattr(Settings(), name)
     if kind in (Duration, Size) and value:
         units = DURATION_UNITS if kind is Duration else SIZE_UNITS
         unit, factor = next((unit, factor) for unit, factor in reversed(units.items()) if round(value / factor, 9) >= 1)
         return f"{value / factor:g}{unit}"
-    return {"": "none", "()": "none", "False": "false", "True": "true"}.get(str(value), str(value))
+    return "none" if value in ("", ()) else str(value).lower() if kind is bool else str(value)
+
+
+def settings_from(environment: Mapping[str, str], flags: Mapping[str, Any]) -> Settings:
+    """Raises StartupError."""
+    values, source = {}, "settings"
+    try:
+        for name in SETTINGS:
+            flag, variable = f"--{name.replace('_', '-')}", f"RESUME_STREAM_{name.upper()}"
+            if name in flags or variable in environment:
+                source, text = (flag, flags[name]) if name in flags else (variable, environment[variable])
+                value = checked_setting(name, ",".join(text) if isinstance(text, list) else text, is_text=True)
+                values[name] = getattr(Settings(**{name: value}), name)  # alone, so that it is said where it comes from
+        return Settings(**values)
+    except ValueError as error:
+        raise StartupError(f"{source}: {error}") from error
 
 
 def run_serve(settings: Settings, flags: dict[str, Any]) -> None:
@@ -4218,7 +3313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("resume-stream", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    add_command(commands, "serve", "run the service", run_serve, *SETTING_TYPES)
+    add_command(commands, "serve", "run the service", run_serve, *SETTINGS)
     for extra in found_extras():
         if hasattr(extra, "add_commands"):
             extra.add_commands(commands)

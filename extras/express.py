@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from functools import lru_cache, partial
 from typing import Any, cast
 
+import uvicorn
 from resume_stream import (
     ANYONE,
     API_HEADERS,
@@ -28,21 +29,22 @@ from resume_stream import (
     Format,
     Gate,
     Grant,
+    MessageEnd,
     Page,
     Parts,
     Problem,
     Reader,
     Signal,
     Step,
+    can_end,
     chunks_from_json,
     encode_json,
-    has_word_for_end,
-    word_for,
 )
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 log = logging.getLogger("resume_stream")
 
+TESTED_UVICORN = ((0, 54), (0, 55))  # from the first on, and before the second
 BODY_TIMEOUT = 1.0  # seconds, after which whoever is slower is left to the ordinary way, which has its limits
 NAME = rb"([A-Za-z0-9_:@~-][A-Za-z0-9_.:@~-]{0,199})"
 PATH = re.compile(
@@ -54,6 +56,12 @@ UNCOMMON = frozenset({b"origin", b"x-request-id", b"content-encoding", b"transfe
 
 
 def mount(parts: Parts) -> None:
+    """What is over uvicorn's own is bound to its inside, and so to the versions that were tested."""
+    first, end = TESTED_UVICORN
+    if not first <= tuple(map(int, uvicorn.__version__.split(".")[:2])) < end:
+        log.warning("uvicorn %s was not tested, so connections are its own: without limits", uvicorn.__version__)
+        parts.connection.clear()
+        return
     parts.connection.append(type("ExpressConnection", (Express,), {"rules": Rules(parts), "buffer": parts.buffer}))
 
 
@@ -63,7 +71,7 @@ class Rules:
     def __init__(self, parts: Parts) -> None:
         self.settings = parts.buffer.settings
         self.headers = b"".join(f"{name.lower()}: {value}\r\n".encode() for name, value in API_HEADERS.items())
-        self._gate = Gate(cast(Any, None), self.settings, {})
+        self._gate = Gate(cast(Any, None), self.settings)
         # Cached are only tokens that are good, and whether one has expired is asked of each grant anew.
         self._grant_of = lru_cache(1024)(parts.grant_of) if parts.grant_of else None
         self._is_open = not parts.guards or (len(parts.guards) == 1 and self._grant_of is not None)
@@ -163,8 +171,8 @@ class ExpressAppend(Taken):
         except Problem:
             self.hand_on()  # and be told of it there
             return
-        if buffer.has_room and time.time() < self._grant.expires:
-            asyncio.ensure_future(buffer.append(append)).add_done_callback(self._answer)
+        if not buffer.stopping and buffer.store.has_room and time.time() < self._grant.expires:
+            asyncio.ensure_future(buffer.store.write(append)).add_done_callback(self._answer)
         else:
             self.hand_on()  # and wait, or be refused, there
 
@@ -216,15 +224,15 @@ class ExpressAppend(Taken):
 class Detached(Taken):
     """A reader on its connection, with no task but while it is behind: a place, and a time."""
 
-    __slots__ = ("_attached", "_completed", "_form", "_loading", "_reader", "_timer")
+    __slots__ = ("_attached", "_end", "_form", "_key", "_loading", "_reader", "_timer")
 
     def __init__(self, connection: Express, keep_alive: bool, reader: Reader, form: Format) -> None:
         super().__init__(connection, keep_alive)
-        self._reader, self._form = reader, form
+        self._reader, self._form, self._key = reader, form, ("in a chunk", form)
         self._timer: asyncio.TimerHandle | None = None
         self._loading: asyncio.Task[None] | None = None
-        self._completed = False
-        self._attached = connection.buffer.attached(reader)
+        self._end: MessageEnd | None = None
+        self._attached = connection.buffer.attached(reader.place.thread_id, reader)
         self._attached.__enter__()
 
     def __call__(self) -> None:
@@ -240,9 +248,13 @@ class Detached(Taken):
     def _go_on(self) -> None:
         reader, flow = self._reader, self.connection.flow
         while not (self.response_complete or self._loading or flow.write_paused):
-            step = reader.step()
+            try:
+                step = reader.step()
+            except Problem as problem:
+                self._end_with(problem)
+                return
             if step is Step.WAIT:
-                reader.tail.call_once(self)
+                reader.tail.waiting[self] = None
                 self._wait_until(reader.due)
                 return
             if step is Step.LOAD:
@@ -252,19 +264,19 @@ class Detached(Taken):
             elif isinstance(step, Page):
                 self._deliver(step)
             else:
-                self._write(word_for(step, self._form))
+                self._write(self._form.signal(step))
 
     def set(self) -> None:
         if self.disconnected:
             self._detach()
 
     def _deliver(self, page: Page) -> None:
-        listener = self.connection.buffer.listener
-        if (wire := page.wires.get(self._form)) is None:
-            wire = page.wires[self._form] = in_a_chunk(b"".join(page.encoded(self._form)))
-        self._completed = page.completes
-        listener.delivered(page)
-        listener.sent(size_in(wire))
+        self._end, shared = page.end, page.shared
+        if shared is None or (wire := shared.get(self._key)) is None:
+            wire = in_a_chunk(page.encoded(self._form))
+            if shared is not None:
+                shared[self._key] = wire
+        self.connection.buffer.tell("sent", page, size_in(wire))
         if wire:
             self.connection.transport.write(wire)
 
@@ -288,21 +300,24 @@ class Detached(Taken):
         try:
             await self.connection.buffer.load(self._reader)
         except Problem as problem:
-            if not self.response_complete:
-                self._write(self._form.signal(Signal.ERROR, problem))
-                self._leave()
+            self._end_with(problem)
         except Exception:
             self._fail()
         finally:
             self._loading = None
         self()
 
+    def _end_with(self, problem: Problem) -> None:
+        if not self.response_complete:
+            self._write(self._form.signal(Signal.ERROR, problem))
+            self._leave()
+
     def _fail(self) -> None:
         log.exception("a reader could not be sent what there is")
         self._break_off()
 
     def _leave(self) -> None:
-        if has_word_for_end(self._form, self._completed):
+        if can_end(self._form, self._end):
             self._detach()
             self.end(b"0\r\n\r\n")
         else:
@@ -318,7 +333,7 @@ class Detached(Taken):
         self.response_complete = True
         if self._timer is not None:
             self._timer.cancel()
-        self._reader.tail.call_off(self)
+        self._reader.tail.waiting.pop(self, None)
         self._attached.__exit__(None, None, None)
         if self.connection.detached is self:
             self.connection.detached = None
@@ -365,7 +380,8 @@ class Express(HttpToolsProtocol):
             and not self.root_path
             and self.parser.get_method() == b"POST"
             and self.parser.get_http_version() == "1.1"
-            and self.buffer.has_room
+            and not self.buffer.stopping
+            and self.buffer.store.has_room
         )
         return self.rules.admitted(self.headers, match[1].decode()) if is_common else None
 

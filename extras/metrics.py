@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from litestar import MediaType, Response, get
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from resume_stream import ADMIN, PRODUCER_TIMEOUT, Buffer, Change, ChunkBuffer, Listener, Page, Parts, Place
+from resume_stream import ADMIN, PRODUCER_TIMEOUT, Buffer, Change, ChunkBuffer, Page, Parts, Place
 
 LATENCY_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
 UNSETTLED = 4096  # commits that wait for the next scrape
@@ -15,7 +16,7 @@ SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384, 65536)
 
 
 def mount(parts: Parts) -> None:
-    counted = parts.buffer.listener = Metrics(parts.buffer)
+    counted = parts.buffer.tell = Metrics(parts.buffer)
 
     @get("/metrics", summary="For Prometheus", media_type=MediaType.TEXT, scopes=ADMIN)
     async def metrics(buffer: Buffer) -> Response[bytes]:
@@ -24,7 +25,9 @@ def mount(parts: Parts) -> None:
     parts.root.append(metrics)
 
 
-class Metrics(Listener):
+class Metrics:
+    """Told of what happens in a buffer, by the names of these methods."""
+
     def __init__(self, buffer: ChunkBuffer) -> None:
         self._buffer = buffer
         # What came since the last scrape, as a Counter takes a lock for each time that it counts.
@@ -58,6 +61,9 @@ class Metrics(Listener):
         self.database_bytes = Gauge("resume_stream_database_bytes", "Size of the database file", registry=registry)
         self.wal_bytes = Gauge("resume_stream_wal_bytes", "Size of the WAL", registry=registry)
 
+    def __call__(self, event: str, *what: Any) -> None:
+        getattr(self, event)(*what)
+
     def resumed(self, kind: str, place: Place) -> None:
         outcome = "reset" if place.reset else "finished" if place.finished else "resumed"
         self.resumes.labels(kind, outcome).inc()
@@ -73,17 +79,19 @@ class Metrics(Listener):
                 by_us = change.state.reason == PRODUCER_TIMEOUT
                 self.aborts.labels(PRODUCER_TIMEOUT if by_us else "requested").inc()
 
-    def delivered(self, page: Page) -> None:
+    def sent(self, page: Page, size: int) -> None:
         self._entries += len(page.entries)
-        if page.unread:
-            page.unread = False
-            for part in page.parts:
-                if part.asked is not None:
-                    self.delivery_seconds.observe(time.perf_counter() - part.asked)
-                    part.asked = None
-
-    def sent(self, size: int) -> None:
         self._bytes += size
+        if getattr(page, "asked", None) is not None:
+            self._first_read(page)
+
+    def _first_read(self, page: Any) -> None:
+        """Of one that came while its readers were there (see extras/live.py)."""
+        for part in page.parts or (page,):
+            if part.asked is not None:
+                self.delivery_seconds.observe(time.perf_counter() - part.asked)
+            part.asked = None
+        page.asked = None
 
     def _settle(self) -> None:
         self.entries_out.inc(self._entries)
@@ -104,7 +112,7 @@ class Metrics(Listener):
 
     async def scrape(self) -> bytes:
         """In Prometheus' text format."""
-        database_bytes, wal_bytes, active_messages = await self._buffer.measure()
+        database_bytes, wal_bytes, active_messages = await self._buffer.store.measure()
         self._settle()
         self.readers.set(self._buffer.readers)
         self.active_messages.set(active_messages)

@@ -8,7 +8,6 @@ handler's option ``body``: its type, with ``None`` where it may be missing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from http import HTTPStatus
 from types import MappingProxyType, NoneType
 from typing import Any, NamedTuple, Union, get_args
@@ -17,7 +16,8 @@ import msgspec
 from litestar import Response, Router
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi import OpenAPIConfig
-from litestar.openapi.spec import OpenAPI, Tag
+from litestar.openapi.plugins import JsonRenderPlugin
+from litestar.openapi.spec import Components, OpenAPI, SecurityScheme, Tag
 from litestar.types import Method
 from litestar.types.internal_types import PathParameterDefinition
 from resume_stream import (
@@ -31,6 +31,7 @@ from resume_stream import (
     StoredChunk,
     ThreadPage,
     ThreadStatus,
+    __version__,
     problem_document,
 )
 
@@ -242,7 +243,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "after": {"example": CURSOR},
     "follow": {"description": "wait for what is not made yet, and on a thread for the next message"},
     "idle_timeout": {"description": "end where nothing is new for so long; 0: never", "example": "1m"},
-    "poll_interval": {"description": "of no effect: the setting of this name is everybody's", "example": "100ms"},
+    "poll_interval": {"description": "changes nothing, as nothing is polled for a reader", "example": "100ms"},
     "limit": {"description": "the most that an answer has: of chunks 1 to 10,000, of threads 1 to 1,000"},
     "wait": {"description": "seconds to wait where there is nothing yet"},
     "status": {"description": "only threads of this status"},
@@ -269,15 +270,21 @@ thread's one sequence; a **cursor** is such a place, `<generation>-<seq>`. All o
 
 
 def mount(parts: Parts) -> None:
-    parts.openapi = partial(Document, parts)
+    parts.openapi = Document(parts)
 
 
 class Document(OpenAPIConfig):
     """What Litestar makes of the routes, and what the tables above say besides."""
 
-    def __init__(self, parts: Parts, **options: Any) -> None:
+    def __init__(self, parts: Parts) -> None:
         super().__init__(
-            **options,
+            title="resume-stream",
+            version=__version__,
+            components=Components(
+                security_schemes={"bearerAuth": SecurityScheme(type="http", scheme="bearer", bearer_format="JWT")}
+            ),
+            security=[{"bearerAuth": []}],
+            render_plugins=parts.openapi_pages or [JsonRenderPlugin()],
             description=DESCRIPTION,
             tags=[Tag(name, says) for name, says in TAGS.items()],
             use_handler_docstrings=True,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import difflib
 import logging
 import os
 import re
 import socket
 import sqlite3
 import sys
+import weakref
 import zlib
 from collections.abc import Iterator
 from functools import partial
@@ -20,9 +22,13 @@ from typing import Any
 from urllib.parse import quote
 
 import msgspec
+from litestar import get
 from resume_stream import (
     APPLICATION_ID,
     BUSY_TIMEOUT,
+    SETTINGS,
+    Buffer,
+    ChunkBuffer,
     Commands,
     Parts,
     Settings,
@@ -37,7 +43,24 @@ from resume_stream import (
 log = logging.getLogger("resume_stream")
 
 
+OTHER_VARIABLES = {"URL", "TOKEN"}  # those of the client
+
+
+def set_up(settings: Settings) -> None:
+    """Raises StartupError for a variable that would be a setting if it were spelled right."""
+    known = [name.upper() for name in SETTINGS]
+    for variable in os.environ:
+        name = variable.removeprefix("RESUME_STREAM_")
+        is_another = name in OTHER_VARIABLES or re.fullmatch("UPSTREAM_[A-Z0-9_]+_HEADERS", name)
+        if variable.startswith("RESUME_STREAM_") and name not in known and not is_another:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"perhaps RESUME_STREAM_{near[0]} is meant" if near else "see resume-stream serve --help"
+            raise StartupError(f"{variable} is no setting; {hint}")
+
+
 def mount(parts: Parts) -> None:
+    parts.pages.append(live)
+    parts.root.append(ready)
     parts.on_start.append(tell_systemd_that_it_runs)
     parts.on_stop.append(partial(tell_systemd, "STOPPING=1"))
 
@@ -52,6 +75,24 @@ def add_commands(commands: Commands) -> None:
         commands, "healthcheck", "ask the running service whether it is ready", healthcheck, "host", "port", "uds"
     )
     add_command(commands, "version", "print the version", lambda settings, flags: print(__version__))
+
+
+@get("/health/live", summary="The process answers")
+async def live() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+PROBES: weakref.WeakKeyDictionary[ChunkBuffer, asyncio.Task[None]] = weakref.WeakKeyDictionary()
+
+
+@get("/health/ready", summary="The database answers and takes writes", scopes=None)
+async def ready(buffer: Buffer) -> dict[str, str]:
+    """Those who ask at the same time share one answer."""
+    probe = PROBES.get(buffer)
+    if probe is None or probe.done():
+        probe = PROBES[buffer] = asyncio.create_task(buffer.store.probe())
+    await asyncio.shield(probe)
+    return {"status": "ok"}
 
 
 @contextlib.contextmanager

@@ -30,8 +30,8 @@ from resume_stream import (
     ABORT,
     HEARTBEAT,
     MAX_REASON,
+    PAGE_ROWS,
     PRODUCER_TIMEOUT,
-    RAW,
     READ,
     RELAYED,
     RETRY,
@@ -48,6 +48,7 @@ from resume_stream import (
     Cursor,
     CursorGone,
     Forbidden,
+    Format,
     Grant,
     MessageEnd,
     NotFound,
@@ -55,13 +56,13 @@ from resume_stream import (
     Parts,
     Problem,
     Reader,
+    Settings,
     Signal,
     StartupError,
     StoredChunk,
-    StreamedBody,
+    Streamed,
     TooLarge,
     Unavailable,
-    Upstream,
     checked_id,
     encode_json,
     granted,
@@ -115,12 +116,19 @@ class BadGateway(Problem, status=502, kind="Bad gateway"): ...
 class GatewayTimeout(Problem, status=504, kind="Gateway timeout"): ...
 
 
+def set_up(settings: Settings) -> None:
+    """Raises StartupError."""
+    headers_of(parse_upstreams(settings.upstream), os.environ)
+
+
 def mount(parts: Parts) -> None:
-    upstreams = parts.buffer.settings.upstream
+    upstreams = parse_upstreams(parts.buffer.settings.upstream)
     secrets = headers_of(upstreams, os.environ)
     if not upstreams:
         return
-    relay = Relay(parts.buffer, parts.dialects, [Target(upstream, secrets[upstream.name]) for upstream in upstreams])
+    if not (parts.dialects and parts.producing and "raw" in parts.formats):
+        raise StartupError("there is an upstream, which takes extras/dialects.py, producing.py and raw.py besides")
+    relay = Relay(parts, [Target(upstream, secrets[upstream.name]) for upstream in upstreams])
 
     @asgi("/relay", is_mount=True, copy_scope=False, scopes=ANY_SCOPE, token_in_query=True, token_header="x-api-key")
     async def relayed(scope: Scope, receive: Receive, send: Send) -> None:
@@ -129,6 +137,38 @@ def mount(parts: Parts) -> None:
     parts.root.append(relayed)
     parts.on_start.append(relay.begin)
     parts.on_stop.append(relay.stop)
+
+
+class Upstream(NamedTuple):
+    """A server to relay, under a name of its own; ``url`` has no slash at its end."""
+
+    name: str
+    url: str
+
+
+def parse_upstreams(settings: Sequence[str]) -> list[Upstream]:
+    """Those of texts like ``openai=https://api.openai.com``. Raises StartupError."""
+    found: dict[str, Upstream] = {}
+    for text in settings:
+        match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9_-]*)=(https?://[^/?#@\s]+(?:/[^?#@\s]*)?)", text, re.ASCII)
+        if match is None:
+            shown = re.sub(r"\?.*", "?…", re.sub("//.*@", "//…@", text))  # as either may hold a key
+            raise StartupError(f"--upstream: {shown!r} is not an upstream; write it like openai=https://api.openai.com")
+        if not has_address(match[2]):
+            raise StartupError(f"--upstream: {text!r} has no host, or a port that is not one of 1 to 65535")
+        if match[1] in found:
+            raise StartupError(f"--upstream: there are two upstreams {match[1]}; give each a name of its own")
+        found[match[1]] = Upstream(match[1], match[2].rstrip("/"))
+    return list(found.values())
+
+
+def has_address(url: str) -> bool:
+    """Whether there is a host in it, and no port that cannot be."""
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def headers_of(upstreams: Sequence[Upstream], environment: Mapping[str, str]) -> dict[str, Headers]:
@@ -322,9 +362,11 @@ class Asked:
 class Relay:
     """All upstreams of a service, and what is being recorded of them."""
 
-    def __init__(self, buffer: ChunkBuffer, dialects: Sequence[Any], targets: Sequence[Target]) -> None:
-        self.buffer = buffer
-        self.dialects = {dialect.name: dialect for dialect in dialects}
+    def __init__(self, parts: Parts, targets: Sequence[Target]) -> None:
+        self.buffer: ChunkBuffer = parts.buffer
+        self.producing = parts.producing
+        self.dialects = {dialect.name: dialect for dialect in parts.dialects}
+        self._raw: Format = parts.formats["raw"]
         self._targets = {target.name: target for target in targets}
         self._transport: Any = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -342,7 +384,7 @@ class Relay:
             self._transport = httpx.AsyncHTTPTransport(limits=limits)
             # Where others record into the same store, nobody can tell whose it is: producer_timeout ends it.
             if not self.buffer.settings.store:
-                self._go(self.buffer.patiently(self._abort_orphans))
+                self._go(self.producing.patiently(self.buffer, self._abort_orphans))
 
     def stop(self) -> None:
         """What is being recorded is aborted at the next start, so that nobody takes its end here for the answer's."""
@@ -392,7 +434,7 @@ class Relay:
         pieces = None if call.method == "HEAD" else answer.pieces
         try:
             await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
-            await StreamedBody(iterator=pieces or ()).send_body(send, receive)
+            await Streamed(pieces or (), {}).send_body(send, receive)
         finally:
             if answer.close is not None:
                 await answer.close()
@@ -424,7 +466,7 @@ class Relay:
 
     async def known(self, thread_id: str, message_id: str) -> Relayed | None:
         """The message, if it is there and relayed."""
-        _, page = await self.buffer.page(thread_id, message_id, limit=1)
+        _, page = await self.buffer.store.page(thread_id, message_id, 0, 1)
         for entry in page.entries:
             if isinstance(entry, StoredChunk) and entry.event and entry.event.startswith(RELAYED):
                 upstream, _, dialect = entry.event.removeprefix(RELAYED).partition(":")
@@ -435,10 +477,10 @@ class Relay:
         """The rest of the message that the cursor is in, whatever the method."""
         call.grant.require(READ, None)
         gone = CursorGone("This Last-Event-ID is of an answer that is not, or no longer, here; ask anew, without it.")
-        thread_id = await self.buffer.thread_of(cast(int, cursor.generation))
+        thread_id = await thread_of(self.buffer, cast(int, cursor.generation))
         if thread_id is None or not call.grant.covers(thread_id):
             raise gone
-        state, page = await self.buffer.page(thread_id, None, cursor.seq - 1, 1)
+        state, page = await self.buffer.store.page(thread_id, None, cursor.seq - 1, 1)
         if state.generation != cursor.generation or not page.entries or page.entries[0].seq != cursor.seq:
             raise gone
         had = page.entries[0]
@@ -451,14 +493,14 @@ class Relay:
 
     async def _is_all(self, message: Relayed, had: StoredChunk) -> bool:
         """Whether nothing will come after it that could be sent."""
-        _, page = await self.buffer.page(message.thread_id, message.message_id, had.seq, 1)
+        _, page = await self.buffer.store.page(message.thread_id, message.message_id, had.seq, 1)
         return any(isinstance(end, MessageEnd) and not last_words(message.dialect, end, had) for end in page.entries)
 
     async def _reading(self, call: Call, message: Relayed, had: StoredChunk | None = None) -> Answer:
         return Answer(200, message.headers, await self._told(message, self._seat(call), had))
 
     def _seat(self, call: Call) -> Reader:
-        return self.buffer.seat(idle_timeout=0, expires=call.grant.expires)
+        return Reader(self.buffer, idle_timeout=0, expires=call.grant.expires)
 
     async def _told(
         self, message: Relayed, reader: Reader, had: StoredChunk | None = None
@@ -477,8 +519,9 @@ class Relay:
                 if item is Signal.HEARTBEAT:
                     yield HEARTBEAT
                 elif isinstance(item, Page):
-                    if frames := b"".join(item.encoded(RAW)):
-                        self.buffer.listener.sent(len(frames))
+                    frames = item.encoded(self._raw)
+                    self.buffer.tell("sent", item, len(frames))
+                    if frames:
                         yield frames
                     had = next((entry for entry in reversed(item.entries) if isinstance(entry, StoredChunk)), had)
                     end = item.entries[-1]
@@ -524,10 +567,10 @@ class Relay:
 
     async def _none_active(self, call: Call, dialect: Any, thread_id: str) -> Answer | None:
         """Why the thread's last answer failed here, if it did: its text may be whole where it was made."""
-        state, _ = await self.buffer.page(thread_id, None, limit=1)
+        state, _ = await self.buffer.store.page(thread_id, None, 0, 1)
         if not state.generation:
             return None
-        _, page = await self.buffer.page(thread_id, None, state.last_seq - 1, 1)
+        _, page = await self.buffer.store.page(thread_id, None, state.last_seq - 1, 1)
         for end in page.entries:
             if isinstance(end, MessageEnd) and end.reason in FAILURES:
                 message = await self._known_as(call, dialect, thread_id, end.message_id)
@@ -556,7 +599,7 @@ class Relay:
         """Those that are there, without the mark."""
         after, has_more = 0, True
         while has_more:
-            state, page = await self.buffer.page(message.thread_id, message.message_id, after)
+            state, page = await self.buffer.store.page(message.thread_id, message.message_id, after, PAGE_ROWS)
             for entry in page.entries:
                 if isinstance(entry, StoredChunk) and not (entry.event or "").startswith(RELAYED):
                     yield entry
@@ -569,7 +612,7 @@ class Relay:
             last = event
             if f'"{dialect.thing}"' in event.content:
                 thing = dialect.json_of(event).get(dialect.thing) or thing
-        state, _ = await self.buffer.page(message.thread_id, message.message_id, limit=1)
+        state, _ = await self.buffer.store.page(message.thread_id, message.message_id, 0, 1)
         if not isinstance(thing, dict):
             raise NotFound(f"Nothing has come of {message.message_id!r} yet; try again later.", exists=True)
         if state.status == "aborted" and (last is None or dialect.end_of(last) is None):
@@ -632,7 +675,7 @@ class Relay:
         asked.claims.add(key)
         if is_new:
             return None
-        state, _ = await self.buffer.page(thread_id, message_id, limit=1)
+        state, _ = await self.buffer.store.page(thread_id, message_id, 0, 1)
         message = await self.known(thread_id, message_id) if state.status else None
         if state.status and (message is None or message.upstream != asked.call.target.name):
             raise not_of_this_upstream(message_id)
@@ -667,7 +710,7 @@ class Relay:
         finally:
             self._release(asked)
             asked.fail(Unavailable("The service is stopping; try again when it is back."))
-            self.buffer.listener.relayed(call.target.name, outcome)
+            self.buffer.tell("relayed", call.target.name, outcome)
             log.info("relayed %s: %s", call.target.name, outcome)
 
     async def _asked_for(self, asked: Asked, body: bytearray) -> Any:
@@ -684,7 +727,7 @@ class Relay:
     @contextmanager
     def _holding(self, body: bytearray) -> Iterator[Callable[[], None]]:
         """A body counts, and is kept, until it is sent, as its answer may take long. Raises Unavailable."""
-        with self.buffer.holding() as hold:
+        with self.producing.holding(self.buffer) as hold:
             hold(len(body))
 
             def sent() -> None:
@@ -746,6 +789,14 @@ class Relay:
         """An answer as it comes."""
         headers = [(name, value) for name, value in response.headers.raw if is_passed_on(name, NOT_PASSED_ON)]
         return Answer(response.status_code, headers, as_it_comes(response), lambda: self._let_go(response))
+
+
+async def thread_of(buffer: ChunkBuffer, generation: int) -> str | None:
+    """The thread of this generation; None where there is none (any more)."""
+    for thread in (await buffer.store.threads(None, 1, generation + 1, None)).threads:
+        if (await buffer.store.find(thread.thread_id)).generation == generation:
+            return thread.thread_id
+    return None
 
 
 def not_of_this_upstream(message_id: str) -> Conflict:
@@ -813,6 +864,7 @@ class Pump:
     def __init__(self, relay: Relay, asked: Asked, response: Any) -> None:
         self._relay = relay
         self._buffer = relay.buffer
+        self._producing = relay.producing
         self._asked = asked
         self._response = response
         self._now = asyncio.get_running_loop().time
@@ -920,7 +972,7 @@ class Pump:
         message = self._message
         self._asked.is_recorded = True
         try:
-            async with self._buffer.while_active(message.thread_id, message.message_id) as lift:
+            async with self._producing.while_active(self._buffer, message.thread_id, message.message_id) as lift:
                 try:
                     while events is not None:
                         await self._take(events, lift)
@@ -978,7 +1030,7 @@ class Pump:
         message = self._message
         append = Append(message.thread_id, message.message_id, chunks, sizes, self._index, completes, self._generation)
         try:
-            change = await self._buffer.patiently(functools.partial(self._commit, append))
+            change = await self._producing.patiently(self._buffer, functools.partial(self._commit, append))
         except TooLarge:
             if len(chunks) == 1:
                 raise
@@ -993,7 +1045,7 @@ class Pump:
 
     async def _commit(self, append: Append) -> Change:
         await self._buffer.room()
-        return await self._buffer.append(append)
+        return await self._buffer.store.write(append)
 
     def _look(self, kind: str, event: Chunk) -> None:
         """An error stays one, whatever comes after it."""
@@ -1011,9 +1063,11 @@ class Pump:
         if self._status == "completed" and self._is_over:
             return  # with its last event
         if self._status == "aborted":
-            await self._buffer.patiently(functools.partial(self._buffer.abort_message, *ids, self._reason))
+            await self._producing.patiently(
+                self._buffer, functools.partial(self._buffer.abort_message, *ids, self._reason)
+            )
         else:
-            await self._buffer.patiently(functools.partial(self._buffer.complete_message, *ids))
+            await self._producing.patiently(self._buffer, functools.partial(self._buffer.complete_message, *ids))
 
 
 class Source:

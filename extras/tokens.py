@@ -32,12 +32,11 @@ from resume_stream import (
     Unauthorized,
     add_command,
     checked_id,
-    decode_body,
     granted,
+    json_body,
     parse_duration,
     seconds,
     token_expired,
-    whole_body,
 )
 
 
@@ -55,6 +54,29 @@ def add_commands(commands: Commands) -> None:
     token.add_argument("--expires-in", default="1h", help="how long it is good for (default: 1h)")
 
 
+class TokenGrant(Grant, frozen=True):
+    """What a token allows. ``scope`` is words of read, write, abort and admin (RFC 8693, 4.2)."""
+
+    scope: frozenset[str] = frozenset()
+
+    def covers(self, thread_id: str) -> bool:
+        return self.threads is None or any(
+            thread_id.startswith(pattern[:-1]) if pattern.endswith("*") else thread_id == pattern
+            for pattern in self.threads
+        )
+
+    def has(self, scopes: AbstractSet[str]) -> bool:
+        return "admin" in self.scope or not scopes.isdisjoint(self.scope)
+
+    def require(self, scopes: AbstractSet[str], thread_id: str | None) -> None:
+        if time.time() >= self.expires:
+            raise token_expired()
+        if not self.has(scopes):
+            raise Forbidden(f"The token's scope is {' '.join(sorted(self.scope))!r}; this takes {' or '.join(scopes)}.")
+        if thread_id is not None and not self.covers(thread_id):
+            raise Forbidden(f"The token does not cover the thread {thread_id!r}; get one that names it.")
+
+
 class Claims(msgspec.Struct, frozen=True):
     """Those of a token (RFC 7519) that count here."""
 
@@ -63,7 +85,7 @@ class Claims(msgspec.Struct, frozen=True):
     threads: tuple[str, ...] | None = None
 
 
-def token_for(secret: str, grant: Grant) -> str:
+def token_for(secret: str, grant: TokenGrant) -> str:
     import jwt
 
     claims: dict[str, Any] = {"exp": int(grant.expires), "scope": " ".join(sorted(grant.scope))}
@@ -72,7 +94,7 @@ def token_for(secret: str, grant: Grant) -> str:
     return jwt.encode(claims, secret, algorithm="HS256")
 
 
-def grant_of(token: str, secret: str) -> Grant:
+def grant_of(token: str, secret: str) -> TokenGrant:
     """What a token allows; its signature is compared in constant time. Raises Unauthorized."""
     import jwt  # of no use, and 10 ms, where there is no secret
 
@@ -84,7 +106,7 @@ def grant_of(token: str, secret: str) -> Grant:
         raise Unauthorized(
             f"The token is not valid here ({error}); get one made with this service's secret."
         ) from error
-    return Grant(frozenset(claims.scope.split()), claims.threads, claims.exp)
+    return TokenGrant(claims.threads, claims.exp, frozenset(claims.scope.split()))
 
 
 async def authorize(secret: str, connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
@@ -143,8 +165,7 @@ class Token(Record, frozen=True):
 @post(THREAD + "/tokens", summary="Mint a short-lived token for a browser", scopes=WRITE, body=TokenBody | None)
 async def mint_token(request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId) -> Token:
     """For this thread alone, and no wider than one's own; for up to a day."""
-    body = await whole_body(request, buffer, SMALL_BODY)
-    wanted = decode_body(request, body, TokenBody) if body else TokenBody()
+    wanted = await json_body(request, buffer, TokenBody, TokenBody(), SMALL_BODY)
     own = granted(request)
     if not buffer.settings.secret:
         raise BadRequest("Authentication is off, so there are no tokens; start the service with a secret.")
@@ -153,10 +174,10 @@ async def mint_token(request: Request[Any, Any, Any], buffer: Buffer, thread_id:
     scope = frozenset(wanted.scope.split())
     if not scope or not scope <= set(SCOPES):
         raise InvalidContent(f"{wanted.scope!r:.80} is not a scope; use words of {', '.join(SCOPES)}.")
-    if not ("admin" in own.scope or scope <= own.scope | ({"abort"} if "write" in own.scope else set())):
+    if not all(own.has({word, "write"} if word == "abort" else {word}) for word in scope):
         raise Forbidden("A token cannot allow more than the one it is made with; ask for less.")
     lifetime = cast(float, seconds("expires_in", wanted.expires_in))
-    grant = Grant(scope, (thread_id,), min(time.time() + lifetime, own.expires))
+    grant = TokenGrant((thread_id,), min(time.time() + lifetime, own.expires), scope)
     token = token_for(buffer.settings.secret, grant)
     return Token(token, " ".join(sorted(scope)), thread_id, int(grant.expires) * 1000)
 
@@ -173,4 +194,4 @@ def make_token(settings: Settings, flags: dict[str, Any]) -> None:
         expires = time.time() + parse_duration(flags["expires_in"])
     except ValueError as error:
         raise StartupError(f"--expires-in: {error}") from error
-    print(token_for(settings.secret, Grant(words, tuple(threads) or None, expires)))
+    print(token_for(settings.secret, TokenGrant(tuple(threads) or None, expires, words)))

@@ -38,6 +38,7 @@ from resume_stream import (
     Page,
     Parts,
     Problem,
+    Reader,
     Record,
     Signal,
     Unavailable,
@@ -45,7 +46,6 @@ from resume_stream import (
     granted,
     problem_document,
     seconds,
-    token_expired,
 )
 
 log = logging.getLogger("resume_stream")
@@ -99,13 +99,16 @@ FRAMES: msgspec.json.Decoder[Frame] = msgspec.json.Decoder(Frame)
 class SocketFrames:
     """Entries and signals as WebSocket messages, each less its first member, the subscriber's id."""
 
-    def frames(self, page: Page) -> list[bytes]:
+    tells_all = True
+
+    def frames(self, page: Page) -> bytes:
+        """On a line each."""
         frames = []
         for entry in page.entries:
             kind = b"complete" if isinstance(entry, MessageEnd) else b"chunk"
             cursor = b"%d-%d" % (page.generation, entry.seq)
             frames.append(b'"type":"%s","cursor":"%s",%s' % (kind, cursor, encode_json(entry)[1:]))
-        return frames
+        return b"\n".join([*frames, b""])
 
     def signal(self, signal: Signal, problem: Problem | None = None) -> bytes:
         return encode_json({"type": signal.value, **(problem_document(problem) if problem else {})})[1:]
@@ -185,7 +188,7 @@ class Conversation:
         append = self._buffer.checked_append(
             frame.thread_id, frame.message_id, frame.chunks, index=frame.index, complete=frame.complete
         )
-        task = asyncio.create_task(self._acknowledge(frame.id, self._buffer.append(append)))
+        task = asyncio.create_task(self._acknowledge(frame.id, self._buffer.store.write(append)))
         self._appends.add(task)
         task.add_done_callback(self._appends.discard)
 
@@ -212,35 +215,28 @@ class Conversation:
             await self._send("unsubscribed", frame.id)
 
     async def _deliver(self, frame: Subscribe) -> None:
-        reader = self._buffer.seat(
+        reader = Reader(
+            self._buffer,
             heartbeat=0,  # WebSocket has pings
             idle_timeout=seconds("idle_timeout", frame.idle_timeout),
             expires=self._grant.expires,
         )
-        try:
-            place = await self._buffer.locate(
-                frame.thread_id,
-                frame.message_id,
-                after=frame.after,
-                known_content=frame.known_content,
-                follow=frame.follow,
-            )
-            if not place.finished:
-                seconds("poll_interval", frame.poll_interval)
-                await self._pass_on(frame, self._buffer.follow(place, reader))
-        finally:
-            self._buffer.leave(reader)
+        seconds("poll_interval", frame.poll_interval)  # of no effect, as nothing is polled for a reader
+        place = await self._buffer.locate(
+            frame.thread_id, frame.message_id, after=frame.after, known_content=frame.known_content, follow=frame.follow
+        )
+        if not place.finished:
+            await self._pass_on(frame, self._buffer.follow(place, reader))
 
     async def _pass_on(self, frame: Subscribe, items: AsyncGenerator[Page | Signal, None]) -> None:
         start = b'{"id":%s,' % encode_json(frame.id)
         async with aclosing(items):
             async for item in items:
                 if isinstance(item, Page):
-                    for rest in item.encoded(SOCKET_FRAMES):
-                        self._buffer.listener.sent(len(rest))
+                    frames = item.encoded(SOCKET_FRAMES)
+                    self._buffer.tell("sent", item, len(frames))
+                    for rest in frames.splitlines():
                         await self._send_text(start + rest)
-                elif item is Signal.EXPIRED:
-                    raise token_expired()
                 else:
                     await self._send_text(start + SOCKET_FRAMES.signal(item))
 

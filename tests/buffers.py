@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import TIMEOUT, until
-from resume_stream import ChunkBuffer, MessageEnd, Page, Place, Signal, StoredChunk, Unavailable
+from resume_stream import ChunkBuffer, MessageEnd, Page, Place, Reader, Signal, StoredChunk, Unavailable
 from resume_stream.extras.express import Detached
 
 # What a reader gets
@@ -92,8 +92,10 @@ async def follow(
 class Lines:
     """A format: what ``seen`` makes of each entry and signal, as JSON, on a line of its own."""
 
-    def frames(self, page: Page) -> list[bytes]:
-        return [json.dumps(seen(entry)).encode() + b"\n" for entry in page.entries]
+    tells_all = True
+
+    def frames(self, page: Page) -> bytes:
+        return b"".join(json.dumps(seen(entry)).encode() + b"\n" for entry in page.entries)
 
     def signal(self, signal: Signal, problem: Any = None) -> bytes:
         return json.dumps(signal.value).encode() + b"\n"
@@ -135,7 +137,7 @@ class Wire:
 
 def detach(buffer: ChunkBuffer, place: Place) -> Wire:
     """A connection that serves a reader with no task from this place on."""
-    wire, reader = Wire(buffer), buffer.seat(idle_timeout=TIMEOUT)
+    wire, reader = Wire(buffer), Reader(buffer, idle_timeout=TIMEOUT)
     reader.begin(place)
     wire.detached = Detached(wire, True, reader, LINES)
     wire.detached()
@@ -163,7 +165,7 @@ async def locate_text(buffer: ChunkBuffer, thread_id: str, message_id: str, know
 
 def store_of(buffer: ChunkBuffer) -> Any:
     """The seam between a buffer and its file, where a test may stop, count and fail what goes through."""
-    return buffer._store
+    return buffer.store
 
 
 async def on_writer(buffer: ChunkBuffer, work: Callable[[sqlite3.Connection], Any]) -> Any:
@@ -279,4 +281,4 @@ def history(db: Path | str, sql: str, folder: Path) -> list[Any]:
 
 async def pack(buffer: ChunkBuffer) -> None:
     """What the periodic task does with what has ended."""
-    await buffer._store.upkeep()
+    await buffer.store.upkeep()

@@ -64,7 +64,7 @@ async def client(service: Service) -> AsyncIterator[Client]:
 
 
 def token(scope: str, expires: float = 4e9) -> str:
-    return tokens.token_for(SECRET, resume_stream.Grant(frozenset(scope.split()), None, expires))
+    return tokens.token_for(SECRET, tokens.TokenGrant(None, expires, frozenset(scope.split())))
 
 
 class Wire(httpx.AsyncHTTPTransport):

@@ -15,7 +15,6 @@ import uvicorn
 from conftest import ROOT, TIMEOUT, Service, api_client, append, wait_until
 from resume_stream import ChunkBuffer, Settings
 from resume_stream.extras import express, limits
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from wire import contents, shared_service
 
 BOTH_WAYS = True
@@ -186,13 +185,13 @@ def test_a_slow_reader_gets_all_of_it_once_it_reads(service: Service, thread: st
 def test_with_another_uvicorn_the_ordinary_ways_answer_and_say_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    parts = resume_stream.Parts(ChunkBuffer(Settings(db=":unused:")))
-    assert issubclass(parts.protocol(), express.Express)
-    assert issubclass(parts.protocol(), limits.Limited)
+    buffer = ChunkBuffer(Settings(db=":unused:"))
+    assert resume_stream.Parts(buffer).connection[0] is limits.Limited
+    assert issubclass(resume_stream.Parts(buffer).connection[1], express.Express)
     monkeypatch.setattr(uvicorn, "__version__", "99.1.0")
-    assert parts.protocol() is HttpToolsProtocol
+    assert resume_stream.Parts(buffer).connection == []
     assert [record.message for record in caplog.records] == [
-        "uvicorn 99.1.0 was not tested, so connections are its own: slower, and without limits"
+        "uvicorn 99.1.0 was not tested, so connections are its own: without limits"
     ]
 
 
@@ -202,6 +201,6 @@ def test_what_is_tested_is_what_is_installed() -> None:
         for name in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
         if name.startswith("uvicorn")
     ]
-    first, end = (".".join(map(str, bound)) for bound in resume_stream.TESTED_UVICORN)
+    first, end = (".".join(map(str, bound)) for bound in express.TESTED_UVICORN)
     assert wanted == f"uvicorn>={first},<{end}"
     assert uvicorn.__version__.startswith(f"{first}.")

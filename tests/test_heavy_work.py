@@ -13,6 +13,7 @@ import resume_stream
 from buffers import store_of
 from conftest import TIMEOUT, until
 from resume_stream import Chunk, ChunkBuffer
+from resume_stream.extras.producing import record
 
 pytestmark = pytest.mark.anyio
 
@@ -135,7 +136,7 @@ async def test_what_the_store_refuses_for_now_is_recorded_once_it_takes_it(
             yield "three"
 
         await buffer.open_message("t", "m")
-        recording = buffer.record("t", "m", source())
+        recording = record(buffer, "t", "m", source())
         reading = buffer.resume_stream("t", "m")
         assert (await anext(reading)).content == "one "
         await reading.aclose()

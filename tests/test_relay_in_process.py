@@ -14,7 +14,7 @@ import httpx
 import pytest
 from conftest import until
 from resume_stream import ChunkBuffer, NotFound, Settings, Unavailable, create_app
-from resume_stream import Upstream as Named
+from resume_stream.extras.producing import holding
 from upstream import CHAT as KEPT
 from upstream import Recording, Upstream, shared_upstream
 
@@ -32,7 +32,7 @@ def fresh(upstream: Upstream) -> None:
 @asynccontextmanager
 async def relaying(db: Path, upstream: Upstream) -> AsyncIterator[tuple[ChunkBuffer, Callable[..., Any]]]:
     """A buffer, and a function that begins to ask through the relay in front of it."""
-    settings = Settings(db=str(db), upstream=(Named("up", upstream.url),))
+    settings = Settings(db=str(db), upstream=(f"up={upstream.url}",))
     async with ChunkBuffer(settings) as buffer:
         transport = httpx.ASGITransport(create_app(buffer=buffer))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost/relay/up") as client:
@@ -46,7 +46,7 @@ async def relaying(db: Path, upstream: Upstream) -> AsyncIterator[tuple[ChunkBuf
 
 def room(buffer: ChunkBuffer) -> int:
     """How many MiB of bodies may still come in."""
-    with buffer.holding() as hold, suppress(Unavailable):
+    with holding(buffer) as hold, suppress(Unavailable):
         for size in range(1, 34):
             hold(size * MIB)
     return size - 1
@@ -80,7 +80,7 @@ async def test_an_answer_of_a_dead_process_is_ended_also_where_a_retry_finds_it_
         await cut
     async with relaying(db, upstream) as (buffer, ask):
         found, is_over = asyncio.Event(), asyncio.Event()
-        page, get_active_threads = buffer.page, buffer.get_active_threads
+        page, get_active_threads = buffer.store.page, buffer.get_active_threads
 
         async def held_page(*place: Any, **limits: Any) -> Any:
             if not found.is_set():  # it is the retry that looks first
@@ -92,7 +92,7 @@ async def test_an_answer_of_a_dead_process_is_ended_also_where_a_retry_finds_it_
             await found.wait()
             return await get_active_threads(*place)
 
-        monkeypatch.setattr(buffer, "page", held_page)
+        monkeypatch.setattr(buffer.store, "page", held_page)
         monkeypatch.setattr(buffer, "get_active_threads", later)
         retry = ask(CHAT, Resume_Message="m")
         await until(functools.partial(is_ended, buffer), "the start's look has ended it")

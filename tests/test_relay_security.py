@@ -11,8 +11,7 @@ import httpx
 import pytest
 from conftest import TIMEOUT, Service, wait_until
 from relayed import RETRY, Relay, bare_events, framed, relay
-from resume_stream import Grant
-from resume_stream.extras.tokens import token_for
+from resume_stream.extras.tokens import TokenGrant, token_for
 from upstream import AG_UI, AI_SDK, CHAT, EVENTS, OTHER, Recording, Upstream, relaying, shared_upstream
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
@@ -40,7 +39,7 @@ def bearer(*scope: str, threads: tuple[str, ...] | None = None) -> dict[str, str
 
 
 def token_of(*scope: str, threads: tuple[str, ...] | None = None) -> str:
-    return token_for(SECRET, Grant(frozenset(scope), threads, 4_000_000_000))
+    return token_for(SECRET, TokenGrant(threads, 4_000_000_000, frozenset(scope)))
 
 
 def raw(service: Service, line: str, *headers: str) -> bytes:

@@ -294,6 +294,26 @@ def test_a_service_with_nothing_to_do_stops_cleanly(service: Service, client: ht
         assert connection.execute("select content from chunks").fetchall() == [("text",)]
 
 
+@pytest.mark.parametrize("reading", [False, True])
+def test_a_service_that_is_told_again_and_again_still_stops_cleanly(
+    service: Service, client: httpx.Client, reading: bool
+) -> None:
+    append(client, "t", "m", "text")
+    with contextlib.ExitStack() as exits:
+        for _ in range(20 * reading):
+            received(exits.enter_context(request(service, "GET /api/threads/t/stream HTTP/1.1")), until=b'"seq":1}\n\n')
+        process = service.process
+        while process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.001)
+        assert process.returncode == 0
+    process.stdout.close()
+    service.process = None
+    assert not Path(f"{service.db}-wal").exists()
+    service.start()
+    assert service.end() == 0  # told at once
+
+
 # Killed
 
 

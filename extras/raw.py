@@ -1,0 +1,83 @@
+"""``format=raw``: a stream as its producer's own clients know it; and ``GET …/live``, of the message that is active."""
+
+from __future__ import annotations
+
+import re
+
+from litestar import get
+from litestar.di import NamedDependency
+from litestar.response.base import ASGIResponse
+from resume_stream import (
+    HEARTBEAT,
+    READ,
+    RELAYED,
+    THREAD,
+    ChunkBuffer,
+    Cursor,
+    Format,
+    Page,
+    Parts,
+    Problem,
+    Reading,
+    Signal,
+    StoredChunk,
+    ThreadId,
+    checked_id,
+    stream,
+)
+
+LINE_END = re.compile("\r\n|\n|\r")
+
+
+def mount(parts: Parts) -> None:
+    parts.formats["raw"] = RawEvents()
+    parts.api.append(stream_active_message)
+
+
+class RawEvents:
+    """Chunks as server-sent events whose data is their content, and nothing of our own besides the id.
+
+    What a client expects that knows only its producer. A line end inside the content divides the
+    data into lines, which readers join with LF (HTML, 9.2.6).
+    """
+
+    tells_all = False
+
+    def frames(self, page: Page) -> bytes:
+        frames = []
+        for entry in page.entries:
+            if isinstance(entry, StoredChunk) and not (entry.event or "").startswith(RELAYED):
+                event = "" if entry.event is None else f"event: {entry.event}\n"
+                data = "\ndata: ".join(LINE_END.split(entry.content))
+                frames.append(f"id: {page.generation}-{entry.seq}\n{event}data: {data}\n\n".encode())
+        return b"".join(frames)
+
+    def signal(self, signal: Signal, problem: Problem | None = None) -> bytes:
+        return HEARTBEAT if signal is Signal.HEARTBEAT else b""
+
+
+async def unfinished_at(buffer: ChunkBuffer, thread_id: str, cursor: Cursor, form: Format) -> str | None:
+    """The message that the cursor is in, if one who has all up to there can be sent more of it."""
+    state, page = await buffer.store.page(thread_id, None, cursor.seq - 1, 1)
+    had = page.entries[0] if page.entries else None
+    if had is None or had.seq != cursor.seq or cursor.generation not in (None, state.generation):
+        return None
+    state, page = await buffer.store.page(thread_id, had.message_id, cursor.seq, 1)
+    is_more = any(form.tells_all or isinstance(entry, StoredChunk) for entry in page.entries)
+    return had.message_id if is_more or state.status == "active" else None
+
+
+@get(THREAD + "/live", summary="Follow the active message of a thread (SSE)", scopes=READ, token_in_query=True)
+async def stream_active_message(reading: NamedDependency[Reading], thread_id: ThreadId) -> ASGIResponse:
+    """From its start; 204 where none is active. Of several it is the one that began last.
+
+    One who comes back with a cursor first gets the rest of the message that it is in, though that has ended meanwhile.
+    """
+    checked_id("thread_id", thread_id)
+    buffer, message_id = reading.buffer, None
+    if reading.cursor is not None:
+        message_id = await unfinished_at(buffer, thread_id, Cursor.parse(reading.cursor), reading.form)
+    message_id = message_id or await buffer.get_active_message(thread_id)
+    if message_id is None:
+        return ASGIResponse(status_code=204)
+    return await stream(reading._replace(follow=False), thread_id, message_id)
