@@ -687,6 +687,7 @@ IN_A_ROW = 128  # commits, of which the last is left to the other thread in any 
 PAGE_ROWS = 512
 PAGE_BYTES = 256 * 1024
 MESSAGES = 1_000  # of a thread's, told of at once
+AGE_STEP = 60_000  # ms: what is looked for by its age is found by this much of it
 EXPIRED_AT_ONCE = 500  # threads
 ERASE_ROWS = 500  # rows deleted in one transaction
 ERASE_BYTES = 1024**2  # of text, likewise
@@ -1062,6 +1063,11 @@ class Transaction:
             " where message = ?",
             [(row.chunk_count, row.size, row.first, row.last, self._now, key) for key, row in self._rows.items()],
         )
+        for key in ("thread", "message"):  # apart, as setting what has an index writes to that, be it new or not
+            self._db.executemany(
+                f"update {key}s set touched_at = ?1 where {key} = ?2 and touched_at <> ?1",
+                [(self._now - self._now % AGE_STEP, getattr(row, key)) for row in self._rows.values()],
+            )
         self._chunks.clear()
         self._rows.clear()
 
@@ -1163,11 +1169,12 @@ class Transaction:
                 (self._now,),
             ).fetchall()
             thread = self._db.execute(
-                "insert into threads (thread_id, generation, created_at, updated_at) values (?1, ?2, ?3, ?3)",
+                "insert into threads (thread_id, generation, created_at, updated_at, touched_at)"
+                " values (?1, ?2, ?3, ?3, ?3)",
                 (thread_id, generation, self._now),
             ).lastrowid
         self._db.execute(
-            "insert into messages (thread, message_id, created_at, updated_at) values (?1, ?2, ?3, ?3)",
+            "insert into messages (thread, message_id, created_at, updated_at, touched_at) values (?1, ?2, ?3, ?3, ?3)",
             (thread, message_id, self._now),
         )
         return row_of(self._db, thread_id, message_id)
@@ -1627,9 +1634,10 @@ class SQLiteStore(GroupCommit):
         covered: Sequence[str] | None,
     ) -> ThreadPage:
         """By generation, which is a time: a number would tell how many threads were ever made."""
-        where = "(?1 is null or generation < ?1) and (?2 is null or status = ?2)"
-        if status in ("active", "aborted"):  # which few are
-            where += " and thread in (select thread from messages where status = ?2)"
+        source, where, order = "thread_summary", "(?1 is null or generation < ?1)", "generation"
+        if status is not None:  # few may have it: found by its messages, and by number, which grows likewise
+            source, order = "messages as m cross join thread_summary using (thread)", "m.thread"
+            where += " and m.status = ?2 and thread_summary.status = ?2"
         if covered is not None:
             where += (
                 " and thread in (select threads.thread from json_each(?3) as range"
@@ -1637,7 +1645,7 @@ class SQLiteStore(GroupCommit):
             )
         ranges = msgspec.json.encode([range_of(pattern) for pattern in covered or ()]).decode()
         rows = db.execute(
-            f"select * from thread_summary where {where} order by generation desc limit ?4",
+            f"select distinct thread_summary.* from {source} where {where} order by {order} desc limit ?4",
             (before, status, ranges, limit + 1),
         ).fetchall()
         cursor = str(rows[limit - 1][1]) if len(rows) > limit else None
@@ -1654,14 +1662,15 @@ class SQLiteStore(GroupCommit):
         if untouched_since < self._refused_ms:
             return []  # their producers may be alive, and were refused
         idle = (
-            "select thread_id, message_id from messages cross join threads using (thread)"
-            " where status = 'active' and messages.updated_at <= ? and thread_id is not null limit 1000"
+            "select thread_id, message_id from messages indexed by active_messages_by_age join threads using (thread)"
+            " where status = 'active' and messages.touched_at <= ?1 and messages.updated_at <= ?1"
+            " and thread_id is not null limit 1000"
         )
         return await self.read(lambda db: db.execute(idle, (untouched_since,)).fetchall(), heavy=True)
 
     async def expire(self, untouched_since: int) -> int:
-        idle = "select thread_id from threads where thread_id is not null and updated_at <= ? limit ?"
-        found = await self.read(lambda db: db.execute(idle, (untouched_since, EXPIRED_AT_ONCE)).fetchall(), heavy=True)
+        idle = "select thread_id from threads where thread_id is not null and touched_at <= ?1 and updated_at <= ?1"
+        found = await self.read(lambda db: db.execute(idle, (untouched_since,)).fetchmany(EXPIRED_AT_ONCE), heavy=True)
         clearing = [self.write(Clear(thread_id, untouched_since)) for (thread_id,) in found]
         outcomes = await asyncio.gather(*clearing, return_exceptions=True)  # some were touched in the meantime
         return sum(isinstance(outcome, Change) for outcome in outcomes)

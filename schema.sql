@@ -24,7 +24,8 @@ create table threads (
     generation  integer not null unique,
     last_seq    integer not null default 0,
     created_at  integer not null,
-    updated_at  integer not null
+    updated_at  integer not null,
+    touched_at  integer not null default 0         -- updated_at, or earlier: the beginning of a minute
 ) strict;
 
 create table messages (
@@ -39,10 +40,16 @@ create table messages (
     last_seq    integer,                           -- once it has ended: the place of its end
     created_at  integer not null,
     updated_at  integer not null,
+    touched_at  integer not null default 0,        -- likewise
     unique (thread, message_id)
 ) strict;
 
 create index messages_by_status on messages (status, thread);
+
+-- What has not been touched for long is found by these. They change once a
+-- minute for what is appended to, and not with every chunk.
+create index threads_by_age on threads (touched_at) where thread_id is not null;
+create index active_messages_by_age on messages (touched_at) where status = 'active';
 
 create table chunks (
     thread      integer not null references threads,

@@ -241,14 +241,14 @@ class FileTarget:
         with self._transaction():
             run("delete from threads where thread_id = ? or thread = ?", (thread.thread_id, generation))
             run(
-                "insert into threads (thread, thread_id, generation, last_seq, created_at, updated_at)"
-                " values (?1, ?2, ?3, ?4, ?5, ?6)",
+                "insert into threads (thread, thread_id, generation, last_seq, created_at, updated_at, touched_at)"
+                " values (?1, ?2, ?3, ?4, ?5, ?6, ?6)",
                 (generation, thread.thread_id, generation, last_seq, thread.created_at, thread.updated_at),
             )
             numbers = {
                 message.message_id: run(
                     "insert into messages (thread, message_id, status, reason, chunk_count, first_seq, last_seq,"
-                    " created_at, updated_at) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
+                    " created_at, updated_at, touched_at) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?9)",
                     (
                         generation,
                         message.message_id,

@@ -556,6 +556,56 @@ async def test_text_that_expired_is_nowhere_in_the_files(
         assert await live_texts(buffer, live) == {number: texts[number] for number in live}
 
 
+async def test_the_age_of_what_is_written_to_is_kept_to_the_minute(
+    buffer: ChunkBuffer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = {100_000: 60_000, 119_999: 60_000, 120_000: 120_000, 179_999: 120_000, 180_001: 180_000, 90_000: 60_000}
+    for now, age in times.items():
+        monkeypatch.setattr(resume_stream, "now_ms", lambda now=now: now)
+        await buffer.add_chunks("t", "m", ["text"])
+        for table in ("threads", "messages"):
+            assert query(tmp_path / "chunks.db", f"select touched_at, updated_at from {table}") == [(age, now)]
+
+
+async def test_what_few_threads_are_is_found_among_many_as_soon_as_among_few(
+    make_buffer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the steps of SQLite's own machine."""
+    steps, run = 0, resume_stream.Database.run
+
+    def count() -> None:
+        nonlocal steps
+        steps += 1
+
+    async def counted(database: Any, work: Any) -> Any:
+        def counting(db: sqlite3.Connection) -> Any:
+            db.set_progress_handler(count, 1)
+            return work(db)
+
+        return await run(database, counting)
+
+    taken = []
+    for threads in (100, 3000):
+        async with make_buffer(db=str(tmp_path / f"{threads}.db"), producer_timeout=0, poll_interval=60) as buffer:
+            for start in range(0, threads, 500):
+                numbers = range(start, min(start + 500, threads))
+                await asyncio.gather(*(buffer.add_chunks(f"{n}", "m", ["x"], complete=n % 20 > 0) for n in numbers))
+            looks = (
+                lambda buffer=buffer: buffer.get_active_threads(limit=4),
+                lambda buffer=buffer: buffer.get_threads("aborted", limit=4),
+                lambda buffer=buffer: buffer.store.idle_messages(0),
+                lambda buffer=buffer: buffer.store.expire(0),
+            )
+            taken.append([])
+            monkeypatch.setattr(resume_stream.Database, "run", counted)
+            for look in looks:
+                steps = 0
+                await look()
+                taken[-1].append(steps)
+            monkeypatch.undo()
+    assert all(0 < many < 1.5 * few for few, many in zip(*taken, strict=True)), taken
+
+
 async def test_an_expired_thread_is_gone_for_its_reader_and_a_touched_one_stays(
     make_buffer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
