@@ -104,7 +104,6 @@ sys.modules.setdefault("resume_stream", sys.modules[__name__])
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
-W = TypeVar("W")
 P = ParamSpec("P")
 S = TypeVar("S", bound="ThreadSummary")
 log = logging.getLogger("resume_stream")
@@ -756,12 +755,10 @@ class Store(Protocol):
     @property
     def has_room(self) -> bool: ...
 
-    # The text, the match and the status of what is not there raise NotFound.
+    # The match and the status of what is not there raise NotFound.
     async def find(self, thread_id: str, message_id: str | None = None) -> State: ...
     # Up to ``limit`` entries after ``after``, and the state they belong to.
     async def page(self, thread_id: str, message_id: str | None, after: int, limit: int) -> tuple[State, Page]: ...
-    # The text of a message from its chunk ``index`` on, or of all of a thread's.
-    async def text(self, thread_id: str, message_id: str | None, index: int = 0) -> tuple[State, str]: ...
     # Where a reader with this text of the message begins.
     async def match(self, thread_id: str, message_id: str, known_content: str) -> Place: ...
     # With up to ``limit`` of its messages, those after the first ``after``.
@@ -999,16 +996,6 @@ def existing(db: sqlite3.Connection, thread_id: str, message_id: str | None = No
     found = row_of(db, thread_id, message_id)
     check_exists(found, thread_id, message_id)
     return found
-
-
-def text_of(db: sqlite3.Connection, found: Row, index: int = 0) -> bytes:
-    # As a blob, since SQLite's own text functions stop at a NUL.
-    (text,) = db.execute(
-        "select cast(group_concat(content, '') as blob)"
-        f" from (select content, last {OF_MESSAGE} order by last limit -1 offset ?5)",
-        (*found.places, index),
-    ).fetchone()
-    return text or b""
 
 
 HotRows = dict[str, tuple[str, Row]]
@@ -1583,18 +1570,12 @@ class SQLiteStore(GroupCommit):
         return found, Page(found.generation, entries[-1].seq if is_full else found.last_seq, entries, size)
 
     @reads_much
-    def text(self, db: sqlite3.Connection, thread_id: str, message_id: str | None, index: int = 0) -> tuple[State, str]:
-        found = existing(db, thread_id, message_id)
-        if message_id is not None:
-            return found, text_of(db, found, min(index, found.chunk_count)).decode()
-        names = db.execute("select message_id from messages where thread = ? order by message", (found.thread,))
-        return found, b"".join([text_of(db, row_of(db, thread_id, name)) for (name,) in names.fetchall()]).decode()
-
-    @reads_much
     def match(self, db: sqlite3.Connection, thread_id: str, message_id: str, known_content: str) -> Place:
         """Looked for from the end, as whoever resumes has nearly all of it mostly."""
         found = existing(db, thread_id, message_id)
-        text = text_of(db, found)
+        # As a blob, since SQLite's own text functions stop at a NUL.
+        whole = f"select cast(group_concat(content, '') as blob) from (select content, last {OF_MESSAGE} order by last)"
+        text = db.execute(whole, found.places).fetchone()[0] or b""
         offset = bytes_known(known_content.encode(), text)
         begin = Place(thread_id, message_id, found.generation, found.before, reset=offset is None)
         if not offset:
@@ -2050,7 +2031,8 @@ class ChunkBuffer:
         self.stopping = False
         self._store: Store = store or store_for(settings)
         self._entered = False
-        self._tail_type = live_end()
+        # How readers have what comes: out of memory where extras/live.py is in place, else each out of the store.
+        self._tail_type: type[Tail] = next((extra.LiveTail for extra in found_extras(["live"])), Tail)
         self._tails: dict[str, Tail] = {}
         self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()  # gone with their streams, be they read or not
         self._held = 0  # bytes of bodies that are still coming in, or to be sent on
@@ -2319,11 +2301,11 @@ class ChunkBuffer:
         if place.reset:
             raise cursor_gone()
         page = await self._chunk_page(place, limit)
-        if not wait or place.finished or page.chunks or page.ends:
-            return page
-        async with aclosing(self.follow(place, idle_timeout=wait, heartbeat=0, expires=expires)) as items:
-            await anext(items, None)
-        return await self._chunk_page(place, limit)
+        if wait and not (place.finished or page.chunks or page.ends):
+            async with aclosing(self.follow(place, idle_timeout=wait, heartbeat=0, expires=expires)) as items:
+                await anext(items, None)
+            page = await self._chunk_page(place, limit)
+        return page
 
     async def _chunk_page(self, place: Place, limit: int) -> ChunkPage:
         found, page = await self.store.page(place.thread_id, place.message_id, place.after, limit)
@@ -2481,15 +2463,6 @@ class ChunkBuffer:
                 for idle in await self.store.idle_messages(untouched_since):
                     with contextlib.suppress(NotFound, Conflict):  # touched or ended in the meantime
                         await self.store.write(End(*idle, "aborted", PRODUCER_TIMEOUT, untouched_since))
-
-
-def live_end() -> type[Tail]:
-    """How readers have what comes: out of memory where extras/live.py is in place, else each out of the store."""
-    try:
-        live: type[Tail] = importlib.import_module("resume_stream.extras.live").LiveTail
-    except ModuleNotFoundError:
-        return Tail
-    return live
 
 
 def ms_since_boot() -> int:
@@ -2905,20 +2878,15 @@ async def resume_stream(request: Request[Any, Any, Any], buffer: Buffer) -> ASGI
 
 async def while_connected(request: Request[Any, Any, Any], reading: Coroutine[Any, Any, T]) -> T:
     """What it reads, which takes long: not for a client that has hung up. Its body has been read."""
-
-    async def hung_up() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    gone, read = asyncio.create_task(hung_up()), asyncio.create_task(reading)
+    gone, read = asyncio.ensure_future(request.receive()), asyncio.ensure_future(reading)
     try:
         await asyncio.wait((gone, read), return_when=asyncio.FIRST_COMPLETED)
+        if not read.done():
+            raise BadRequest("The connection was closed before there was an answer.")
+        return read.result()
     finally:
         for task in (gone, read):
             task.cancel()  # of no effect where it is done
-    if not read.done():
-        raise BadRequest("The connection was closed before there was an answer.")
-    return read.result()
 
 
 @get(THREAD + "/chunks", summary="Read chunks by pages, or by a long poll", scopes=READ, token_in_query=True)

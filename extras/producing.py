@@ -22,6 +22,7 @@ import msgspec
 from litestar import Request
 from resume_stream import (
     CUT,
+    PAGE_ROWS,
     UNDECODABLE,
     Append,
     Appended,
@@ -31,7 +32,6 @@ from resume_stream import (
     Conflict,
     DatabaseFull,
     InvalidContent,
-    NotFound,
     Page,
     Parts,
     Problem,
@@ -267,11 +267,25 @@ async def append_text(request: Request[Any, Any, Any], buffer: ChunkBuffer, appe
         raise UnsupportedMediaType(f"Text in {charset!r:.80} cannot be appended; send it in UTF-8.")
     known = ""
     if append.index is not None:
-        with contextlib.suppress(NotFound):
-            found, known = await buffer.store.text(append.thread_id, append.message_id, append.index)
-            append = msgspec.structs.replace(append, index=max(append.index, found.chunk_count))
+        known, index = await stored_from(buffer, append.thread_id, append.message_id, append.index)
+        append = msgspec.structs.replace(append, index=index)
     decoder = Text(buffer.settings.max_chunk, known, is_whole=append.complete)
     return await append_pieces(request, buffer, append, decoder)
+
+
+async def stored_from(buffer: ChunkBuffer, thread_id: str, message_id: str, index: int) -> tuple[str, int]:
+    """The message's text from its chunk ``index`` on, and the index after it."""
+    texts, count = list[str](), 0
+    found = await buffer.store.find(thread_id, message_id)
+    seq = found.before
+    while found.last and seq < found.last and index < found.chunk_count:
+        state, page = await buffer.store.page(thread_id, message_id, seq, PAGE_ROWS)
+        if state.generation != found.generation:
+            raise thread_cleared()
+        chunks = [entry.content for entry in page.entries if isinstance(entry, StoredChunk)]
+        texts += chunks[max(index - count, 0) :]
+        seq, count = page.last_seq, count + len(chunks)
+    return "".join(texts), max(index, count)
 
 
 async def append_pieces(

@@ -364,17 +364,9 @@ class RedisStore(GroupCommit):
                 raise no_thread(begin.thread_id)  # cleared in the meantime
             reading = msgspec.structs.replace(reading, after=after)
 
-    async def _texts(
-        self,
-        thread_id: str,
-        message_id: str,
-        found: State,
-        after: int | None = None,
-        skip: int = 0,
-        up_to: float = math.inf,
-    ) -> AsyncGenerator[tuple[int, bytes], None]:
+    async def _texts(self, thread_id: str, message_id: str, found: State) -> AsyncGenerator[tuple[int, bytes], None]:
         """The message's text as it was found, in pieces, each with the place after which it begins."""
-        at, last = found.before if after is None else after, int(min(found.last or 0, up_to))
+        at, last, skip = found.before, found.last or 0, 0
         while at < last:
             if self._stopped:
                 raise Stopping
@@ -425,39 +417,6 @@ class RedisStore(GroupCommit):
                     "Entries of this thread are missing in Redis; it has evicted them, or was tampered with."
                 )
             after = at
-
-    async def text(self, thread_id: str, message_id: str | None, index: int = 0) -> tuple[State, str]:
-        found, pieces = await self.read(lambda: self._text(thread_id, message_id, index), heavy=True)
-        return found, b"".join(pieces).decode()
-
-    async def _text(self, thread_id: str, message_id: str | None, index: int) -> tuple[State, list[bytes]]:
-        if message_id is not None:
-            return await self._text_from(thread_id, message_id, index)
-        whole, messages = await self._messages(thread_id, 0, MESSAGES_AT_ONCE - 1)
-        pieces, seen = list[bytes](), 0
-        while messages:
-            for name, message in messages.items():
-                found = state_of(whole, message)
-                pieces += [text async for _, text in self._texts(thread_id, name, found, up_to=whole.last_seq)]
-            seen += len(messages)
-            if seen >= whole.message_count:
-                break
-            _, messages = await self._messages(thread_id, seen, min(seen + MESSAGES_AT_ONCE, whole.message_count) - 1)
-        return state_of(whole, None), pieces
-
-    async def _text_from(self, thread_id: str, message_id: str, index: int) -> tuple[State, list[bytes]]:
-        thread, message = await self._records(thread_id, message_id)
-        found = state_of(thread, message)
-        check_exists(found, thread_id, message_id)
-        if message is None or index >= message.chunk_count:
-            return found, []
-        _, _, _, marks, *_ = self._keys(thread_id)
-        block = index // MARK_EVERY
-        mark = await self._ask("HGET", marks, f"{message.number}:{block}")
-        if mark is None:
-            raise no_thread(thread_id)  # cleared in the meantime
-        texts = self._texts(thread_id, message_id, found, int(mark) - 1, index - block * MARK_EVERY)
-        return found, [text async for _, text in texts]
 
     async def status(self, thread_id: str, limit: int, after: int) -> ThreadStatus:
         thread, messages = await self.read(lambda: self._messages(thread_id, after, after + limit - 1))
