@@ -117,8 +117,6 @@ Size = NewType("Size", int)
 
 DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 SIZE_UNITS = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
-MIN_CLEANUP_INTERVAL = 0.01  # seconds
-SECRET_BYTES = 32
 
 
 def parse_duration(text: str) -> Duration:
@@ -193,11 +191,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for name in SETTINGS:
             msgspec.structs.force_setattr(self, name, checked_setting(name, getattr(self, name)))
-        if self.cleanup_interval < MIN_CLEANUP_INTERVAL:
+        if self.cleanup_interval < 0.01:
             raise ValueError("a cleanup_interval of 0 cannot be; it would never pause; give it 1s or more")
-        if 0 < (size := len(self.secret.encode())) < SECRET_BYTES:
+        if 0 < (size := len(self.secret.encode())) < 32:
             raise ValueError(
-                f"the secret has {size} bytes, and HS256 asks for {SECRET_BYTES} or more (RFC 7518, 3.2); make one"
+                f"the secret has {size} bytes, and HS256 asks for 32 or more (RFC 7518, 3.2); make one"
                 " with: openssl rand -hex 32"
             )
 
@@ -670,15 +668,11 @@ def token_expired() -> Unauthorized:
 
 APPLICATION_ID = 0x72737472
 SCHEMA_VERSION = 3
-SCHEMA = Path(__file__).with_name("schema.sql")
 
 CHUNK_OVERHEAD = 64  # bytes that a chunk takes besides its text
 CHUNK_WEIGHT = 16  # bytes that a chunk counts in its message besides its text
 MAX_CHUNKS = 10_000  # in one append
 PENDING_BYTES = 8 * 1024**2  # waiting to be committed, all together; past it producers wait
-BATCH_WRITES = 512  # enough for one transaction not to wait for more
-QUIET_TURNS = 3  # of the loop without another write, after which a transaction begins
-HOT_THREADS = 1_024  # kept from one commit to the next
 FEW_WRITES, FEW_BYTES = 8, 16 * 1024  # that the loop may commit itself,
 QUICK = 0.001  # seconds that this may take,
 PAUSE = 20  # times as long as one took that took longer, for which it does not;
@@ -686,18 +680,9 @@ IN_A_ROW = 128  # commits, of which the last is left to the other thread in any 
 PAGE_ROWS = 512
 PAGE_BYTES = 256 * 1024
 MESSAGES = 1_000  # of a thread's, told of at once
-AGE_STEP = 60_000  # ms: what is looked for by its age is found by this much of it
-EXPIRED_AT_ONCE = 500  # threads
 ERASE_ROWS = 500  # rows deleted in one transaction
-ERASE_BYTES = 1024**2  # of text, likewise
-ERASE_PAUSE = 0.25  # seconds between two tries to empty the WAL while another process reads
-SHRINK_PAGES = 256  # of the file, given back between two commits
-MIN_POLL_INTERVAL = 0.01  # seconds
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's lock
-INTERRUPT_EVERY = 100_000  # steps of SQLite, after which it is looked whether anybody still waits for the rest
-SMALLEST_DATABASE, SMALLEST_PAGE = 64 * 1024, 512  # bytes
 CHECKPOINT_PAGES = 1_000  # of the WAL, after which SQLite makes a checkpoint
-CHECKPOINT_TIMEOUT = 0.1  # seconds that a checkpoint waits for readers
 WAL_BYTES = 16 * 1024**2  # past this, a checkpoint also resets the WAL
 
 
@@ -883,7 +868,7 @@ class GroupCommit:
         would split into halves that wait for each other's commits. One alone waits for nobody.
         """
         quiet, seen = 0, len(self._waiting)
-        while self._together > 1 and quiet < QUIET_TURNS and seen < BATCH_WRITES:
+        while self._together > 1 and quiet < 3 and seen < 512:  # turns of the loop without another write, and writes
             await asyncio.sleep(0)
             quiet = quiet + 1 if len(self._waiting) == seen else 0
             seen = len(self._waiting)
@@ -1053,7 +1038,7 @@ class Transaction:
         for key in ("thread", "message"):  # apart, as setting what has an index writes to that, be it new or not
             self._db.executemany(
                 f"update {key}s set touched_at = ?1 where {key} = ?2 and touched_at <> ?1",
-                [(self._now - self._now % AGE_STEP, getattr(row, key)) for row in self._rows.values()],
+                [(self._now - self._now % 60_000, getattr(row, key)) for row in self._rows.values()],
             )
         self._chunks.clear()
         self._rows.clear()
@@ -1208,7 +1193,7 @@ class Database(aiosqlite.Connection):
 
         def in_turn(db: sqlite3.Connection) -> T:
             with self.is_used:
-                db.set_progress_handler(lambda: is_abandoned or self.stopped, INTERRUPT_EVERY)
+                db.set_progress_handler(lambda: is_abandoned or self.stopped, 100_000)  # steps
                 try:
                     if is_abandoned or self.stopped:
                         raise Stopping
@@ -1271,7 +1256,7 @@ def renew_generations(db: sqlite3.Connection) -> None:
 
 def checkpoint(db: sqlite3.Connection) -> bool:
     """Empty the WAL; False if a reader kept it from that for so long."""
-    db.execute(f"pragma busy_timeout = {CHECKPOINT_TIMEOUT * 1000:.0f}")
+    db.execute("pragma busy_timeout = 100")  # ms that it waits for readers
     (is_busy, _, _) = db.execute("pragma wal_checkpoint(truncate)").fetchone()
     return not is_busy
 
@@ -1303,7 +1288,7 @@ def erase_some(db: sqlite3.Connection) -> bool:
             (msgspec.json.encode(threads).decode(), ERASE_ROWS),
         )
         chosen, total = list[tuple[Any, ...]](), 0
-        while total < ERASE_BYTES and (row := next(rows, None)):
+        while total < 1024**2 and (row := next(rows, None)):
             chosen, total = [*chosen, row[:2]], total + row[2]
         rows.close()
         if chosen:
@@ -1316,7 +1301,7 @@ def erase_some(db: sqlite3.Connection) -> bool:
 def shrink(db: sqlite3.Connection) -> bool:
     """Give some of the free pages back to the disk; False once there are none."""
     # As a script, since Python takes only the first step of what has no columns, which gives one page back.
-    db.executescript(f"pragma incremental_vacuum({SHRINK_PAGES})")
+    db.executescript("pragma incremental_vacuum(256)")
     return bool(db.execute("pragma freelist_count").fetchone()[0])
 
 
@@ -1360,7 +1345,7 @@ class SQLiteStore(GroupCommit):
         self._watched: AbstractSet[str] = frozenset()
 
     async def open(self, told: Told) -> None:
-        if 0 < self.settings.max_db < SMALLEST_DATABASE:
+        if 0 < self.settings.max_db < 64 * 1024:
             raise StartupError(f"max_db is {self.settings.max_db} bytes, too few for a database; give it 1MiB or more")
         async with contextlib.AsyncExitStack() as exits:
             self.descriptor = exits.enter_context(sole_owner(self.path))
@@ -1401,7 +1386,7 @@ class SQLiteStore(GroupCommit):
                 f"{self.path} is damaged, or is not a database ({' '.join(verdict.split())}); restore it from a backup,"
                 " or name another file with --db"
             )
-        if not (tables or application_id or 0 < self.path.stat().st_size < SMALLEST_PAGE):
+        if not (tables or application_id or 0 < self.path.stat().st_size < 512):
             return False
         if application_id != APPLICATION_ID:
             raise StartupError(
@@ -1417,7 +1402,7 @@ class SQLiteStore(GroupCommit):
     def _prepare(self, is_new: bool, was_killed: bool, db: sqlite3.Connection) -> None:
         if is_new:
             db.execute("pragma auto_vacuum = incremental")  # has no effect inside a transaction
-            db.executescript(f"begin immediate; {SCHEMA.read_text()}; commit;")
+            db.executescript(f"begin immediate; {Path(__file__).with_name('schema.sql').read_text()}; commit;")
         db.execute("pragma journal_mode = wal")
         db.execute(f"pragma synchronous = {self.settings.synchronous}")
         db.execute("pragma secure_delete = on")
@@ -1453,7 +1438,7 @@ class SQLiteStore(GroupCommit):
     def _outcomes(self, writes: Sequence[Write], db: sqlite3.Connection) -> tuple[list[Change | Problem], HotRows]:
         hot, self._hot = self._hot, {}  # nothing is kept of what fails
         ((version,),) = db.execute("pragma data_version")
-        if version != self._hot_version or len(hot) > HOT_THREADS:
+        if version != self._hot_version or len(hot) > 1_024:
             hot, self._hot_version = {}, version  # another process may have changed what was kept
         transaction = Transaction(db, self.settings.max_message, hot)
         outcomes = [transaction.outcome(write) for write in writes]
@@ -1651,7 +1636,7 @@ class SQLiteStore(GroupCommit):
 
     async def expire(self, untouched_since: int) -> int:
         idle = "select thread_id from threads where thread_id is not null and touched_at <= ?1 and updated_at <= ?1"
-        found = await self.read(lambda db: db.execute(idle, (untouched_since,)).fetchmany(EXPIRED_AT_ONCE), heavy=True)
+        found = await self.read(lambda db: db.execute(idle, (untouched_since,)).fetchmany(500), heavy=True)
         clearing = [self.write(Clear(thread_id, untouched_since)) for (thread_id,) in found]
         outcomes = await asyncio.gather(*clearing, return_exceptions=True)  # some were touched in the meantime
         return sum(isinstance(outcome, Change) for outcome in outcomes)
@@ -1672,7 +1657,7 @@ class SQLiteStore(GroupCommit):
             while not await self.maintain(checkpoint):
                 if asyncio.get_running_loop().time() >= give_up:
                     return False
-                await asyncio.sleep(ERASE_PAUSE)
+                await asyncio.sleep(0.25)
             for step in self.erasing:
                 if not await step():
                     return False
@@ -1699,7 +1684,7 @@ class SQLiteStore(GroupCommit):
     async def changed_elsewhere(self) -> AsyncGenerator[AbstractSet[str], None]:
         """All of them, as nobody knows where in the file another process has written."""
         while True:
-            await asyncio.sleep(max(self.settings.poll_interval, MIN_POLL_INTERVAL))
+            await asyncio.sleep(max(self.settings.poll_interval, 0.01))
             latest = await self.data_version() if self._watched else self._version
             if latest != self._version:
                 yield set(self._watched)
@@ -1754,7 +1739,6 @@ def store_for(settings: Settings) -> Store:
 
 CLOCK_STEP_MS = 2_000  # more than a clock drifts between two looks
 CUT = 0.0  # the moment, by the loop's clock, to which an upload is cut short
-HELD_BYTES = 32 * 1024**2  # of bodies that are still coming in, or to be sent on
 
 
 class Tail:
@@ -2100,7 +2084,7 @@ class ChunkBuffer:
         Raises Unavailable where that is over 32 MiB of all of them.
         """
         self._held += size
-        if size > 0 and self._held > HELD_BYTES:
+        if size > 0 and self._held > 32 * 1024**2:
             raise Unavailable("Too much is being sent at the same time; try again, or send it in smaller parts.")
 
     async def open_message(self, thread_id: str, message_id: str) -> tuple[Appended, bool]:
@@ -3112,13 +3096,10 @@ class Gate:
         return Forbidden(f"Pages of the origin {origins!r:.80} may not connect; name it in cors_origins.")
 
 
-HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^][:@/\s]+))(?::[0-9]{1,5})?")  # RFC 9110, 7.2
-
-
 @lru_cache(maxsize=256)
 def is_loopback_host(header: str) -> bool:
     """Whether a Host header names this machine."""
-    match = HOST.fullmatch(header)
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^][:@/\s]+))(?::[0-9]{1,5})?", header)  # RFC 9110, 7.2
     return match is not None and is_loopback(match[1] or match[2])
 
 
@@ -3133,9 +3114,6 @@ def is_loopback(name: str) -> bool:
 # ---------------------------------------------------------------------------------------------
 # Serve
 # ---------------------------------------------------------------------------------------------
-
-LONGEST_UDS = 107  # bytes (unix(7))
-STUCK_AFTER = 0.2  # seconds after which a connection whose reader does not read is cut on shutdown
 
 
 class Server(uvicorn.Server):
@@ -3176,7 +3154,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for tell in self._parts.on_stop:
             tell()
-        self._loop.call_later(STUCK_AFTER, self._cut_stuck_connections)
+        self._loop.call_later(0.2, self._cut_stuck_connections)  # whose readers do not read
         await super().shutdown(sockets)
 
     def _cut_stuck_connections(self) -> None:
@@ -3192,10 +3170,10 @@ def listening(settings: Settings) -> list[socket.socket]:
     """None of them where uvicorn makes the Unix socket. Raises StartupError."""
     if settings.uds:
         folder = Path(settings.uds).absolute().parent
-        if not os.access(folder, os.W_OK | os.X_OK) or len(os.fsencode(settings.uds)) > LONGEST_UDS:
+        if not os.access(folder, os.W_OK | os.X_OK) or len(os.fsencode(settings.uds)) > 107:
             raise StartupError(
                 f"cannot listen on {settings.uds}: {folder} is no folder that can be written, or the path has over"
-                f" {LONGEST_UDS} bytes"
+                " 107 bytes (unix(7))"
             )
         return []
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
