@@ -680,7 +680,6 @@ IN_A_ROW = 128  # commits, of which the last is left to the other thread in any 
 PAGE_ROWS = 512
 PAGE_BYTES = 256 * 1024
 MESSAGES = 1_000  # of a thread's, told of at once
-ERASE_ROWS = 500  # rows deleted in one transaction
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's lock
 CHECKPOINT_PAGES = 1_000  # of the WAL, after which SQLite makes a checkpoint
 WAL_BYTES = 16 * 1024**2  # past this, a checkpoint also resets the WAL
@@ -1271,31 +1270,10 @@ def with_room(work: Callable[[sqlite3.Connection], T], db: sqlite3.Connection) -
         return work(db)
 
 
-# What is erased of threads that have lost their name: of which table, by thread and what, and how large a row is.
-ERASED = (
-    ("chunks", "seq", "coalesce(length(cast(content as blob)), 0)"),
-    ("packs", "last_seq", "length(data)"),
-    ("messages", "message_id", "0"),
-)
-
-
-def erase_some(db: sqlite3.Connection) -> bool:
-    """Delete a bounded part of what threads have that have lost their name; False once there are none of them."""
-    threads = db.execute("select thread from threads where thread_id is null limit ?", (ERASE_ROWS,)).fetchall()
-    for table, key, size in ERASED:
-        rows = db.execute(
-            f"select thread, {key}, {size} from json_each(?) cross join {table} on thread = value ->> 0 limit ?",
-            (msgspec.json.encode(threads).decode(), ERASE_ROWS),
-        )
-        chosen, total = list[tuple[Any, ...]](), 0
-        while total < 1024**2 and (row := next(rows, None)):
-            chosen, total = [*chosen, row[:2]], total + row[2]
-        rows.close()
-        if chosen:
-            db.executemany(f"delete from {table} where thread = ? and {key} = ?", chosen)
-            return True
-    db.executemany("delete from threads where thread = ?", threads)
-    return bool(threads)
+def erase_thread(db: sqlite3.Connection) -> bool:
+    """Delete one of the threads that lost their name, and (by a trigger) all it has; False where there is none."""
+    one = "delete from threads where thread = (select thread from threads where thread_id is null limit 1)"
+    return db.execute(one).rowcount > 0
 
 
 def shrink(db: sqlite3.Connection) -> bool:
@@ -1326,6 +1304,7 @@ class SQLiteStore(GroupCommit):
     corrupt a WAL (https://www.sqlite.org/wal.html#walresetbug). Two others read: one what is soon
     done, and one what may take long. An extra may add to what is done in ``chores``, by the clean-up,
     and in ``erasing``: what is left to do once something was deleted; False where that is not done yet.
+    And it may have ``erase_some`` delete less at once; that says whether there may be more to delete.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -1334,6 +1313,7 @@ class SQLiteStore(GroupCommit):
         self.path = Path(settings.db).resolve()
         self.wal, self.journal = Path(f"{self.path}-wal"), Path(f"{self.path}-journal")
         self.chores: list[Callable[[], Awaitable[None]]] = []
+        self.erase_some = erase_thread
         self.erasing: list[Callable[[], Awaitable[bool]]] = []
         self.exits = contextlib.AsyncExitStack()
         self._erasure = asyncio.Lock()
@@ -1651,7 +1631,7 @@ class SQLiteStore(GroupCommit):
         async with self._erasure:
             if await self.read(lambda db: db.execute(f"select owed or {nameless} from clock").fetchone()) == (0,):
                 return True  # whoever had its turn before has erased it
-            while await self.change(erase_some):
+            while await self.change(self.erase_some):
                 await self.room()
             await self.shrink()
             while not await self.maintain(checkpoint):

@@ -81,7 +81,7 @@ def _measure(pipe: Connection, path: Path) -> None:
 async def measured(library: Any, path: Path) -> dict[str, float]:
     """Milliseconds: of lists and scans, the median of some goes; of expiry, what a thread takes, and the stalls."""
     settings = library.Settings(db=str(path), synchronous="NORMAL", producer_timeout=0.0)
-    store = library.SQLiteStore(settings)
+    store = library.store_for(settings)
     async with library.ChunkBuffer(settings, store) as buffer:
         all_threads = await threads_of(buffer)
         found = {

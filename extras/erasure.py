@@ -1,7 +1,7 @@
-"""Erasing to the last byte: overwrites, in the file itself, what SQLite leaves of cells that it has moved.
+"""Erasing to the last byte, in parts so small that nobody waits for long.
 
 With secure_delete SQLite overwrites what it deletes, but the unused part of a page from which cells were
-moved to another keeps copies of them, until it is used again.
+moved to another keeps copies of them, until it is used again. This overwrites them in the file itself.
 """
 
 from __future__ import annotations
@@ -9,14 +9,46 @@ from __future__ import annotations
 import os
 import sqlite3
 from functools import partial
+from typing import Any
 
+import msgspec
 from resume_stream import SQLiteStore, checkpoint
 
+ERASE_ROWS = 500  # rows deleted in one transaction
+ERASE_BYTES = 1024**2  # of text, likewise
 SCRUB_PAGES = 256  # of the file, looked through between two commits
 
 
 def keep(store: SQLiteStore) -> None:
+    store.erase_some = erase_some
     store.erasing.append(partial(scrub, store))
+
+
+# What is erased of threads that have lost their name: of which table, by thread and what, and how large a row is.
+ERASED = (
+    ("chunks", "seq", "coalesce(length(cast(content as blob)), 0)"),
+    ("packs", "last_seq", "length(data)"),
+    ("messages", "message_id", "0"),
+)
+
+
+def erase_some(db: sqlite3.Connection) -> bool:
+    """Delete a bounded part of what threads have that have lost their name; False once there are none of them."""
+    threads = db.execute("select thread from threads where thread_id is null limit ?", (ERASE_ROWS,)).fetchall()
+    for table, key, size in ERASED:
+        rows = db.execute(
+            f"select thread, {key}, {size} from json_each(?) cross join {table} on thread = value ->> 0 limit ?",
+            (msgspec.json.encode(threads).decode(), ERASE_ROWS),
+        )
+        chosen, total = list[tuple[Any, ...]](), 0
+        while total < ERASE_BYTES and (row := next(rows, None)):
+            chosen, total = [*chosen, row[:2]], total + row[2]
+        rows.close()
+        if chosen:
+            db.executemany(f"delete from {table} where thread = ? and {key} = ?", chosen)
+            return True
+    db.executemany("delete from threads where thread = ?", threads)
+    return bool(threads)
 
 
 async def scrub(store: SQLiteStore) -> bool:

@@ -542,7 +542,7 @@ async def test_text_that_expired_is_nowhere_in_the_files(
 ) -> None:
     monkeypatch.setattr(resume_stream, "CLOCK_STEP_MS", math.inf)  # its times are made up
     now, db = time.time_ns() // 1_000_000, tmp_path / "chunks.db"
-    monkeypatch.setattr(resume_stream, "ERASE_ROWS", 50)
+    monkeypatch.setattr(erasure, "ERASE_ROWS", 50)
     monkeypatch.setattr(resume_stream, "now_ms", lambda: now - 7_200_000)
     async with make_buffer(ttl=3600, cleanup_interval=0.05) as buffer:
         texts = await fill_with_marks(buffer)
@@ -624,7 +624,7 @@ async def test_an_expired_thread_is_gone_for_its_reader_and_a_touched_one_stays(
 async def test_a_long_thread_is_erased_a_bounded_number_of_chunks_at_a_time(
     buffer: ChunkBuffer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resume_stream, "ERASE_ROWS", 10)
+    monkeypatch.setattr(erasure, "ERASE_ROWS", 10)
     monkeypatch.setattr(resume_stream, "BUSY_TIMEOUT", 0.1)
     db = tmp_path / "chunks.db"
     await buffer.add_chunks("t", "m", ["text"] * 95)
