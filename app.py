@@ -1511,12 +1511,12 @@ class SQLiteStore(GroupCommit):
         self, db: sqlite3.Connection, thread_id: str, message_id: str | None, after: int, limit: int
     ) -> tuple[State, Page]:
         found = row_of(db, thread_id, message_id)
-        last_seq = found.last_seq if message_id is None else found.last or 0
+        begin, end = (after, found.last_seq) if message_id is None else (max(after, found.before), found.last or 0)
         rows = db.execute(
             "select seq, message, event, content, timestamp, last from entries"
             " where thread = ?1 and seq between ?2 and ?3 and last >= ?2 and first <= ?3"
             " and (?4 is null or message = ?4) order by last",
-            (found.thread, after + 1, last_seq, found.message),
+            (found.thread, begin + 1, end, found.message),
         )
         messages: dict[int, tuple[str, Status, str | None] | None] = {}  # a join would open every pack
         entries: list[Entry] = []
@@ -2187,18 +2187,19 @@ class ChunkBuffer:
         pieces = self._pieces(thread_id, message_id, Cursor.parse(cursor))
         return AccumulatedContent(await anext(pieces, ""), cursor, status), pieces
 
-    async def _pieces(self, thread_id: str, message_id: str | None, up_to: Cursor) -> AsyncGenerator[str, None]:
+    async def _pieces(
+        self, thread_id: str, message_id: str | None, up_to: Cursor, seq: int = 0
+    ) -> AsyncGenerator[str, None]:
         """Raises NotFound where the thread is cleared meanwhile."""
         if message_id is None:
             after: int | None = 0
             while after is not None:
                 status = await self.store.status(thread_id, MESSAGES, after)
                 for message in status.messages:
-                    async for piece in self._pieces(thread_id, message.message_id, up_to):
+                    async for piece in self._pieces(thread_id, message.message_id, up_to, (message.first_seq or 1) - 1):
                         yield piece
                 after = list_place(status.messages_cursor)
             return
-        seq = 0
         while seq < up_to.seq:
             found, page = await self.store.page(thread_id, message_id, seq, PAGE_ROWS)
             if found.generation != up_to.generation:
