@@ -102,10 +102,10 @@ __all__ = [
 __path__ = [str(Path(__file__).parent)]
 sys.modules.setdefault("resume_stream", sys.modules[__name__])
 
-T = TypeVar("T")
-E = TypeVar("E", bound=Exception)
-P = ParamSpec("P")
-S = TypeVar("S", bound="ThreadSummary")
+_T = TypeVar("_T")
+_E = TypeVar("_E", bound=Exception)
+_P = ParamSpec("_P")
+_S = TypeVar("_S", bound="ThreadSummary")
 log = logging.getLogger("resume_stream")
 
 # ---------------------------------------------------------------------------------------------
@@ -115,8 +115,8 @@ log = logging.getLogger("resume_stream")
 Duration = NewType("Duration", float)
 Size = NewType("Size", int)
 
-DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-SIZE_UNITS = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
+_DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_SIZE_UNITS = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
 
 
 def parse_duration(text: str) -> Duration:
@@ -124,23 +124,23 @@ def parse_duration(text: str) -> Duration:
     match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?)(ms|s|m|h|d)?", text.strip(), re.ASCII)
     if match is None:
         raise ValueError(f"{text!r} is not a duration; write it like 100ms, 30s, 5m or 1h")
-    return Duration(float(match[1]) * DURATION_UNITS[match[2] or "s"])
+    return Duration(float(match[1]) * _DURATION_UNITS[match[2] or "s"])
 
 
-def parse_size(text: str) -> Size:
+def _parse_size(text: str) -> Size:
     """Bytes from ``64KiB``, ``10MiB``, ``2GiB``; a bare number is in bytes. Raises ValueError."""
     match = re.fullmatch(r"(\d{1,15})(B|KiB|MiB|GiB)?", text.strip(), re.ASCII)
     if match is None:
         raise ValueError(f"{text!r} is not a size; write it like 64KiB, 10MiB or 2GiB")
-    return Size(int(match[1]) * SIZE_UNITS[match[2] or "B"])
+    return Size(int(match[1]) * _SIZE_UNITS[match[2] or "B"])
 
 
-def parse_list(text: str) -> tuple[str, ...]:
+def _parse_list(text: str) -> tuple[str, ...]:
     """What is between commas: origins, as browsers send them (RFC 6454), and upstreams, without a slash at the end."""
     return tuple(item.strip().rstrip("/") for item in text.split(",") if item.strip())
 
 
-def says(description: str) -> msgspec.Meta:
+def _says(description: str) -> msgspec.Meta:
     return msgspec.Meta(description=description)
 
 
@@ -151,46 +151,46 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ``resume-stream serve`` (``--idle-timeout``); the flag wins. Raises ValueError for what cannot be.
     """
 
-    host: Annotated[str, says("address to listen on")] = "127.0.0.1"
-    port: Annotated[int, says("port to listen on; 0 picks a free one and prints it")] = 8000
-    uds: Annotated[str, says("Unix socket to listen on, in place of host and port")] = ""
-    db: Annotated[str, says("the SQLite file")] = "resume-stream.db"
+    host: Annotated[str, _says("address to listen on")] = "127.0.0.1"
+    port: Annotated[int, _says("port to listen on; 0 picks a free one and prints it")] = 8000
+    uds: Annotated[str, _says("Unix socket to listen on, in place of host and port")] = ""
+    db: Annotated[str, _says("the SQLite file")] = "resume-stream.db"
     store: Annotated[
-        str, says("Redis in place of the SQLite file: redis://host:6379/0, rediss://… or unix:///path")
+        str, _says("Redis in place of the SQLite file: redis://host:6379/0, rediss://… or unix:///path")
     ] = ""
-    ttl: Annotated[Duration, says("a thread untouched for so long is erased")] = Duration(3600)
-    cleanup_interval: Annotated[Duration, says("how often expired threads are looked for")] = Duration(300)
-    idle_timeout: Annotated[Duration, says("a stream with nothing new for so long ends; 0: never")] = Duration(30)
-    heartbeat: Annotated[Duration, says("a quiet stream sends a comment this often")] = Duration(15)
+    ttl: Annotated[Duration, _says("a thread untouched for so long is erased")] = Duration(3600)
+    cleanup_interval: Annotated[Duration, _says("how often expired threads are looked for")] = Duration(300)
+    idle_timeout: Annotated[Duration, _says("a stream with nothing new for so long ends; 0: never")] = Duration(30)
+    heartbeat: Annotated[Duration, _says("a quiet stream sends a comment this often")] = Duration(15)
     poll_interval: Annotated[
-        Duration, says("the longest that a change by another process (the sqlite3 shell) goes unnoticed")
+        Duration, _says("the longest that a change by another process (the sqlite3 shell) goes unnoticed")
     ] = Duration(0.1)
-    producer_timeout: Annotated[Duration, says("a message nobody appends to for so long is aborted; 0: never")] = (
+    producer_timeout: Annotated[Duration, _says("a message nobody appends to for so long is aborted; 0: never")] = (
         Duration(300)
     )
-    packing: Annotated[bool, says("keep what has ended compressed, once the clean-up has come by")] = True
+    packing: Annotated[bool, _says("keep what has ended compressed, once the clean-up has come by")] = True
     synchronous: Annotated[
-        Literal["FULL", "NORMAL"], says("FULL: what is acknowledged survives a power cut; NORMAL: a crash")
+        Literal["FULL", "NORMAL"], _says("FULL: what is acknowledged survives a power cut; NORMAL: a crash")
     ] = "FULL"
-    max_chunk: Annotated[Size, says("largest chunk")] = Size(1024**2)
-    max_body: Annotated[Size, says("largest JSON body")] = Size(10 * 1024**2)
-    max_message: Annotated[Size, says("largest message: its text, and 16 bytes a chunk")] = Size(64 * 1024**2)
-    max_db: Annotated[Size, says("largest database file; 0: as large as the disk")] = Size(0)
-    max_readers: Annotated[int, says("most readers at a time")] = 10_000
-    secret: Annotated[str, says("turns authentication on: the key of HS256 tokens, 32 bytes or more")] = ""
+    max_chunk: Annotated[Size, _says("largest chunk")] = Size(1024**2)
+    max_body: Annotated[Size, _says("largest JSON body")] = Size(10 * 1024**2)
+    max_message: Annotated[Size, _says("largest message: its text, and 16 bytes a chunk")] = Size(64 * 1024**2)
+    max_db: Annotated[Size, _says("largest database file; 0: as large as the disk")] = Size(0)
+    max_readers: Annotated[int, _says("most readers at a time")] = 10_000
+    secret: Annotated[str, _says("turns authentication on: the key of HS256 tokens, 32 bytes or more")] = ""
     upstream: Annotated[
-        tuple[str, ...], says("what to relay, like openai=https://api.openai.com, with commas or more than once")
+        tuple[str, ...], _says("what to relay, like openai=https://api.openai.com, with commas or more than once")
     ] = ()
-    max_relays: Annotated[int, says("most answers of upstreams at a time")] = 1_000
+    max_relays: Annotated[int, _says("most answers of upstreams at a time")] = 1_000
     cors_origins: Annotated[
-        tuple[str, ...], says("other origins whose pages may connect, like https://chat.example, with commas")
+        tuple[str, ...], _says("other origins whose pages may connect, like https://chat.example, with commas")
     ] = ()
-    allow_anonymous: Annotated[bool, says("serve others than loopback without a secret")] = False
-    log_format: Annotated[Literal["auto", "console", "json"], says("auto: console on a terminal, else json")] = "auto"
+    allow_anonymous: Annotated[bool, _says("serve others than loopback without a secret")] = False
+    log_format: Annotated[Literal["auto", "console", "json"], _says("auto: console on a terminal, else json")] = "auto"
 
     def __post_init__(self) -> None:
         for name in SETTINGS:
-            msgspec.structs.force_setattr(self, name, checked_setting(name, getattr(self, name)))
+            msgspec.structs.force_setattr(self, name, _checked_setting(name, getattr(self, name)))
         if self.cleanup_interval < 0.01:
             raise ValueError("a cleanup_interval of 0 cannot be; it would never pause; give it 1s or more")
         if 0 < (size := len(self.secret.encode())) < 32:
@@ -200,22 +200,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             )
 
 
-PARSERS: dict[Any, Callable[[str], Any]] = {Duration: parse_duration, Size: parse_size, tuple[str, ...]: parse_list}
-KINDS = {str: "TEXT", int: "NUMBER", bool: "true|false", Duration: "DURATION", Size: "SIZE", tuple[str, ...]: "LIST"}
+_PARSERS: dict[Any, Callable[[str], Any]] = {Duration: parse_duration, Size: _parse_size, tuple[str, ...]: _parse_list}
+_KINDS = {str: "TEXT", int: "NUMBER", bool: "true|false", Duration: "DURATION", Size: "SIZE", tuple[str, ...]: "LIST"}
 SETTINGS: dict[str, tuple[Any, str, str]] = {  # of each its type, how that is called, and what it says
-    name: (kind, KINDS.get(kind) or "|".join(get_args(kind)), meta.description)
+    name: (kind, _KINDS.get(kind) or "|".join(get_args(kind)), meta.description)
     for name, hint in get_type_hints(Settings, include_extras=True).items()
     for kind, meta in [get_args(hint)]
 }
 
 
-def checked_setting(name: str, value: Any, is_text: bool = False) -> Any:
+def _checked_setting(name: str, value: Any, is_text: bool = False) -> Any:
     """The value of a setting, also of its text (``"1s"``). Raises ValueError with one sentence for a person."""
     kind, called, _ = SETTINGS[name]
     if is_text and not value:
         raise ValueError(f"{name} is empty; give it a value, or leave it out")
-    if isinstance(value, str) and kind in PARSERS:
-        value = PARSERS[kind](value)
+    if isinstance(value, str) and kind in _PARSERS:
+        value = _PARSERS[kind](value)
     try:
         value = msgspec.convert(value, kind, strict=not is_text)
     except msgspec.ValidationError as error:
@@ -231,10 +231,10 @@ def checked_setting(name: str, value: Any, is_text: bool = False) -> Any:
 
 Status = Literal["active", "completed", "aborted"]
 
-RESERVED_EVENTS = frozenset({"complete", "timeout", "reset", "gone", "error", "open"})
+_RESERVED_EVENTS = frozenset({"complete", "timeout", "reset", "gone", "error", "open"})
 RELAYED = "relayed:"  # begins the event of a relayed message's first chunk, which says whence it came
-CONTROL_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f]")
-MAX_NAME = 200
+_CONTROL_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f]")
+_MAX_NAME = 200
 MAX_REASON = 1000
 PRODUCER_TIMEOUT = "producer_timeout"
 
@@ -554,7 +554,7 @@ class Forbidden(Problem, status=403, kind="Forbidden"): ...
 class NotFound(Problem, status=404, kind="Not found"): ...
 
 
-class TooSlow(Problem, status=408, kind="Request timeout"): ...
+class _TooSlow(Problem, status=408, kind="Request timeout"): ...
 
 
 class Conflict(Problem, status=409, kind="Conflict"): ...
@@ -647,11 +647,11 @@ def message_too_large(size: int, max_message: int) -> TooLarge:
     )
 
 
-def too_many_chunks() -> TooLarge:
-    return TooLarge(f"There are over {MAX_CHUNKS} chunks in one append; send them in parts.")
+def _too_many_chunks() -> TooLarge:
+    return TooLarge(f"There are over {_MAX_CHUNKS} chunks in one append; send them in parts.")
 
 
-def cursor_gone() -> CursorGone:
+def _cursor_gone() -> CursorGone:
     return CursorGone(
         "This cursor is of a thread that was cleared or expired, or lies beyond its end; read from the start, with no"
         " after."
@@ -667,22 +667,22 @@ def token_expired() -> Unauthorized:
 # ---------------------------------------------------------------------------------------------
 
 APPLICATION_ID = 0x72737472
-SCHEMA_VERSION = 3
+_SCHEMA_VERSION = 3
 
 CHUNK_OVERHEAD = 64  # bytes that a chunk takes besides its text
 CHUNK_WEIGHT = 16  # bytes that a chunk counts in its message besides its text
-MAX_CHUNKS = 10_000  # in one append
-PENDING_BYTES = 8 * 1024**2  # waiting to be committed, all together; past it producers wait
-FEW_WRITES, FEW_BYTES = 8, 16 * 1024  # that the loop may commit itself,
-QUICK = 0.001  # seconds that this may take,
-PAUSE = 20  # times as long as one took that took longer, for which it does not;
-IN_A_ROW = 128  # commits, of which the last is left to the other thread in any case
+_MAX_CHUNKS = 10_000  # in one append
+_PENDING_BYTES = 8 * 1024**2  # waiting to be committed, all together; past it producers wait
+_FEW_WRITES, _FEW_BYTES = 8, 16 * 1024  # that the loop may commit itself,
+_QUICK = 0.001  # seconds that this may take,
+_PAUSE = 20  # times as long as one took that took longer, for which it does not;
+_IN_A_ROW = 128  # commits, of which the last is left to the other thread in any case
 PAGE_ROWS = 512
 PAGE_BYTES = 256 * 1024
 MESSAGES = 1_000  # of a thread's, told of at once
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's lock
-CHECKPOINT_PAGES = 1_000  # of the WAL, after which SQLite makes a checkpoint
-WAL_BYTES = 16 * 1024**2  # past this, a checkpoint also resets the WAL
+_CHECKPOINT_PAGES = 1_000  # of the WAL, after which SQLite makes a checkpoint
+_WAL_BYTES = 16 * 1024**2  # past this, a checkpoint also resets the WAL
 
 
 def now_ms() -> int:
@@ -776,7 +776,7 @@ def check_exists(found: State, thread_id: str, message_id: str | None = None) ->
         raise no_message(thread_id, message_id)
 
 
-def place_of(found: State, thread_id: str, message_id: str | None, cursor: Cursor | None, follow: bool) -> Place:
+def _place_of(found: State, thread_id: str, message_id: str | None, cursor: Cursor | None, follow: bool) -> Place:
     """Where a reader with this cursor begins. Raises NotFound."""
     if not follow:
         check_exists(found, thread_id, message_id)
@@ -800,7 +800,7 @@ def bytes_known(known: bytes, text: bytes) -> int | None:
     return start + len(known) if is_unique else None
 
 
-class Waiting(NamedTuple):
+class _Waiting(NamedTuple):
     """A write that is to be committed, and who waits for it."""
 
     write: Write
@@ -813,7 +813,7 @@ class GroupCommit:
 
     def __init__(self) -> None:
         self._told: Told = lambda changes, took: None
-        self._waiting: list[Waiting] = []
+        self._waiting: list[_Waiting] = []
         self._waiting_bytes = 0
         self._has_room = asyncio.Event()
         self._has_room.set()
@@ -843,9 +843,9 @@ class GroupCommit:
         if isinstance(write, Append):
             size = sum(write.sizes) + CHUNK_OVERHEAD * len(write.chunks)
         done: asyncio.Future[Change] = asyncio.get_running_loop().create_future()
-        self._waiting.append(Waiting(write, time.perf_counter(), done))
+        self._waiting.append(_Waiting(write, time.perf_counter(), done))
         self._waiting_bytes += size
-        if self._waiting_bytes >= PENDING_BYTES:
+        if self._waiting_bytes >= _PENDING_BYTES:
             self._has_room.clear()
         if self._committing is None or self._committing.done():
             self._committing = asyncio.create_task(self._commit_waiting())
@@ -872,13 +872,13 @@ class GroupCommit:
             quiet = quiet + 1 if len(self._waiting) == seen else 0
             seen = len(self._waiting)
 
-    def refused(self, error: E) -> E:
+    def refused(self, error: _E) -> _E:
         """Note that something was not committed for no fault of whoever asked for it."""
         log.error("commit failed: %s", error)
         self._refused_ms = now_ms()
         return error
 
-    async def _commit_batch(self, batch: Sequence[Waiting], size: int) -> None:
+    async def _commit_batch(self, batch: Sequence[_Waiting], size: int) -> None:
         began = time.perf_counter()
         outcomes: Sequence[Change | Exception]
         try:
@@ -904,7 +904,7 @@ class GroupCommit:
 def database_problem(error: Exception) -> Problem:
     """What went wrong in SQLite (https://www.sqlite.org/rescode.html), for the one who asked."""
     # Text that is not UTF-8 is found by Python's own part, which has no code for it.
-    code = code_of(error) or (0 if isinstance(error, OSError) else sqlite3.SQLITE_CORRUPT)
+    code = _code_of(error) or (0 if isinstance(error, OSError) else sqlite3.SQLITE_CORRUPT)
     if code == sqlite3.SQLITE_FULL:
         return DatabaseFull("The disk or the size limit (max_db) is full; free space and retry.")
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
@@ -920,17 +920,17 @@ def database_problem(error: Exception) -> Problem:
     return Unavailable(f"The database cannot be used ({error}); mend the cause and retry.")
 
 
-DATABASE_ERRORS = (sqlite3.Error, OSError, UnicodeDecodeError)
+_DATABASE_ERRORS = (sqlite3.Error, OSError, UnicodeDecodeError)
 
 
-def code_of(error: BaseException | None) -> int:
+def _code_of(error: BaseException | None) -> int:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
 def is_of_its_rows(error: BaseException | None) -> bool:
     """Whether it has to do with what one write found, and not with the file, the disk or another process."""
     codes = (sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISMATCH)
-    return isinstance(error, UnicodeDecodeError) or code_of(error) in codes
+    return isinstance(error, UnicodeDecodeError) or _code_of(error) in codes
 
 
 def unpacked(data: bytes, size: int) -> str:
@@ -943,7 +943,7 @@ def open_packs(db: sqlite3.Connection) -> None:
     db.create_function("sqlar_uncompress", 2, unpacked, deterministic=True)
 
 
-class Row(State, frozen=True):
+class _Row(State, frozen=True):
     """A State, and where it is in the database; None is not made yet."""
 
     thread: int | None = None
@@ -951,18 +951,18 @@ class Row(State, frozen=True):
 
     @property
     def places(self) -> tuple[int | None, ...]:
-        """What OF_MESSAGE takes."""
+        """What _OF_MESSAGE takes."""
         return self.thread, self.message, self.first, self.last
 
 
 # The chunks of a message; of the packs only those are opened in which some of them are.
-OF_MESSAGE = (
+_OF_MESSAGE = (
     " from entries where thread = ?1 and message = ?2 and seq between ?3 and ?4 and last >= ?3 and first <= ?4"
     " and content is not null"
 )
 
 
-def row_of(db: sqlite3.Connection, thread_id: str, message_id: str | None = None) -> Row:
+def _row_of(db: sqlite3.Connection, thread_id: str, message_id: str | None = None) -> _Row:
     row = db.execute(
         "select t.generation, t.last_seq,"
         " exists (select 1 from messages where thread = t.thread and status = 'active'),"
@@ -972,38 +972,38 @@ def row_of(db: sqlite3.Connection, thread_id: str, message_id: str | None = None
         " where t.thread_id = ?",
         (message_id, thread_id),
     ).fetchone()
-    return Row(*row) if row else Row()
+    return _Row(*row) if row else _Row()
 
 
-def existing(db: sqlite3.Connection, thread_id: str, message_id: str | None = None) -> Row:
+def _existing(db: sqlite3.Connection, thread_id: str, message_id: str | None = None) -> _Row:
     """Raises NotFound."""
-    found = row_of(db, thread_id, message_id)
+    found = _row_of(db, thread_id, message_id)
     check_exists(found, thread_id, message_id)
     return found
 
 
-HotRows = dict[str, tuple[str, Row]]
+_HotRows = dict[str, tuple[str, _Row]]
 
 
-def range_of(pattern: str) -> tuple[str, str]:
+def _range_of(pattern: str) -> tuple[str, str]:
     """Between which ids lie those that are it, or begin with it if it ends with ``*``."""
     return (pattern[:-1], pattern[:-1] + chr(sys.maxunicode)) if pattern.endswith("*") else (pattern, pattern)
 
 
-class Transaction:
+class _Transaction:
     """One group commit: a write sees what the earlier ones in it did, and one that raises a Problem did nothing.
 
     What is appended is gathered, and written with one statement a table, at the end or when something
     has to see it. ``hot`` is, of threads that are appended to, the message that was last, and its row.
     """
 
-    def __init__(self, db: sqlite3.Connection, max_message: int, hot: HotRows) -> None:
+    def __init__(self, db: sqlite3.Connection, max_message: int, hot: _HotRows) -> None:
         self._db = db
         self._max_message = max_message
         self._hot = hot
         self._now = now_ms()
         self._chunks: list[tuple[Any, ...]] = []
-        self._rows: dict[int | None, Row] = {}  # of messages, by their number
+        self._rows: dict[int | None, _Row] = {}  # of messages, by their number
 
     def outcome(self, write: Write) -> Change | Problem:
         try:
@@ -1044,10 +1044,10 @@ class Transaction:
 
     def append(self, append: Append) -> Change:
         thread_id, message_id, index, complete = append.thread_id, append.message_id, append.index, append.complete
-        name, found = self._hot.pop(thread_id, ("", Row()))
+        name, found = self._hot.pop(thread_id, ("", _Row()))
         if name != message_id:
             self.flush()
-            found = row_of(self._db, thread_id, message_id)
+            found = _row_of(self._db, thread_id, message_id)
         if append.generation not in (None, found.generation):
             raise thread_cleared()
         stored = [] if index in (None, found.chunk_count) else self._stored(append, found)
@@ -1079,7 +1079,7 @@ class Transaction:
 
     def open(self, write: Open) -> Change:
         names = write.thread_id, write.message_id
-        found = row_of(self._db, *names)
+        found = _row_of(self._db, *names)
         if is_new := found.message is None:
             found = self._made(*names, found)
         self._db.execute("update threads set updated_at = ? where thread = ?", (self._now, found.thread))
@@ -1090,7 +1090,7 @@ class Transaction:
 
     def end(self, write: End) -> Change:
         names = write.thread_id, write.message_id
-        found = existing(self._db, *names)
+        found = _existing(self._db, *names)
         if found.status == write.status:
             return Change(*names, found, self._now)
         if found.ended:
@@ -1101,7 +1101,7 @@ class Transaction:
         return Change(*names, found, self._now, ended=True)
 
     def clear(self, write: Clear) -> Change:
-        found = existing(self._db, write.thread_id)
+        found = _existing(self._db, write.thread_id)
         forgotten = self._db.execute(
             "update threads set thread_id = null where thread = ?1 and (?2 is null or updated_at <= ?2)",
             (found.thread, write.untouched_since),
@@ -1111,7 +1111,7 @@ class Transaction:
         self._db.execute("update clock set owed = 1")
         return Change(write.thread_id, "", found, self._now, cleared=True)
 
-    def _stored(self, append: Append, found: Row) -> list[int]:
+    def _stored(self, append: Append, found: _Row) -> list[int]:
         """The places of those of the chunks that are stored already, the first ones.
 
         Raises Conflict where ``index`` leaves a gap, or another chunk has a chunk's place.
@@ -1122,7 +1122,7 @@ class Transaction:
         self.flush()
         # Counted from the end, as a retry is nearly always of what came last.
         rows = self._db.execute(
-            f"select seq, content, event from (select seq, content, event, last {OF_MESSAGE}"
+            f"select seq, content, event from (select seq, content, event, last {_OF_MESSAGE}"
             " order by last desc, seq desc limit ?5) order by seq limit ?6",
             (*found.places, found.chunk_count - index, len(append.chunks)),
         ).fetchall()
@@ -1131,7 +1131,7 @@ class Transaction:
                 raise another_is_stored(append.message_id, number, found)
         return [seq for seq, _, _ in rows]
 
-    def _made(self, thread_id: str, message_id: str, found: Row) -> Row:
+    def _made(self, thread_id: str, message_id: str, found: _Row) -> _Row:
         """The message, new, and its thread if need be."""
         thread = found.thread
         if thread is None:
@@ -1148,9 +1148,9 @@ class Transaction:
             "insert into messages (thread, message_id, created_at, updated_at, touched_at) values (?1, ?2, ?3, ?3, ?3)",
             (thread, message_id, self._now),
         )
-        return row_of(self._db, thread_id, message_id)
+        return _row_of(self._db, thread_id, message_id)
 
-    def _added(self, found: Row, chunks: Sequence[Chunk], size: int) -> Row:
+    def _added(self, found: _Row, chunks: Sequence[Chunk], size: int) -> _Row:
         first_seq, last_seq = found.last_seq + 1, found.last_seq + len(chunks)
         self._chunks += [
             (found.thread, seq, found.message, chunk.event, chunk.content, self._now)
@@ -1166,15 +1166,15 @@ class Transaction:
         )
         return found
 
-    def _ended(self, thread_id: str, message_id: str, found: Row, status: Status, reason: str | None) -> Row:
+    def _ended(self, thread_id: str, message_id: str, found: _Row, status: Status, reason: str | None) -> _Row:
         """A trigger gives the end its place, as it does for the sqlite3 shell."""
         self._db.execute(
             "update messages set status = ?, reason = ? where message = ?", (status, reason, found.message)
         )
-        return row_of(self._db, thread_id, message_id)
+        return _row_of(self._db, thread_id, message_id)
 
 
-class Database(aiosqlite.Connection):
+class _Database(aiosqlite.Connection):
     """A connection whose thread runs whole functions, in the order in which they were asked for.
 
     A transaction that is one function cannot be left open by a request that is cancelled, and costs one
@@ -1186,11 +1186,11 @@ class Database(aiosqlite.Connection):
         self.is_used = threading.Lock()  # by its thread, or by the loop
         self.stopped = False
 
-    async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    async def run(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         """Raises Problem: Stopping once it is closed or stopped."""
         is_abandoned = False
 
-        def in_turn(db: sqlite3.Connection) -> T:
+        def in_turn(db: sqlite3.Connection) -> _T:
             with self.is_used:
                 db.set_progress_handler(lambda: is_abandoned or self.stopped, 100_000)  # steps
                 try:
@@ -1203,14 +1203,14 @@ class Database(aiosqlite.Connection):
         if self._connection is None or not self._running:
             raise Stopping
         try:
-            return await cast("Callable[..., Awaitable[T]]", self._execute)(in_turn, self._conn)
+            return await cast("Callable[..., Awaitable[_T]]", self._execute)(in_turn, self._conn)
         except asyncio.CancelledError:
             is_abandoned = True
             raise
-        except DATABASE_ERRORS as error:
-            raise (Stopping() if code_of(error) == sqlite3.SQLITE_INTERRUPT else database_problem(error)) from error
+        except _DATABASE_ERRORS as error:
+            raise (Stopping() if _code_of(error) == sqlite3.SQLITE_INTERRUPT else database_problem(error)) from error
 
-    def run_here(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    def run_here(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         """In the loop's own thread, which has made sure that it is not used."""
         return work(self._conn)
 
@@ -1242,7 +1242,7 @@ def sole_owner(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def renew_generations(db: sqlite3.Connection) -> None:
+def _renew_generations(db: sqlite3.Connection) -> None:
     """Where committed places may have been lost, no cursor from before may be taken for one of those that come."""
     latest, lowest = db.execute("select latest_generation, (select min(generation) from threads) from clock").fetchone()
     shift = max(latest, now_ms()) + 1 - (lowest or 0)
@@ -1260,41 +1260,41 @@ def checkpoint(db: sqlite3.Connection) -> bool:
     return not is_busy
 
 
-def with_room(work: Callable[[sqlite3.Connection], T], db: sqlite3.Connection) -> T:
+def _with_room(work: Callable[[sqlite3.Connection], _T], db: sqlite3.Connection) -> _T:
     """Where the disk is full, make what room the WAL takes, and try once more."""
     try:
         return work(db)
     except sqlite3.OperationalError as error:
-        if code_of(error) != sqlite3.SQLITE_FULL or not checkpoint(db):
+        if _code_of(error) != sqlite3.SQLITE_FULL or not checkpoint(db):
             raise
         return work(db)
 
 
-def erase_thread(db: sqlite3.Connection) -> bool:
+def _erase_thread(db: sqlite3.Connection) -> bool:
     """Delete one of the threads that lost their name, and (by a trigger) all it has; False where there is none."""
     one = "delete from threads where thread = (select thread from threads where thread_id is null limit 1)"
     return db.execute(one).rowcount > 0
 
 
-def shrink(db: sqlite3.Connection) -> bool:
+def _shrink(db: sqlite3.Connection) -> bool:
     """Give some of the free pages back to the disk; False once there are none."""
     # As a script, since Python takes only the first step of what has no columns, which gives one page back.
     db.executescript("pragma incremental_vacuum(256)")
     return bool(db.execute("pragma freelist_count").fetchone()[0])
 
 
-def reads(
-    work: Callable[Concatenate[SQLiteStore, sqlite3.Connection, P], T], heavy: bool = False
-) -> Callable[Concatenate[SQLiteStore, P], Coroutine[Any, Any, T]]:
+def _reads(
+    work: Callable[Concatenate[SQLiteStore, sqlite3.Connection, _P], _T], heavy: bool = False
+) -> Callable[Concatenate[SQLiteStore, _P], Coroutine[Any, Any, _T]]:
     """Make a method that reads the database one that does so in a snapshot, on a connection for reading."""
 
-    async def method(store: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
+    async def method(store: SQLiteStore, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         return await store.read(lambda db: work(store, db, *args, **kwargs), heavy)
 
     return method
 
 
-reads_much = partial(reads, heavy=True)  # on a connection of its own, so that it does not hold up what is soon done
+_reads_much = partial(_reads, heavy=True)  # on a connection of its own, so that it does not hold up what is soon done
 
 
 class SQLiteStore(GroupCommit):
@@ -1313,15 +1313,15 @@ class SQLiteStore(GroupCommit):
         self.path = Path(settings.db).resolve()
         self.wal, self.journal = Path(f"{self.path}-wal"), Path(f"{self.path}-journal")
         self.chores: list[Callable[[], Awaitable[None]]] = []
-        self.erase_some = erase_thread
+        self.erase_some = _erase_thread
         self.erasing: list[Callable[[], Awaitable[bool]]] = []
         self.exits = contextlib.AsyncExitStack()
         self._erasure = asyncio.Lock()
-        self._hot: HotRows = {}  # as of the last commit (see Transaction)
+        self._hot: _HotRows = {}  # as of the last commit (see _Transaction)
         self._hot_version: int | None = None  # of the data (PRAGMA data_version) that they are of
         self._little = 0  # changes that were
         self._not_here_until = 0.0  # seconds (time.perf_counter)
-        self._wal_limit = WAL_BYTES
+        self._wal_limit = _WAL_BYTES
         self._watched: AbstractSet[str] = frozenset()
 
     async def open(self, told: Told) -> None:
@@ -1341,10 +1341,10 @@ class SQLiteStore(GroupCommit):
             self.exits = exits.pop_all()
         self._told = told
 
-    async def opened(self, mode: Literal["ro", "rw"], exits: contextlib.AsyncExitStack) -> Database:
+    async def opened(self, mode: Literal["ro", "rw"], exits: contextlib.AsyncExitStack) -> _Database:
         options: dict[str, Any] = {"uri": True, "isolation_level": None, "check_same_thread": False}
         uri = f"file:{quote(str(self.path))}?mode={mode}"
-        database = Database(partial(sqlite3.connect, uri, timeout=BUSY_TIMEOUT, **options), iter_chunk_size=PAGE_ROWS)
+        database = _Database(partial(sqlite3.connect, uri, timeout=BUSY_TIMEOUT, **options), iter_chunk_size=PAGE_ROWS)
         await database
         exits.push_async_callback(database.close)
         await database.run(open_packs)
@@ -1372,9 +1372,9 @@ class SQLiteStore(GroupCommit):
             raise StartupError(
                 f"{self.path} is the database of another application, or is not a database; name another file with --db"
             )
-        if version != SCHEMA_VERSION:
+        if version != _SCHEMA_VERSION:
             raise StartupError(
-                f"{self.path} has version {version}, and this resume-stream knows {SCHEMA_VERSION}; use the one that"
+                f"{self.path} has version {version}, and this resume-stream knows {_SCHEMA_VERSION}; use the one that"
                 " made it, or name another file with --db"
             )
         return True
@@ -1393,7 +1393,7 @@ class SQLiteStore(GroupCommit):
             db.execute("begin immediate")
             (is_copy,) = db.execute("select is_copy from clock").fetchone()
             if is_copy or (was_killed and self.settings.synchronous == "NORMAL"):
-                renew_generations(db)
+                _renew_generations(db)
         self._inodes = os.stat(self.path).st_ino, os.stat(self.wal).st_ino
 
     async def close(self) -> None:
@@ -1406,7 +1406,7 @@ class SQLiteStore(GroupCommit):
     # Writing
 
     async def commit(self, writes: Sequence[Write], size: int) -> list[Change | Problem]:
-        is_little = len(writes) <= FEW_WRITES and size <= FEW_BYTES
+        is_little = len(writes) <= _FEW_WRITES and size <= _FEW_BYTES
         try:
             outcomes, self._hot = await self.change(partial(self._outcomes, writes), is_little)
             return outcomes
@@ -1415,17 +1415,17 @@ class SQLiteStore(GroupCommit):
                 return [outcome for write in writes for outcome in await self.commit([write], size)]
             return [self.refused(problem)] * len(writes)
 
-    def _outcomes(self, writes: Sequence[Write], db: sqlite3.Connection) -> tuple[list[Change | Problem], HotRows]:
+    def _outcomes(self, writes: Sequence[Write], db: sqlite3.Connection) -> tuple[list[Change | Problem], _HotRows]:
         hot, self._hot = self._hot, {}  # nothing is kept of what fails
         ((version,),) = db.execute("pragma data_version")
         if version != self._hot_version or len(hot) > 1_024:
             hot, self._hot_version = {}, version  # another process may have changed what was kept
-        transaction = Transaction(db, self.settings.max_message, hot)
+        transaction = _Transaction(db, self.settings.max_message, hot)
         outcomes = [transaction.outcome(write) for write in writes]
         transaction.flush()
         return outcomes, hot
 
-    async def change(self, work: Callable[[sqlite3.Connection], T], is_little: bool = False) -> T:
+    async def change(self, work: Callable[[sqlite3.Connection], _T], is_little: bool = False) -> _T:
         """Run it in a transaction, all of it or nothing. Raises Problem.
 
         What ``is_little`` the loop does itself, without two changes of threads, each of which waits for
@@ -1434,37 +1434,37 @@ class SQLiteStore(GroupCommit):
         Checkpoints, which take long, are made in the other thread.
         """
 
-        def in_transaction(db: sqlite3.Connection) -> T:
+        def in_transaction(db: sqlite3.Connection) -> _T:
             with db:  # commits, or rolls back
                 db.execute("begin immediate")  # as the lock is to be waited for now, and not in the middle
                 return work(db)
 
         is_long, began, writer = self.wal_size() > self._wal_limit, time.perf_counter(), self._writer
         self._little += is_little
-        is_allowed = is_little and self._little % IN_A_ROW and began >= self._not_here_until and not is_long
+        is_allowed = is_little and self._little % _IN_A_ROW and began >= self._not_here_until and not is_long
         if is_allowed and writer.is_used.acquire(blocking=False):
             try:
                 return writer.run_here(in_transaction)
-            except DATABASE_ERRORS as error:
-                if code_of(error) not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL):
+            except _DATABASE_ERRORS as error:
+                if _code_of(error) not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL):
                     raise database_problem(error) from error
             finally:
                 writer.is_used.release()
-                if (took := time.perf_counter() - began) > QUICK:
-                    self._not_here_until = began + PAUSE * took
+                if (took := time.perf_counter() - began) > _QUICK:
+                    self._not_here_until = began + _PAUSE * took
         answer = await self.maintain(in_transaction)
         if is_long:
             await self.maintain(self._limit_wal)
         return answer
 
-    async def maintain(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    async def maintain(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         """Run it on the writing connection, between two transactions; only here that waits for locks."""
 
-        def patiently(db: sqlite3.Connection) -> T:
+        def patiently(db: sqlite3.Connection) -> _T:
             db.execute(f"pragma busy_timeout = {BUSY_TIMEOUT * 1000:.0f}")
-            db.execute(f"pragma wal_autocheckpoint = {CHECKPOINT_PAGES}")
+            db.execute(f"pragma wal_autocheckpoint = {_CHECKPOINT_PAGES}")
             try:
-                return with_room(work, db)
+                return _with_room(work, db)
             finally:
                 db.execute("pragma busy_timeout = 0")
                 db.execute("pragma wal_autocheckpoint = 0")
@@ -1482,35 +1482,35 @@ class SQLiteStore(GroupCommit):
     def _limit_wal(self, db: sqlite3.Connection) -> None:
         """Readers that always overlap would keep the WAL growing, and one of another process may stay for long."""
         try:
-            self._wal_limit = WAL_BYTES if checkpoint(db) else self.wal_size() + WAL_BYTES
+            self._wal_limit = _WAL_BYTES if checkpoint(db) else self.wal_size() + _WAL_BYTES
         except sqlite3.Error as error:
             log.warning("checkpoint failed, and will be tried again: %s", error)  # what is committed stays so
 
     async def probe(self) -> None:
         """By a pragma, as SQLite writes no page for an update that changes nothing."""
-        await self.change(lambda db: db.execute(f"pragma user_version = {SCHEMA_VERSION}"))
+        await self.change(lambda db: db.execute(f"pragma user_version = {_SCHEMA_VERSION}"))
 
     # Reading
 
-    async def read(self, work: Callable[[sqlite3.Connection], T], heavy: bool = False) -> T:
+    async def read(self, work: Callable[[sqlite3.Connection], _T], heavy: bool = False) -> _T:
         """Run it in one snapshot; what is ``heavy`` does not hold up what is not. Raises Problem."""
 
-        def in_snapshot(db: sqlite3.Connection) -> T:
+        def in_snapshot(db: sqlite3.Connection) -> _T:
             with db:
                 db.execute("begin")
                 return work(db)
 
         return await self.readers[heavy].run(in_snapshot)
 
-    @reads
+    @_reads
     def find(self, db: sqlite3.Connection, thread_id: str, message_id: str | None = None) -> State:
-        return row_of(db, thread_id, message_id)
+        return _row_of(db, thread_id, message_id)
 
-    @reads
+    @_reads
     def page(
         self, db: sqlite3.Connection, thread_id: str, message_id: str | None, after: int, limit: int
     ) -> tuple[State, Page]:
-        found = row_of(db, thread_id, message_id)
+        found = _row_of(db, thread_id, message_id)
         begin, end = (after, found.last_seq) if message_id is None else (max(after, found.before), found.last or 0)
         rows = db.execute(
             "select seq, message, event, content, timestamp, last from entries"
@@ -1534,19 +1534,21 @@ class SQLiteStore(GroupCommit):
                 break
         return found, Page(found.generation, entries[-1].seq if is_full else found.last_seq, entries, size)
 
-    @reads_much
+    @_reads_much
     def match(self, db: sqlite3.Connection, thread_id: str, message_id: str, known_content: str) -> Place:
         """Looked for from the end, as whoever resumes has nearly all of it mostly."""
-        found = existing(db, thread_id, message_id)
+        found = _existing(db, thread_id, message_id)
         # As a blob, since SQLite's own text functions stop at a NUL.
-        whole = f"select cast(group_concat(content, '') as blob) from (select content, last {OF_MESSAGE} order by last)"
+        whole = (
+            f"select cast(group_concat(content, '') as blob) from (select content, last {_OF_MESSAGE} order by last)"
+        )
         text = db.execute(whole, found.places).fetchone()[0] or b""
         offset = bytes_known(known_content.encode(), text)
         begin = Place(thread_id, message_id, found.generation, found.before, reset=offset is None)
         if not offset:
             return begin
         before, sizes = len(text), "seq, length(cast(content as blob)), last"
-        for seq, size, _ in db.execute(f"select {sizes} {OF_MESSAGE} order by last desc, seq desc", found.places):
+        for seq, size, _ in db.execute(f"select {sizes} {_OF_MESSAGE} order by last desc, seq desc", found.places):
             before -= size
             if before < offset:
                 is_whole = before + size == offset
@@ -1554,9 +1556,9 @@ class SQLiteStore(GroupCommit):
                 return msgspec.structs.replace(begin, after=after, skip=skip)
         return begin
 
-    @reads
+    @_reads
     def status(self, db: sqlite3.Connection, thread_id: str, limit: int, after: int) -> ThreadStatus:
-        found = existing(db, thread_id)
+        found = _existing(db, thread_id)
         messages = db.execute(
             "select message_id, status, reason, chunk_count, first_seq, last_seq, created_at, updated_at"
             " from messages where thread = ? order by message limit ? offset ?",
@@ -1570,7 +1572,7 @@ class SQLiteStore(GroupCommit):
             messages_cursor=str(after + limit) if len(messages) > limit else None,
         )
 
-    @reads_much
+    @_reads_much
     def threads(
         self,
         db: sqlite3.Connection,
@@ -1589,7 +1591,7 @@ class SQLiteStore(GroupCommit):
                 " and thread in (select threads.thread from json_each(?3) as range"
                 " cross join threads on threads.thread_id between range.value ->> 0 and range.value ->> 1)"
             )
-        ranges = msgspec.json.encode([range_of(pattern) for pattern in covered or ()]).decode()
+        ranges = msgspec.json.encode([_range_of(pattern) for pattern in covered or ()]).decode()
         rows = db.execute(
             f"select distinct thread_summary.* from {source} where {where} order by {order} desc limit ?4",
             (before, status, ranges, limit + 1),
@@ -1597,7 +1599,7 @@ class SQLiteStore(GroupCommit):
         cursor = str(rows[limit - 1][1]) if len(rows) > limit else None
         return ThreadPage([ThreadSummary(*row[2:]) for row in rows[:limit]], cursor)
 
-    @reads
+    @_reads
     def measure(self, db: sqlite3.Connection) -> tuple[int, int, int]:
         (active,) = db.execute("select count(*) from messages where status = 'active'").fetchone()
         return self.path.stat().st_size, self.wal.stat().st_size, active
@@ -1645,7 +1647,7 @@ class SQLiteStore(GroupCommit):
             return True
 
     async def shrink(self) -> None:
-        while await self.maintain(shrink):
+        while await self.maintain(_shrink):
             await self.room()
 
     async def upkeep(self) -> None:
@@ -1683,7 +1685,7 @@ KEEPERS = ("packs", "erasure")  # those of them that add to what the SQLite stor
 STORES = {"redis": "redis_store", "rediss": "redis_store", "unix": "redis_store"}  # by the scheme of their address
 
 
-def found_extras(names: Sequence[str] = EXTRAS) -> Iterator[ModuleType]:
+def _found_extras(names: Sequence[str] = EXTRAS) -> Iterator[ModuleType]:
     """Those that are beside this file; each has some of ``mount``, ``add_commands``, ``set_up`` and ``keep``."""
     for name in names:
         try:
@@ -1698,7 +1700,7 @@ def store_for(settings: Settings) -> Store:
     scheme, found, _ = settings.store.partition("://")
     if not settings.store:
         kept = SQLiteStore(settings)
-        for extra in found_extras(KEEPERS):
+        for extra in _found_extras(KEEPERS):
             extra.keep(kept)
         return kept
     if not found or scheme not in STORES:
@@ -1717,7 +1719,7 @@ def store_for(settings: Settings) -> Store:
 # The buffer
 # ---------------------------------------------------------------------------------------------
 
-CLOCK_STEP_MS = 2_000  # more than a clock drifts between two looks
+_CLOCK_STEP_MS = 2_000  # more than a clock drifts between two looks
 CUT = 0.0  # the moment, by the loop's clock, to which an upload is cut short
 
 
@@ -1922,15 +1924,15 @@ class Reader:
 
 def checked_id(kind: str, text: str) -> str:
     """The id, of 1 to 200 characters, no ``/`` and no control character. Raises BadRequest."""
-    if not 1 <= len(text) <= MAX_NAME or "/" in text or CONTROL_CHARACTER.search(text):
+    if not 1 <= len(text) <= _MAX_NAME or "/" in text or _CONTROL_CHARACTER.search(text):
         raise BadRequest(
-            f"{text!r:.80} cannot be a {kind}; use 1 to {MAX_NAME} characters, no '/' and no control characters."
+            f"{text!r:.80} cannot be a {kind}; use 1 to {_MAX_NAME} characters, no '/' and no control characters."
         )
     utf8_size(text)
     return text
 
 
-def check_ids(thread_id: str, message_id: str | None = None) -> None:
+def _check_ids(thread_id: str, message_id: str | None = None) -> None:
     checked_id("thread_id", thread_id)
     if message_id is not None:
         checked_id("message_id", message_id)
@@ -1946,22 +1948,22 @@ def utf8_size(text: str) -> int:
         ) from error
 
 
-def check_event(event: str) -> None:
-    is_ours = event in RESERVED_EVENTS or event.startswith(RELAYED)
-    if not 1 <= len(event) <= MAX_NAME or CONTROL_CHARACTER.search(event) or is_ours:
+def _check_event(event: str) -> None:
+    is_ours = event in _RESERVED_EVENTS or event.startswith(RELAYED)
+    if not 1 <= len(event) <= _MAX_NAME or _CONTROL_CHARACTER.search(event) or is_ours:
         raise InvalidContent(
-            f"{event!r:.80} cannot be an event; use 1 to {MAX_NAME} characters, no control characters, and none of"
-            f" the service's own names ({', '.join(sorted(RESERVED_EVENTS))})."
+            f"{event!r:.80} cannot be an event; use 1 to {_MAX_NAME} characters, no control characters, and none of"
+            f" the service's own names ({', '.join(sorted(_RESERVED_EVENTS))})."
         )
     utf8_size(event)
 
 
-def check_range(name: str, value: float, low: float, high: float) -> None:
+def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise BadRequest(f"{name}={value} is out of range; it goes from {low:g} to {high:g}.")
 
 
-def list_place(cursor: str | None) -> int | None:
+def _list_place(cursor: str | None) -> int | None:
     """Where a page of a list ended. Raises BadRequest."""
     if cursor is not None and not re.fullmatch(r"\d{1,18}", cursor, re.ASCII):
         raise BadRequest(f"{cursor!r:.80} is not a cursor of this list; send the one that its last page gave.")
@@ -1973,7 +1975,7 @@ def checked_sizes(chunks: Sequence[Chunk], max_chunk: int) -> list[int]:
     sizes = []
     for chunk in chunks:
         if chunk.event is not None:
-            check_event(chunk.event)
+            _check_event(chunk.event)
         sizes.append(size := utf8_size(chunk.content))
         if size > max_chunk:
             raise TooLarge(f"A chunk has {size} bytes, over max_chunk ({max_chunk}); send it in parts.")
@@ -1996,7 +1998,7 @@ class ChunkBuffer:
         self._store: Store = store or store_for(settings)
         self._entered = False
         # How readers have what comes: out of memory where extras/live.py is in place, else each out of the store.
-        self._tail_type: type[Tail] = next((extra.LiveTail for extra in found_extras(["live"])), Tail)
+        self._tail_type: type[Tail] = next((extra.LiveTail for extra in _found_extras(["live"])), Tail)
         self._tails: dict[str, Tail] = {}
         self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()  # gone with their streams, be they read or not
         self._held = 0  # bytes of bodies that are still coming in, or to be sent on
@@ -2008,7 +2010,7 @@ class ChunkBuffer:
         await self._store.open(self._take)
         self._entered = True
         self._started_ms = now_ms()
-        self._clock_offset, self._clock_set_ms = now_ms() - ms_since_boot(), 0
+        self._clock_offset, self._clock_set_ms = now_ms() - _ms_since_boot(), 0
         for work in (self._watch_other_processes, self._clean_up_forever, self._abort_idle_messages_forever):
             self.begin(work())
         return self
@@ -2069,7 +2071,7 @@ class ChunkBuffer:
 
     async def open_message(self, thread_id: str, message_id: str) -> tuple[Appended, bool]:
         """Open a message before its first chunk; whether it is new. If not, that is a sign of life."""
-        check_ids(thread_id, message_id)
+        _check_ids(thread_id, message_id)
         await self.room()
         change = await self.store.write(Open(thread_id, message_id))
         return change.answer, change.made
@@ -2102,23 +2104,23 @@ class ChunkBuffer:
         self, thread_id: str, message_id: str, chunks: Sequence[Chunk] = (), *, index: int | None, complete: bool
     ) -> Append:
         """For the store, if its ids, its index, and the events, sizes and text of its chunks are good."""
-        check_ids(thread_id, message_id)
+        _check_ids(thread_id, message_id)
         if index is not None and not 0 <= index < 2**63:
             raise BadRequest(f"index={index} cannot be; it is the number of the first chunk in its message, from 0.")
-        if len(chunks) > MAX_CHUNKS:
-            raise too_many_chunks()
+        if len(chunks) > _MAX_CHUNKS:
+            raise _too_many_chunks()
         sizes = checked_sizes(chunks, self.settings.max_chunk)
         return Append(thread_id, message_id, chunks, sizes, index, complete)
 
     async def complete_message(self, thread_id: str, message_id: str) -> Appended:
         """End a message; again: the same answer. Raises NotFound; Conflict if it was aborted."""
-        check_ids(thread_id, message_id)
+        _check_ids(thread_id, message_id)
         await self.room()
         return (await self.store.write(End(thread_id, message_id, "completed"))).answer
 
     async def abort_message(self, thread_id: str, message_id: str, reason: str | None = None) -> Appended:
         """Abort a message, from either side; again: the same answer. Raises NotFound; Conflict if it is completed."""
-        check_ids(thread_id, message_id)
+        _check_ids(thread_id, message_id)
         if reason is not None:
             utf8_size(reason)
             if len(reason) > MAX_REASON:
@@ -2128,7 +2130,7 @@ class ChunkBuffer:
 
     async def clear_thread_buffer(self, thread_id: str) -> None:
         """Forget a thread; returns once its text is in neither the database nor the WAL. Raises NotFound."""
-        check_ids(thread_id)
+        _check_ids(thread_id)
         await self.room()
         await self.store.write(Clear(thread_id))
         try:
@@ -2176,7 +2178,7 @@ class ChunkBuffer:
         self, thread_id: str, message_id: str | None = None
     ) -> tuple[AccumulatedContent, AsyncGenerator[str, None]]:
         """The same with the first of its text, and the rest in pieces, as it may be long."""
-        check_ids(thread_id, message_id)
+        _check_ids(thread_id, message_id)
         if message_id is None:
             thread = await self.store.status(thread_id, 1, 0)
             cursor, status = thread.cursor, thread.status
@@ -2198,7 +2200,7 @@ class ChunkBuffer:
                 for message in status.messages:
                     async for piece in self._pieces(thread_id, message.message_id, up_to, (message.first_seq or 1) - 1):
                         yield piece
-                after = list_place(status.messages_cursor)
+                after = _list_place(status.messages_cursor)
             return
         while seq < up_to.seq:
             found, page = await self.store.page(thread_id, message_id, seq, PAGE_ROWS)
@@ -2209,9 +2211,9 @@ class ChunkBuffer:
 
     async def get_thread_status(self, thread_id: str, limit: int = MESSAGES, cursor: str | None = None) -> ThreadStatus:
         """A thread with up to ``limit`` (1 to 1,000) of its messages, those after ``cursor``. Raises NotFound."""
-        check_ids(thread_id)
-        check_range("limit", limit, 1, MESSAGES)
-        return self._with_readers(await self.store.status(thread_id, limit, list_place(cursor) or 0))
+        _check_ids(thread_id)
+        _check_range("limit", limit, 1, MESSAGES)
+        return self._with_readers(await self.store.status(thread_id, limit, _list_place(cursor) or 0))
 
     async def get_threads(
         self,
@@ -2221,11 +2223,11 @@ class ChunkBuffer:
         covered: Sequence[str] | None = None,
     ) -> ThreadPage:
         """Up to ``limit`` (1 to 1,000) threads, the newest first, of a status, covered by an id or ``prefix*``."""
-        check_range("limit", limit, 1, 1000)
-        page = await self.store.threads(status, limit, list_place(cursor), covered)
+        _check_range("limit", limit, 1, 1000)
+        page = await self.store.threads(status, limit, _list_place(cursor), covered)
         return ThreadPage([self._with_readers(thread) for thread in page.threads], page.cursor)
 
-    def _with_readers(self, thread: S) -> S:
+    def _with_readers(self, thread: _S) -> _S:
         tail = self._tails.get(thread.thread_id)
         return msgspec.structs.replace(thread, readers=tail.followers if tail else 0)
 
@@ -2235,7 +2237,7 @@ class ChunkBuffer:
 
     async def get_active_message(self, thread_id: str) -> str | None:
         """The thread's active message, the one that began last; None where there is none. Raises BadRequest."""
-        check_ids(thread_id)
+        _check_ids(thread_id)
         with contextlib.suppress(NotFound):
             first = (await self.store.status(thread_id, 1, 0)).message_count
             while first > 0:
@@ -2260,11 +2262,11 @@ class ChunkBuffer:
         Raises NotFound, CursorGone for a cursor of another generation, and Unauthorized where it ``expires``
         (seconds since 1970) while it waits.
         """
-        check_range("limit", limit, 1, 10_000)
-        check_range("wait", wait, 0, 300)
+        _check_range("limit", limit, 1, 10_000)
+        _check_range("wait", wait, 0, 300)
         place = await self.locate(thread_id, message_id, after=after)
         if place.reset:
-            raise cursor_gone()
+            raise _cursor_gone()
         page = await self._chunk_page(place, limit)
         if wait and not (place.finished or page.chunks or page.ends):
             async with aclosing(self.follow(place, idle_timeout=wait, heartbeat=0, expires=expires)) as items:
@@ -2303,14 +2305,14 @@ class ChunkBuffer:
 
         With ``follow`` it waits for what is not made yet; else raises NotFound.
         """
-        check_ids(thread_id, message_id)
+        _check_ids(thread_id, message_id)
         if known_content is not None:
             utf8_size(known_content)
             kind, place = "content", await self.store.match(thread_id, cast(str, message_id), known_content)
         else:
             cursor = None if after is None else Cursor.parse(str(after))
             kind = "start" if cursor is None else "cursor"
-            place = place_of(await self.store.find(thread_id, message_id), thread_id, message_id, cursor, follow)
+            place = _place_of(await self.store.find(thread_id, message_id), thread_id, message_id, cursor, follow)
         self.tell("resumed", kind, place)
         return place
 
@@ -2377,7 +2379,7 @@ class ChunkBuffer:
 
     async def _watch_other_processes(self) -> None:
         while True:
-            with logged_problems("watch other processes"):
+            with _logged_problems("watch other processes"):
                 async with aclosing(self.store.changed_elsewhere()) as elsewhere:
                     async for thread_ids in elsewhere:
                         for thread_id in thread_ids:
@@ -2397,7 +2399,7 @@ class ChunkBuffer:
     async def _clean_up_forever(self) -> None:
         interval = self.settings.cleanup_interval
         while True:
-            with logged_problems("clean up"):
+            with _logged_problems("clean up"):
                 untouched_since = now_ms() - round(self.settings.ttl * 1000)
                 while untouched_since >= self._clock_set_at() and (expired := await self.store.expire(untouched_since)):
                     self.tell("expired", expired)
@@ -2411,8 +2413,8 @@ class ChunkBuffer:
 
     def _clock_set_at(self) -> int:
         """When the clock was last set, by its own new time (ms); what is older cannot be told apart by age."""
-        offset = now_ms() - ms_since_boot()
-        if abs(offset - self._clock_offset) > CLOCK_STEP_MS:
+        offset = now_ms() - _ms_since_boot()
+        if abs(offset - self._clock_offset) > _CLOCK_STEP_MS:
             log.warning("the clock was set; nothing expires until its time has passed anew")
             self._clock_offset, self._clock_set_ms = offset, now_ms()
         return self._clock_set_ms
@@ -2424,19 +2426,19 @@ class ChunkBuffer:
             untouched_since = now_ms() - round(timeout * 1000)
             if untouched_since < max(self._started_ms, self._clock_set_at()):
                 continue  # while the service was down nobody could append
-            with logged_problems("abort idle messages"):
+            with _logged_problems("abort idle messages"):
                 for idle in await self.store.idle_messages(untouched_since):
                     with contextlib.suppress(NotFound, Conflict):  # touched or ended in the meantime
                         await self.store.write(End(*idle, "aborted", PRODUCER_TIMEOUT, untouched_since))
 
 
-def ms_since_boot() -> int:
+def _ms_since_boot() -> int:
     """A clock that nobody can set."""
     return time.clock_gettime_ns(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)) // 1_000_000
 
 
 @contextlib.contextmanager
-def logged_problems(task: str) -> Iterator[None]:
+def _logged_problems(task: str) -> Iterator[None]:
     """A periodic task goes on after an error, since its cause may go away."""
     try:
         yield
@@ -2483,7 +2485,7 @@ class ServerSentEvents:
             if (name := names.get(entry.message_id)) is None:
                 name = names[entry.message_id] = encode_json(entry.message_id)
             # What somebody else's stream calls "error" must not be taken for an event of our own.
-            named = entry.event is not None and entry.event not in RESERVED_EVENTS
+            named = entry.event is not None and entry.event not in _RESERVED_EVENTS
             event = b"event: %s\n" % cast(str, entry.event).encode() if named else b""
             frames.append(
                 b'id: %d-%d\n%sdata: {"content":%s,"timestamp":%d,"messageId":%s,"seq":%d}\n\n'
@@ -2500,7 +2502,7 @@ class ServerSentEvents:
         return b"event: %s\ndata: %s\n\n" % (name.encode(), encode_json(data))
 
 
-SERVER_SENT = ServerSentEvents()
+_SERVER_SENT = ServerSentEvents()
 
 
 def can_end(form: Format, end: MessageEnd | None) -> bool:
@@ -2508,7 +2510,7 @@ def can_end(form: Format, end: MessageEnd | None) -> bool:
     return form.tells_all or (end is not None and end.status == "completed")
 
 
-async def sent(buffer: ChunkBuffer, reader: Reader, form: Format) -> AsyncGenerator[bytes, None]:
+async def _sent(buffer: ChunkBuffer, reader: Reader, form: Format) -> AsyncGenerator[bytes, None]:
     """What a reader is sent. The first line goes at once, so that headers and bytes flow. Raises BrokenOff."""
     yield RETRY
     end: MessageEnd | None = None
@@ -2527,15 +2529,15 @@ async def sent(buffer: ChunkBuffer, reader: Reader, form: Format) -> AsyncGenera
         raise BrokenOff
 
 
-CHUNKS = msgspec.json.Decoder(Chunk | list[Chunk])
+_CHUNKS = msgspec.json.Decoder(Chunk | list[Chunk])
 
 
 def chunks_from_json(body: bytes | bytearray) -> list[Chunk]:
     """A chunk, or an array of chunks. Raises InvalidContent and TooLarge."""
-    if body.count(b'"content"') > 2 * MAX_CHUNKS:  # a name, or perhaps a value: seen without decoding any
-        raise too_many_chunks()
+    if body.count(b'"content"') > 2 * _MAX_CHUNKS:  # a name, or perhaps a value: seen without decoding any
+        raise _too_many_chunks()
     try:
-        chunks = CHUNKS.decode(body)
+        chunks = _CHUNKS.decode(body)
     except UNDECODABLE as error:
         raise invalid_json(body, error) from error
     return chunks if isinstance(chunks, list) else [chunks]
@@ -2553,7 +2555,7 @@ def invalid_json(text: bytes | bytearray, error: Exception, where: str = "The bo
 # The routes
 # ---------------------------------------------------------------------------------------------
 
-BODY_TIMEOUT = 30  # seconds in which a JSON body has to be there
+_BODY_TIMEOUT = 30  # seconds in which a JSON body has to be there
 SMALL_BODY = 16 * 1024  # bytes, of one that has no reason to be larger
 TAKES_READER = "resume_stream.takes_reader"  # an extension of the ASGI scope, where extras/express.py is in place
 
@@ -2592,11 +2594,11 @@ def seconds(name: str, value: str | float | None) -> float | None:
         parsed = parse_duration(value) if isinstance(value, str) else value
     except ValueError as error:
         raise BadRequest(f"{name}: {error}.") from error
-    check_range(name, parsed, 0, 86400)
+    _check_range(name, parsed, 0, 86400)
     return parsed
 
 
-def refused_type(request: Request[Any, Any, Any], kinds: Iterable[str]) -> UnsupportedMediaType:
+def _refused_type(request: Request[Any, Any, Any], kinds: Iterable[str]) -> UnsupportedMediaType:
     kind = request.headers.get("content-type", "no content type")
     return UnsupportedMediaType(
         f"{kind!r:.80} is not what this call takes; send Content-Type: {' or '.join(kinds)} (curl -d says another one"
@@ -2620,14 +2622,14 @@ async def whole_body(request: Request[Any, Any, Any], buffer: ChunkBuffer, most:
     """Up to ``max_body``, or ``most``, bytes, in up to 30 s. Raises TooLarge, TooSlow and Unavailable."""
     body, limit = bytearray(), min(most, buffer.settings.max_body)
     try:
-        async with asyncio.timeout(BODY_TIMEOUT):
+        async with asyncio.timeout(_BODY_TIMEOUT):
             async for piece, _ in body_pieces(request):
                 body += piece
                 buffer.hold(len(piece))
                 if len(body) > limit:
                     raise TooLarge(f"The body has over {limit} bytes; send it in parts, or stream it as NDJSON.")
     except TimeoutError as error:
-        raise TooSlow(f"The body did not come within {BODY_TIMEOUT} s; stream it as NDJSON.") from error
+        raise _TooSlow(f"The body did not come within {_BODY_TIMEOUT} s; stream it as NDJSON.") from error
     finally:
         buffer.hold(-len(body))
     return body
@@ -2636,23 +2638,23 @@ async def whole_body(request: Request[Any, Any, Any], buffer: ChunkBuffer, most:
 async def json_body(
     request: Request[Any, Any, Any],
     buffer: ChunkBuffer,
-    kind: type[T],
-    default: T | None = None,
+    kind: type[_T],
+    default: _T | None = None,
     most: float = math.inf,
-) -> T:
+) -> _T:
     """What a call takes besides chunks. Raises what ``whole_body`` does, UnsupportedMediaType and InvalidContent."""
     body = await whole_body(request, buffer, most)
     if not body and default is not None:
         return default
     if request.content_type[0] != "application/json":
-        raise refused_type(request, ["application/json"])
+        raise _refused_type(request, ["application/json"])
     try:
         return msgspec.json.decode(body, type=kind)
     except UNDECODABLE as error:
         raise InvalidContent(f"The body does not have the form that this call takes: {error}.") from error
 
 
-async def append_json(request: Request[Any, Any, Any], buffer: ChunkBuffer, append: Append) -> tuple[Appended, bool]:
+async def _append_json(request: Request[Any, Any, Any], buffer: ChunkBuffer, append: Append) -> tuple[Appended, bool]:
     """The append, whose chunks are the body, all or nothing; the answer, and whether anything was new."""
     if (asked := cast(Any, request.scope).get("asked")) is None:  # by whoever took it before us (extras/express.py)
         await buffer.room()
@@ -2690,37 +2692,37 @@ class Streamed(ASGIStreamingResponse):
             log.debug("the body was broken off")  # as the server closes a connection whose answer is not complete
 
 
-def event_stream(buffer: ChunkBuffer, place: Place, form: Format = SERVER_SENT, **times: Any) -> ASGIResponse:
+def _event_stream(buffer: ChunkBuffer, place: Place, form: Format = _SERVER_SENT, **times: Any) -> ASGIResponse:
     """204 where nothing more will come, which tells an EventSource to stop reconnecting (HTML, 9.2.3)."""
     if place.finished:
         return ASGIResponse(status_code=204)
     reader = Reader(buffer, **times)
     reader.begin(place)
-    return Streamed(sent(buffer, reader, form), SSE_HEADERS, reader, form)
+    return Streamed(_sent(buffer, reader, form), SSE_HEADERS, reader, form)
 
 
 Buffer = NamedDependency[ChunkBuffer]
 THREAD = "/threads/{thread_id:str}"
-MESSAGE = f"{THREAD}/messages/{{message_id:str}}"
-NAME = PathParameter(description="1 to 200 characters, no control characters, no /")
-ThreadId = Annotated[str, NAME]
-MessageId = Annotated[str, NAME]
-ListCursor = Annotated[str | None, QueryParameter(name="cursor", description="as the page before gave it")]
-After = Annotated[str | None, QueryParameter(name="after", description="a cursor as a stream gave it, or a bare seq")]
+_MESSAGE = f"{THREAD}/messages/{{message_id:str}}"
+_NAME = PathParameter(description="1 to 200 characters, no control characters, no /")
+ThreadId = Annotated[str, _NAME]
+_MessageId = Annotated[str, _NAME]
+_ListCursor = Annotated[str | None, QueryParameter(name="cursor", description="as the page before gave it")]
+_After = Annotated[str | None, QueryParameter(name="after", description="a cursor as a stream gave it, or a bare seq")]
 
 
-@put(MESSAGE, summary="Open a message before its first chunk", scopes=WRITE)
-async def open_message(buffer: Buffer, thread_id: ThreadId, message_id: MessageId) -> Response[Appended]:
+@put(_MESSAGE, summary="Open a message before its first chunk", scopes=WRITE)
+async def open_message(buffer: Buffer, thread_id: ThreadId, message_id: _MessageId) -> Response[Appended]:
     answer, is_new = await buffer.open_message(thread_id, message_id)
     return Response(answer, status_code=201 if is_new else 200)
 
 
-@post(MESSAGE + "/chunks", summary="Append chunks", scopes=WRITE, body=Chunk | list[Chunk])
+@post(_MESSAGE + "/chunks", summary="Append chunks", scopes=WRITE, body=Chunk | list[Chunk])
 async def append_chunks(
     request: Request[Any, Any, Any],
     buffer: Buffer,
     thread_id: ThreadId,
-    message_id: MessageId,
+    message_id: _MessageId,
     index: FromQuery[int | None] = None,
     complete: FromQuery[bool] = False,
 ) -> Response[Appended]:
@@ -2730,14 +2732,14 @@ async def append_chunks(
         raise UnsupportedMediaType("The body is compressed; send it as it is.")
     kinds = request.route_handler.opt["bodies"]
     if (take := kinds.get(request.content_type[0])) is None:
-        raise refused_type(request, kinds)
+        raise _refused_type(request, kinds)
     append = buffer.checked_append(thread_id, message_id, index=index, complete=complete)
     answer, is_new = await take(request, buffer, append)
     return Response(answer, status_code=201 if is_new else 200)
 
 
-@post(MESSAGE + "/complete", status_code=200, summary="Complete a message", scopes=WRITE)
-async def complete_message(buffer: Buffer, thread_id: ThreadId, message_id: MessageId) -> Appended:
+@post(_MESSAGE + "/complete", status_code=200, summary="Complete a message", scopes=WRITE)
+async def complete_message(buffer: Buffer, thread_id: ThreadId, message_id: _MessageId) -> Appended:
     return await buffer.complete_message(thread_id, message_id)
 
 
@@ -2745,9 +2747,9 @@ class AbortBody(Record, frozen=True, forbid_unknown_fields=True):
     reason: str | None = None
 
 
-@post(MESSAGE + "/abort", status_code=200, summary="Abort a message", scopes=ABORT, body=AbortBody | None)
+@post(_MESSAGE + "/abort", status_code=200, summary="Abort a message", scopes=ABORT, body=AbortBody | None)
 async def abort_message(
-    request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId, message_id: MessageId
+    request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId, message_id: _MessageId
 ) -> Appended:
     """From either side; the body is `{"reason": "…"}`, or nothing."""
     body = await json_body(request, buffer, AbortBody, AbortBody(), SMALL_BODY)
@@ -2764,10 +2766,10 @@ class Reading(NamedTuple):
     times: dict[str, Any]
 
 
-def reading_of(
+def _reading_of(
     request: Request[Any, Any, Any],
     buffer: Buffer,
-    after: After = None,
+    after: _After = None,
     follow: FromQuery[bool] = False,
     idle_timeout: FromQuery[str | None] = None,
     poll_interval: FromQuery[str | None] = None,
@@ -2789,11 +2791,11 @@ async def stream(reading: Reading, thread_id: str, message_id: str | None = None
     place = await buffer.locate(thread_id, message_id, after=cursor, follow=follow)
     if not form.tells_all:
         if place.reset:
-            raise cursor_gone()
+            raise _cursor_gone()
         if cursor is not None and place.generation and not follow:
             page = await buffer.get_chunks(thread_id, message_id, after=cursor)
             place = msgspec.structs.replace(place, finished=not page.chunks and page.status != "active")
-    return event_stream(buffer, place, form, **times)
+    return _event_stream(buffer, place, form, **times)
 
 
 @get(THREAD + "/stream", summary="Follow a thread (SSE)", scopes=READ, token_in_query=True)
@@ -2802,8 +2804,10 @@ async def stream_thread(reading: NamedDependency[Reading], thread_id: ThreadId) 
     return await stream(reading, thread_id)
 
 
-@get(MESSAGE + "/stream", summary="Follow a message (SSE)", scopes=READ, token_in_query=True)
-async def stream_message(reading: NamedDependency[Reading], thread_id: ThreadId, message_id: MessageId) -> ASGIResponse:
+@get(_MESSAGE + "/stream", summary="Follow a message (SSE)", scopes=READ, token_in_query=True)
+async def stream_message(
+    reading: NamedDependency[Reading], thread_id: ThreadId, message_id: _MessageId
+) -> ASGIResponse:
     """With `follow=true` it waits for a message not made yet."""
     return await stream(reading, thread_id, message_id)
 
@@ -2835,13 +2839,13 @@ async def resume_stream(request: Request[Any, Any, Any], buffer: Buffer) -> ASGI
     granted(request).require(READ, body.thread_id)
     locating = buffer.locate(body.thread_id, body.message_id, after=body.after, known_content=body.known_content)
     try:
-        place = await while_connected(request, locating)
+        place = await _while_connected(request, locating)
     except NotFound:
-        return Streamed([RETRY, SERVER_SENT.event("complete", {"exists": False})], SSE_HEADERS)
-    return event_stream(buffer, place, idle_timeout=quiet, expires=granted(request).expires)
+        return Streamed([RETRY, _SERVER_SENT.event("complete", {"exists": False})], SSE_HEADERS)
+    return _event_stream(buffer, place, idle_timeout=quiet, expires=granted(request).expires)
 
 
-async def while_connected(request: Request[Any, Any, Any], reading: Coroutine[Any, Any, T]) -> T:
+async def _while_connected(request: Request[Any, Any, Any], reading: Coroutine[Any, Any, _T]) -> _T:
     """What it reads, which takes long: not for a client that has hung up. Its body has been read."""
     gone, read = asyncio.ensure_future(request.receive()), asyncio.ensure_future(reading)
     try:
@@ -2859,7 +2863,7 @@ async def get_chunks(
     request: Request[Any, Any, Any],
     buffer: Buffer,
     thread_id: ThreadId,
-    after: After = None,
+    after: _After = None,
     message_id: FromQuery[str | None] = None,
     limit: FromQuery[int] = PAGE_ROWS,
     wait: FromQuery[float] = 0,
@@ -2875,10 +2879,10 @@ async def get_accumulated_content(
     is_text = request.accept.best_match(["application/json", "text/plain"]) == "text/plain"
     kind = "text/plain; charset=utf-8" if is_text else "application/json"
     content, pieces = await buffer.content(thread_id, message_id)
-    return Streamed(encoded_text(content, pieces, is_text), {"Vary": "Accept", "Content-Type": kind})
+    return Streamed(_encoded_text(content, pieces, is_text), {"Vary": "Accept", "Content-Type": kind})
 
 
-async def encoded_text(
+async def _encoded_text(
     content: AccumulatedContent, pieces: AsyncGenerator[str, None], is_text: bool
 ) -> AsyncGenerator[bytes, None]:
     """The text, or an AccumulatedContent with it, which is never whole in memory."""
@@ -2892,7 +2896,7 @@ async def encoded_text(
 
 @get(THREAD, summary="A thread and its messages", scopes=READ, token_in_query=True)
 async def get_thread_status(
-    buffer: Buffer, thread_id: ThreadId, limit: FromQuery[int] = MESSAGES, list_cursor: ListCursor = None
+    buffer: Buffer, thread_id: ThreadId, limit: FromQuery[int] = MESSAGES, list_cursor: _ListCursor = None
 ) -> ThreadStatus:
     """`messagesCursor` gets the next of its messages, where there are more."""
     return await buffer.get_thread_status(thread_id, limit, list_cursor)
@@ -2904,7 +2908,7 @@ async def get_threads(
     buffer: Buffer,
     status: FromQuery[Status | None] = None,
     limit: FromQuery[int] = 100,
-    list_cursor: ListCursor = None,
+    list_cursor: _ListCursor = None,
 ) -> ThreadPage:
     return await buffer.get_threads(status, limit, list_cursor, granted(request).threads)
 
@@ -2933,8 +2937,8 @@ class Parts:
         self.root: list[Any] = []  # below /
         self.pages: list[Any] = []  # below / too, and open to everybody
         # How the body of an append is taken, by its content type, and how a stream is told, by the query's format.
-        self.bodies: dict[str, Callable[..., Awaitable[tuple[Appended, bool]]]] = {"application/json": append_json}
-        self.formats: dict[str | None, Format] = {None: SERVER_SENT}
+        self.bodies: dict[str, Callable[..., Awaitable[tuple[Appended, bool]]]] = {"application/json": _append_json}
+        self.formats: dict[str | None, Format] = {None: _SERVER_SENT}
         self.dialects: list[Any] = []  # what is known of other people's streams
         self.producing: Any = None  # what extras/producing.py lets others do too
         # Those of answers below a path, unless they say themselves how they may be cached.
@@ -2948,7 +2952,7 @@ class Parts:
         self.on_start: list[Callable[[], None]] = []  # called once the service listens
         self.on_stop: list[Callable[[], None]] = []  # called as soon as it is told to stop
         mounted = set()
-        for extra in found_extras():
+        for extra in _found_extras():
             mounted.add(extra.__name__.rpartition(".")[2])
             if hasattr(extra, "mount"):
                 extra.mount(self)
@@ -2963,9 +2967,9 @@ class Parts:
             guards=self.guards,
             dependencies={
                 "buffer": Provide(lambda: self.buffer, use_cache=True, sync_to_thread=False),
-                "reading": Provide(reading_of, sync_to_thread=False),
+                "reading": Provide(_reading_of, sync_to_thread=False),
             },
-            exception_handlers=ERROR_ANSWERS,
+            exception_handlers=_ERROR_ANSWERS,
             opt={"bodies": self.bodies, "formats": self.formats},
         )
 
@@ -2997,12 +3001,12 @@ def create_app(settings: Settings | None = None, *, buffer: ChunkBuffer | None =
     mounted in another app, since a mounted app gets no lifespan of its own.
     """
     if buffer is not None:
-        return app_of(Parts(buffer))
+        return _app_of(Parts(buffer))
     buffer = ChunkBuffer(settings)
-    return app_of(Parts(buffer), lifespan=[buffer])
+    return _app_of(Parts(buffer), lifespan=[buffer])
 
 
-def app_of(parts: Parts, lifespan: Sequence[AbstractAsyncContextManager[Any]] = ()) -> Litestar:
+def _app_of(parts: Parts, lifespan: Sequence[AbstractAsyncContextManager[Any]] = ()) -> Litestar:
     origins = list(parts.buffer.settings.cors_origins)
     return Litestar(
         [parts.router("/api", parts.api), parts.router("/", parts.root), *parts.pages],
@@ -3011,12 +3015,12 @@ def app_of(parts: Parts, lifespan: Sequence[AbstractAsyncContextManager[Any]] = 
         before_send=[parts.add_headers],
         cors_config=CORSConfig(allow_origins=origins) if origins else None,
         openapi_config=parts.openapi,
-        exception_handlers=ERROR_ANSWERS,
+        exception_handlers=_ERROR_ANSWERS,
         logging_config=None,
     )
 
 
-def answer_error(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
+def _answer_error(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
     """Whatever it is, as a problem document; of what nobody has thought of, only the log says what it is."""
     headers = dict(getattr(error, "headers", None) or {})
     if isinstance(error, ProblemDetailsException):
@@ -3040,7 +3044,7 @@ def answer_error(request: Request[Any, Any, Any], error: Exception) -> Response[
     )
 
 
-ERROR_ANSWERS: ExceptionHandlersMap = dict.fromkeys((HTTPException, Exception), answer_error)
+_ERROR_ANSWERS: ExceptionHandlersMap = dict.fromkeys((HTTPException, Exception), _answer_error)
 
 
 class Gate:
@@ -3053,7 +3057,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._any_host = bool(settings.secret or settings.uds) or not is_loopback(settings.host)
+        self._any_host = bool(settings.secret or settings.uds) or not _is_loopback(settings.host)
         self._origins = settings.cors_origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -3070,7 +3074,7 @@ class Gate:
         await self._app(scope, receive, send)
 
     def refusal(self, hosts: Sequence[str], origins: Sequence[str]) -> Forbidden | None:
-        if not self._any_host and not (len(hosts) == 1 and is_loopback_host(hosts[0])):
+        if not self._any_host and not (len(hosts) == 1 and _is_loopback_host(hosts[0])):
             return Forbidden(f"{hosts!r:.80} is not a loopback name; set a secret to serve others than this machine.")
         if all(origin in self._origins or origin.partition("://")[2] == hosts[0] for origin in origins):
             return None
@@ -3078,13 +3082,13 @@ class Gate:
 
 
 @lru_cache(maxsize=256)
-def is_loopback_host(header: str) -> bool:
+def _is_loopback_host(header: str) -> bool:
     """Whether a Host header names this machine."""
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^][:@/\s]+))(?::[0-9]{1,5})?", header)  # RFC 9110, 7.2
-    return match is not None and is_loopback(match[1] or match[2])
+    return match is not None and _is_loopback(match[1] or match[2])
 
 
-def is_loopback(name: str) -> bool:
+def _is_loopback(name: str) -> bool:
     """Whether what listens on this name can be reached from this machine only."""
     try:
         return name.lower() == "localhost" or ipaddress.ip_address(name).is_loopback
@@ -3097,7 +3101,7 @@ def is_loopback(name: str) -> bool:
 # ---------------------------------------------------------------------------------------------
 
 
-class Server(uvicorn.Server):
+class _Server(uvicorn.Server):
     """uvicorn, which ends streams as soon as it is told to stop, and then exits with 0, however often it is told."""
 
     def __init__(self, config: uvicorn.Config, parts: Parts) -> None:
@@ -3123,7 +3127,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         settings = self._parts.buffer.settings
         addresses = [listener.getsockname() for server in self.servers for listener in server.sockets]
-        where = ", ".join(a if isinstance(a, str) else url_of(*a[:2]) for a in addresses)
+        where = ", ".join(a if isinstance(a, str) else _url_of(*a[:2]) for a in addresses)
         kept = re.sub("//[^/]*@", "//", settings.store.partition("?")[0])  # with no password in it
         kept = kept or f"SQLite {sqlite3.sqlite_version}, database {settings.db}, synchronous={settings.synchronous}"
         who = "anyone who can connect" if settings.allow_anonymous else "this machine only"
@@ -3143,11 +3147,11 @@ class Server(uvicorn.Server):
             connection.transport.abort()
 
 
-def url_of(host: str, port: int) -> str:
+def _url_of(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def listening(settings: Settings) -> list[socket.socket]:
+def _listening(settings: Settings) -> list[socket.socket]:
     """None of them where uvicorn makes the Unix socket. Raises StartupError."""
     if settings.uds:
         folder = Path(settings.uds).absolute().parent
@@ -3161,20 +3165,20 @@ def listening(settings: Settings) -> list[socket.socket]:
     try:
         return [socket.create_server((settings.host, settings.port), family=family, backlog=2048)]
     except (OSError, OverflowError) as error:
-        raise StartupError(f"cannot listen on {url_of(settings.host, settings.port)}: {error}") from error
+        raise StartupError(f"cannot listen on {_url_of(settings.host, settings.port)}: {error}") from error
 
 
-async def serve(settings: Settings) -> None:
-    if not (settings.secret or settings.allow_anonymous or settings.uds or is_loopback(settings.host)):
+async def _serve(settings: Settings) -> None:
+    if not (settings.secret or settings.allow_anonymous or settings.uds or _is_loopback(settings.host)):
         raise StartupError(
             f"{settings.host} can be reached from other machines; set a secret, or say --allow-anonymous"
         )
     async with contextlib.AsyncExitStack() as exits:
         # First, as a port that is taken is to leave no database behind.
-        sockets = [exits.enter_context(listener) for listener in listening(settings)]
+        sockets = [exits.enter_context(listener) for listener in _listening(settings)]
         parts = Parts(await exits.enter_async_context(ChunkBuffer(settings)))
         config = uvicorn.Config(
-            app_of(parts),
+            _app_of(parts),
             http=type("Connection", (*parts.connection, HttpToolsProtocol), {}),
             uds=settings.uds or None,
             lifespan="off",
@@ -3186,22 +3190,22 @@ async def serve(settings: Settings) -> None:
             ws_per_message_deflate=False,  # which lets a few bytes become very many
         )
         gc.freeze()  # what is there by now stays: the collector need not walk it, neither now nor at the end
-        await Server(config, parts).serve(sockets or None)
+        await _Server(config, parts).serve(sockets or None)
 
 
 Commands = Any  # argparse keeps the type of what add_subparsers returns to itself
-Command = Callable[[Settings, dict[str, Any]], int | None]
+_Command = Callable[[Settings, dict[str, Any]], int | None]
 
 
-def add_command(commands: Commands, name: str, summary: str, run: Command, *settings: str) -> argparse.ArgumentParser:
+def add_command(commands: Commands, name: str, summary: str, run: _Command, *settings: str) -> argparse.ArgumentParser:
     """A command with a flag for each of these settings; what it runs gives its exit status, or raises StartupError."""
     added: argparse.ArgumentParser = commands.add_parser(
         name, help=summary, description=summary, argument_default=argparse.SUPPRESS
     )
-    added.set_defaults(run=lambda flags: run(settings_from(os.environ, flags), flags))
+    added.set_defaults(run=lambda flags: run(_settings_from(os.environ, flags), flags))
     for setting in settings:
         kind, called, says = SETTINGS[setting]
-        options: dict[str, Any] = {"help": f"{says} (default: {setting_text(setting)})", "metavar": called}
+        options: dict[str, Any] = {"help": f"{says} (default: {_setting_text(setting)})", "metavar": called}
         if kind is bool:
             options |= {"nargs": "?", "const": "true"}
         if kind == tuple[str, ...]:
@@ -3210,17 +3214,17 @@ def add_command(commands: Commands, name: str, summary: str, run: Command, *sett
     return added
 
 
-def setting_text(name: str) -> str:
+def _setting_text(name: str) -> str:
     """The default as one would write it."""
     kind, value = SETTINGS[name][0], getattr(Settings(), name)
     if kind in (Duration, Size) and value:
-        units = DURATION_UNITS if kind is Duration else SIZE_UNITS
+        units = _DURATION_UNITS if kind is Duration else _SIZE_UNITS
         unit, factor = next((unit, factor) for unit, factor in reversed(units.items()) if round(value / factor, 9) >= 1)
         return f"{value / factor:g}{unit}"
     return "none" if value in ("", ()) else str(value).lower() if kind is bool else str(value)
 
 
-def settings_from(environment: Mapping[str, str], flags: Mapping[str, Any]) -> Settings:
+def _settings_from(environment: Mapping[str, str], flags: Mapping[str, Any]) -> Settings:
     """Raises StartupError."""
     values, source = {}, "settings"
     try:
@@ -3228,29 +3232,29 @@ def settings_from(environment: Mapping[str, str], flags: Mapping[str, Any]) -> S
             flag, variable = f"--{name.replace('_', '-')}", f"RESUME_STREAM_{name.upper()}"
             if name in flags or variable in environment:
                 source, text = (flag, flags[name]) if name in flags else (variable, environment[variable])
-                value = checked_setting(name, ",".join(text) if isinstance(text, list) else text, is_text=True)
+                value = _checked_setting(name, ",".join(text) if isinstance(text, list) else text, is_text=True)
                 values[name] = getattr(Settings(**{name: value}), name)  # alone, so that it is said where it comes from
         return Settings(**values)
     except ValueError as error:
         raise StartupError(f"{source}: {error}") from error
 
 
-def run_serve(settings: Settings, flags: dict[str, Any]) -> None:
+def _run_serve(settings: Settings, flags: dict[str, Any]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    for extra in found_extras():
+    for extra in _found_extras():
         if hasattr(extra, "set_up"):
             extra.set_up(settings)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its own lines have queries in them, which may hold a token
     logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing" not in record.msg)  # see BrokenOff
-    uvloop.run(serve(settings))
+    uvloop.run(_serve(settings))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("resume-stream", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    add_command(commands, "serve", "run the service", run_serve, *SETTINGS)
-    for extra in found_extras():
+    add_command(commands, "serve", "run the service", _run_serve, *SETTINGS)
+    for extra in _found_extras():
         if hasattr(extra, "add_commands"):
             extra.add_commands(commands)
     parsed, unknown = parser.parse_known_args(arguments)

@@ -312,7 +312,7 @@ def store(request: pytest.FixtureRequest) -> Iterator[Callable[[], str]]:
     kind = getattr(request, "param", "sqlite")
     with pytest.MonkeyPatch.context() as patch:
         if kind == "sqlite-in-thread":
-            patch.setattr(resume_stream, "FEW_WRITES", 0)
+            patch.setattr(resume_stream, "_FEW_WRITES", 0)
         yield request.getfixturevalue("redis_server").address if kind == "redis" else str
 
 

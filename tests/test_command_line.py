@@ -14,7 +14,7 @@ import httpx
 import pytest
 import resume_stream
 from conftest import ROOT, TIMEOUT, Service
-from resume_stream import Settings, parse_duration, parse_size
+from resume_stream import Settings, _parse_size, parse_duration
 
 SETTINGS: dict[str, tuple[str, Any, str, Any]] = {
     # a text and its value, and another pair
@@ -75,7 +75,7 @@ def settings_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
     async def serve(settings: Settings) -> None:
         taken.append(settings)
 
-    monkeypatch.setattr(resume_stream, "serve", serve)
+    monkeypatch.setattr(resume_stream, "_serve", serve)
     monkeypatch.setattr("resume_stream.extras.logs.set_up", lambda settings: None)
 
     def run(*flags: str, **environment: str) -> Settings:
@@ -120,7 +120,7 @@ def test_durations(text: str, seconds: float) -> None:
     ],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
+    assert _parse_size(text) == size
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_what_is_no_duration_is_refused_with_an_example(text: str) -> None:
 @pytest.mark.parametrize("text", ["", "KiB", "-1", "1.5MiB", "10MB", "10mib", "1 MiB", "0x10", "٣", "1" * 400])
 def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ValueError, match="not a size; write it like 64KiB"):
-        parse_size(text)
+        _parse_size(text)
 
 
 def test_every_setting_has_its_default(settings_of: Callable[..., Settings]) -> None:

@@ -27,12 +27,12 @@ class Transactions:
         self.by_loop: list[bool] = []
         loop, noted = threading.get_ident(), self.by_loop
 
-        class Noted(resume_stream.Transaction):
+        class Noted(resume_stream._Transaction):
             def __init__(self, *args: Any) -> None:
                 noted.append(threading.get_ident() == loop)
                 super().__init__(*args)
 
-        monkeypatch.setattr(resume_stream, "Transaction", Noted)
+        monkeypatch.setattr(resume_stream, "_Transaction", Noted)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ async def buffer(make_buffer: Any) -> AsyncIterator[ChunkBuffer]:
 
 @pytest.fixture
 def transactions(monkeypatch: pytest.MonkeyPatch) -> Transactions:
-    monkeypatch.setattr(resume_stream, "QUICK", math.inf)
+    monkeypatch.setattr(resume_stream, "_QUICK", math.inf)
     return Transactions(monkeypatch)
 
 
@@ -72,8 +72,8 @@ async def test_the_other_thread_commits_what_is_many_or_large(buffer: ChunkBuffe
 async def test_now_and_then_the_other_thread_commits_so_that_the_wal_begins_anew(
     buffer: ChunkBuffer, transactions: Transactions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resume_stream, "IN_A_ROW", 3)
-    monkeypatch.setattr(resume_stream, "CHECKPOINT_PAGES", 10)
+    monkeypatch.setattr(resume_stream, "_IN_A_ROW", 3)
+    monkeypatch.setattr(resume_stream, "_CHECKPOINT_PAGES", 10)
     await append_some(buffer, 60)
     assert transactions.by_loop == [True, True, False] * 20
     assert wal_pages(buffer) < 20
@@ -94,15 +94,15 @@ async def test_after_a_slow_commit_the_other_thread_commits_for_twenty_times_as_
 ) -> None:
     clock, takes = 1000.0, 0.0
 
-    class Slow(resume_stream.Transaction):
+    class Slow(resume_stream._Transaction):
         def flush(self) -> None:
             nonlocal clock
             clock += takes
             super().flush()
 
     monkeypatch.setattr(resume_stream.time, "perf_counter", lambda: clock)
-    monkeypatch.setattr(resume_stream, "QUICK", 0.001)
-    monkeypatch.setattr(resume_stream, "Transaction", Slow)
+    monkeypatch.setattr(resume_stream, "_QUICK", 0.001)
+    monkeypatch.setattr(resume_stream, "_Transaction", Slow)
 
     async def append_at(now: float, seconds: float) -> bool:
         nonlocal clock, takes
@@ -164,7 +164,7 @@ async def test_what_fails_in_the_loop_has_changed_nothing_and_fails_as_in_the_th
     buffer: ChunkBuffer, transactions: Transactions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await append_some(buffer, 1)
-    flush, broken = resume_stream.Transaction.flush, sqlite3.OperationalError("disk I/O error")
+    flush, broken = resume_stream._Transaction.flush, sqlite3.OperationalError("disk I/O error")
     broken.sqlite_errorcode = sqlite3.SQLITE_IOERR
 
     def fails(self: Any) -> None:
@@ -172,9 +172,9 @@ async def test_what_fails_in_the_loop_has_changed_nothing_and_fails_as_in_the_th
         raise broken
 
     with monkeypatch.context() as context:
-        context.setattr(resume_stream.Transaction, "flush", fails)
+        context.setattr(resume_stream._Transaction, "flush", fails)
         for few in (8, 0):
-            context.setattr(resume_stream, "FEW_WRITES", few)
+            context.setattr(resume_stream, "_FEW_WRITES", few)
             with pytest.raises(resume_stream.Unavailable, match="disk I/O error"):
                 await buffer.add_chunks("t", "m", ["lost"])
     assert (await buffer.add_chunks("t", "m", [Chunk("more")])).seq == 2

@@ -81,7 +81,7 @@ async def test_a_buffer_is_left_at_once_whatever_it_was_asked_for(make_buffer: A
 
 
 async def test_there_is_a_number_of_chunks_that_one_append_may_have(buffer: ChunkBuffer) -> None:
-    most = resume_stream.MAX_CHUNKS
+    most = resume_stream._MAX_CHUNKS
     with pytest.raises(resume_stream.TooLarge, match="send them in parts"):
         await buffer.add_chunks("t", "m", [Chunk("")] * (most + 1))
     assert (await buffer.add_chunks("t", "m", [Chunk("")] * most)).chunk_count == most

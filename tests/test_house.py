@@ -12,7 +12,7 @@ from conftest import ROOT
 
 EXTRAS = sorted((ROOT / "extras").glob("*.py"))
 ROOMS = {"redis_store": ("redis_scripts", "redis_wire")}  # the files of an extra that is in more than one
-MOST_LINES = 3_350  # of app.py
+MOST_LINES = 3_300  # of app.py
 MOST_LINES_OF_AN_EXTRA = 500
 OVER = {"relay": 1_200, "redis_store": 700, "redis_scripts": 600}  # those that are over it today
 

@@ -576,7 +576,7 @@ def nothing_is_committed(db: str) -> Iterator[None]:
 @pytest.mark.sqlite
 async def test_what_waits_to_be_committed_is_bounded(buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was let in is committed by a buffer that is told to stop; what waited for room was never kept."""
-    monkeypatch.setattr(resume_stream, "PENDING_BYTES", 5_000)
+    monkeypatch.setattr(resume_stream, "_PENDING_BYTES", 5_000)
     size = 936  # and 64 for the chunk itself
     await asyncio.gather(*(buffer.add_chunks("t", "m", ["x" * size]) for _ in range(100)))
     assert (await buffer.get_thread_status("t")).chunk_count == 100  # slowed, and not refused
@@ -594,7 +594,7 @@ async def test_what_waits_to_be_committed_is_bounded(buffer: ChunkBuffer, monkey
 async def test_producers_that_wait_for_room_are_refused_when_the_buffer_stops(
     make_buffer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resume_stream, "PENDING_BYTES", 2_000)
+    monkeypatch.setattr(resume_stream, "_PENDING_BYTES", 2_000)
     async with make_buffer() as buffer:
         appends = [asyncio.create_task(buffer.add_chunks("t", "m", ["x" * 936])) for _ in range(50)]
         await asyncio.sleep(0)

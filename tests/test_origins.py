@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import TIMEOUT, Service
-from resume_stream import Settings, StartupError, serve
+from resume_stream import Settings, StartupError, _serve
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 from wire import serving, websocket_address
@@ -315,7 +315,7 @@ def test_with_a_secret_any_host_but_no_foreign_origin(tmp_path: Path) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "localhost.evil.example"])
 def test_others_are_served_only_when_told_so(tmp_path: Path, host: str) -> None:
     with pytest.raises(StartupError, match=r"secret.*--allow-anonymous"):
-        asyncio.run(serve(Settings(host=host, db=str(tmp_path / "chunks.db"))))
+        asyncio.run(_serve(Settings(host=host, db=str(tmp_path / "chunks.db"))))
     assert not list(tmp_path.iterdir())
 
 

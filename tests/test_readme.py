@@ -155,7 +155,7 @@ def test_the_reference_has_every_setting_with_its_default_and_every_call() -> No
         for row in rows
         for name, default in zip(re.findall(r"`(\w+)`", row[1]), row[2].split(", "), strict=True)
     }
-    assert said | {"max_db": "0"} == {name: resume_stream.setting_text(name) for name in resume_stream.SETTINGS}
+    assert said | {"max_db": "0"} == {name: resume_stream._setting_text(name) for name in resume_stream.SETTINGS}
     calls = (ROOT / "docs" / "calls.md").read_text()
     described = resume_stream.create_app().openapi_schema.to_schema()["paths"]
     for method, path in [(method, path) for path, methods in described.items() for method in methods]:

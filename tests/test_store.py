@@ -20,7 +20,7 @@ import pytest
 import resume_stream
 from buffers import attached, history, on_writer, transactions_in
 from conftest import TIMEOUT, Service, append, until
-from resume_stream import ChunkBuffer, Problem, Settings, StartupError, with_room
+from resume_stream import ChunkBuffer, Problem, Settings, StartupError, _with_room
 from resume_stream.extras import erasure
 
 pytestmark = pytest.mark.anyio
@@ -217,7 +217,7 @@ def test_where_there_is_no_room_the_wal_gives_its_own_once(tmp_path: Path, is_en
         connection.execute("pragma journal_mode = wal")
         connection.execute("create table texts (content)")
         with contextlib.nullcontext() if is_enough else pytest.raises(sqlite3.OperationalError, match="full"):
-            with_room(work, connection)
+            _with_room(work, connection)
     assert wal_sizes[0] > 0
     assert wal_sizes[1:] == [0]
 
@@ -310,14 +310,14 @@ async def test_one_refused_append_does_not_spoil_the_others_of_its_transaction(b
 async def test_a_transaction_that_fails_in_its_middle_leaves_nothing_and_does_not_stay_open(
     buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    append = resume_stream.Transaction.append
+    append = resume_stream._Transaction.append
 
     def fails_after_it(*arguments: Any) -> Any:
         append(*arguments)
         raise sqlite3.OperationalError("disk I/O error")
 
     with monkeypatch.context() as context:
-        context.setattr(resume_stream.Transaction, "append", fails_after_it)
+        context.setattr(resume_stream._Transaction, "append", fails_after_it)
         with pytest.raises(resume_stream.Unavailable):
             await buffer.add_chunks("t", "m", ["lost"])
     assert (await buffer.add_chunks("t", "m", ["kept"])).seq == 1
@@ -383,7 +383,7 @@ async def test_a_checkpoint_that_fails_does_not_take_back_what_was_committed(
     make_buffer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk has room for the WAL, and none for the database: the append is stored all the same."""
-    monkeypatch.setattr(resume_stream, "WAL_BYTES", 0)  # a checkpoint after each commit, then
+    monkeypatch.setattr(resume_stream, "_WAL_BYTES", 0)  # a checkpoint after each commit, then
     failures = 0
 
     def fails(connection: sqlite3.Connection) -> bool:
@@ -429,7 +429,7 @@ def overlapping_readers(db: Path) -> Iterator[None]:
 async def test_the_wal_does_not_grow_without_bound_under_readers_that_never_pause(
     make_buffer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resume_stream, "WAL_BYTES", 512 * 1024)
+    monkeypatch.setattr(resume_stream, "_WAL_BYTES", 512 * 1024)
     wal = tmp_path / "chunks.db-wal"
     async with make_buffer() as buffer:
         await buffer.open_message("t", "m")
@@ -540,7 +540,7 @@ async def test_text_that_was_cleared_while_other_text_was_being_erased_is_nowher
 async def test_text_that_expired_is_nowhere_in_the_files(
     make_buffer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resume_stream, "CLOCK_STEP_MS", math.inf)  # its times are made up
+    monkeypatch.setattr(resume_stream, "_CLOCK_STEP_MS", math.inf)  # its times are made up
     now, db = time.time_ns() // 1_000_000, tmp_path / "chunks.db"
     monkeypatch.setattr(erasure, "ERASE_ROWS", 50)
     monkeypatch.setattr(resume_stream, "now_ms", lambda: now - 7_200_000)
@@ -571,7 +571,7 @@ async def test_what_few_threads_are_is_found_among_many_as_soon_as_among_few(
     make_buffer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the steps of SQLite's own machine."""
-    steps, run = 0, resume_stream.Database.run
+    steps, run = 0, resume_stream._Database.run
 
     def count() -> None:
         nonlocal steps
@@ -597,7 +597,7 @@ async def test_what_few_threads_are_is_found_among_many_as_soon_as_among_few(
                 lambda buffer=buffer: buffer.store.expire(0),
             )
             taken.append([])
-            monkeypatch.setattr(resume_stream.Database, "run", counted)
+            monkeypatch.setattr(resume_stream._Database, "run", counted)
             for look in looks:
                 steps = 0
                 await look()
@@ -609,7 +609,7 @@ async def test_what_few_threads_are_is_found_among_many_as_soon_as_among_few(
 async def test_an_expired_thread_is_gone_for_its_reader_and_a_touched_one_stays(
     make_buffer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resume_stream, "CLOCK_STEP_MS", math.inf)  # its times are made up
+    monkeypatch.setattr(resume_stream, "_CLOCK_STEP_MS", math.inf)  # its times are made up
     async with make_buffer(ttl=1000, cleanup_interval=0.02) as buffer:
         await asyncio.gather(*(buffer.open_message(thread_id, "m") for thread_id in ("t", "touched")))
         reading = await attached(buffer, buffer.resume_stream("t", "m", idle_timeout=10))
