@@ -2382,6 +2382,8 @@ class ChunkBuffer:
             with _logged_problems("watch other processes"):
                 async with aclosing(self.store.changed_elsewhere()) as elsewhere:
                     async for thread_ids in elsewhere:
+                        # First, as readers are told to look only once there is an answer; if not, this is tried again.
+                        await self.store.find(next(iter(thread_ids)))
                         for thread_id in thread_ids:
                             if tail := self._tails.get(thread_id):
                                 await self._doubt(thread_id, tail)
