@@ -26,7 +26,7 @@ import resume_stream
 from resume_stream.extras import limits, websocket
 limits.HEAD_TIMEOUT, limits.STALLED_AFTER, limits.KEPT_FOR_HEALTH = 0.3, 0.3, 2
 websocket.MOST_SUBSCRIPTIONS = 3
-app.BODY_TIMEOUT = 0.3
+app._BODY_TIMEOUT = 0.3
 most = int(sys.argv.pop(1))
 if most:
     limits.most_connections = lambda: most
