@@ -800,20 +800,12 @@ def bytes_known(known: bytes, text: bytes) -> int | None:
     return start + len(known) if is_unique else None
 
 
-class _Waiting(NamedTuple):
-    """A write that is to be committed, and who waits for it."""
-
-    write: Write
-    asked: float
-    done: asyncio.Future[Change]
-
-
 class GroupCommit:
     """Commits together, in order, what is asked for in one turn of the loop, and tells of it before it answers."""
 
     def __init__(self) -> None:
         self._told: Told = lambda changes, took: None
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[tuple[Write, float, asyncio.Future[Change]]] = []  # when each was asked for, and who waits
         self._waiting_bytes = 0
         self._has_room = asyncio.Event()
         self._has_room.set()
@@ -843,7 +835,7 @@ class GroupCommit:
         if isinstance(write, Append):
             size = sum(write.sizes) + CHUNK_OVERHEAD * len(write.chunks)
         done: asyncio.Future[Change] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(write, time.perf_counter(), done))
+        self._waiting.append((write, time.perf_counter(), done))
         self._waiting_bytes += size
         if self._waiting_bytes >= _PENDING_BYTES:
             self._has_room.clear()
@@ -878,24 +870,24 @@ class GroupCommit:
         self._refused_ms = now_ms()
         return error
 
-    async def _commit_batch(self, batch: Sequence[_Waiting], size: int) -> None:
+    async def _commit_batch(self, batch: Sequence[tuple[Write, float, asyncio.Future[Change]]], size: int) -> None:
         began = time.perf_counter()
         outcomes: Sequence[Change | Exception]
         try:
-            outcomes = await self.commit([waiting.write for waiting in batch], size)
+            outcomes = await self.commit([write for write, _, _ in batch], size)
         except Exception as error:
             outcomes = [self.refused(error)] * len(batch)
         else:
-            done = zip(outcomes, batch, strict=True)
-            changes = [(outcome, waiting.asked) for outcome, waiting in done if isinstance(outcome, Change)]
+            asked = [asked for _, asked, _ in batch]
+            changes = [(known, when) for known, when in zip(outcomes, asked, strict=True) if isinstance(known, Change)]
             self._told(changes, time.perf_counter() - began)
-        for waiting, outcome in zip(batch, outcomes, strict=True):
-            if waiting.done.done():
+        for (_, _, waiting), outcome in zip(batch, outcomes, strict=True):
+            if waiting.done():
                 continue  # the one who asked is gone; what was committed stays committed
             if isinstance(outcome, Change):
-                waiting.done.set_result(outcome)
+                waiting.set_result(outcome)
             else:
-                waiting.done.set_exception(outcome)
+                waiting.set_exception(outcome)
 
 
 # What is in SQLite
