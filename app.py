@@ -1269,10 +1269,11 @@ def _erase_thread(db: sqlite3.Connection) -> bool:
 
 
 def _shrink(db: sqlite3.Connection) -> bool:
-    """Give some of the free pages back to the disk; False once there are none."""
-    # As a script, since Python takes only the first step of what has no columns, which gives one page back.
-    db.executescript("pragma incremental_vacuum(256)")
-    return bool(db.execute("pragma freelist_count").fetchone()[0])
+    """Give some of the free pages back to the disk; False once there are none. Without any it takes no lock."""
+    (free,) = db.execute("pragma freelist_count").fetchone()
+    if free:  # as a script, since Python takes only the first step of what has no columns, which gives one page back
+        db.executescript("pragma incremental_vacuum(256)")
+    return cast(int, free) > 256
 
 
 def _reads(
