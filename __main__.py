@@ -2,6 +2,6 @@
 
 import sys
 
-from resume_stream import main
+from .app import main
 
 sys.exit(main())

@@ -97,10 +97,9 @@ __all__ = [
     "router",
 ]
 
-# This file is the package resume_stream, also where it is run as it is, and extras/ beside it is part of that:
-# what is in there may use whatever has no leading underscore here.
-__path__ = [str(Path(__file__).parent)]
-sys.modules.setdefault("resume_stream", sys.modules[__name__])
+if not __package__:  # run as a file, or copied beside other code: extras still import it as resume_stream.app
+    __path__ = [str(Path(__file__).parent)]
+    sys.modules["resume_stream"] = sys.modules["resume_stream.app"] = sys.modules[__name__]
 
 _T = TypeVar("_T")
 _E = TypeVar("_E", bound=Exception)

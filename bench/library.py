@@ -31,15 +31,15 @@ def thread_name(number: int) -> str:
 
 
 def load_library() -> Any:
-    """``app.py`` under its import name."""
+    """Import the checkout as the package ``resume_stream``, and return its ``app``."""
     spec = importlib.util.spec_from_file_location(
-        "resume_stream", ROOT / "app.py", submodule_search_locations=[str(ROOT)]
+        "resume_stream", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
     )
     if spec is None or spec.loader is None:
         raise ImportError(f"{ROOT / 'app.py'} cannot be imported")
     module = sys.modules["resume_stream"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    return module.app
 
 
 def filled(path: Path, threads: int) -> None:

@@ -70,9 +70,10 @@ def package() -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("extras", "client"):
         shutil.copytree(ROOT / name, folder / "resume_stream" / name)
-    shutil.copy(ROOT / "app.py", folder / "resume_stream" / "__init__.py")
+    for name in ("__init__.py", "app.py"):
+        shutil.copy(ROOT / name, folder / "resume_stream")
     script = folder / "start.py"
-    script.write_text("import sys\n\nimport resume_stream\n\nsys.exit(resume_stream.main())\n")
+    script.write_text("import sys\n\nfrom resume_stream.app import main\n\nsys.exit(main())\n")
     return script
 
 

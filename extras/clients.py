@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from resume_stream import Commands
-from resume_stream.client import command_line
+from ..app import Commands
+from ..client import command_line
 
 
 def add_commands(commands: Commands) -> None:

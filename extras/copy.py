@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import msgspec
-from resume_stream import (
+
+from ..app import (
     MESSAGES,
     PAGE_ROWS,
     Commands,

@@ -14,7 +14,8 @@ from functools import cached_property
 from typing import Any
 
 import msgspec
-from resume_stream import UNDECODABLE, Chunk, Parts
+
+from ..app import UNDECODABLE, Chunk, Parts
 
 Said = tuple[str | None, dict[str, Any]]  # an event's name, and its data
 DONE = "[DONE]"

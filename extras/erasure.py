@@ -12,7 +12,8 @@ from functools import partial
 from typing import Any
 
 import msgspec
-from resume_stream import SQLiteStore, checkpoint
+
+from ..app import SQLiteStore, checkpoint
 
 ERASE_ROWS = 500  # rows deleted in one transaction
 ERASE_BYTES = 1024**2  # of text, likewise

@@ -17,7 +17,9 @@ from functools import lru_cache, partial
 from typing import Any, cast
 
 import uvicorn
-from resume_stream import (
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from ..app import (
     ANYONE,
     API_HEADERS,
     RETRY,
@@ -40,7 +42,6 @@ from resume_stream import (
     chunks_from_json,
     encode_json,
 )
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 log = logging.getLogger("resume_stream")
 

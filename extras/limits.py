@@ -9,8 +9,9 @@ import asyncio
 import resource
 from typing import Any
 
-from resume_stream import Parts
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from ..app import Parts
 
 MOST_HEAD = 64 * 1024  # bytes of a request line and its headers (RFC 6585, 5)
 HEAD_TIMEOUT = 10.0  # seconds in which they have to be there

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
 
-from resume_stream import CHUNK_OVERHEAD, Change, Entry, Format, MessageEnd, Page, Status, StoredChunk, Tail
+from ..app import CHUNK_OVERHEAD, Change, Entry, Format, MessageEnd, Page, Status, StoredChunk, Tail
 
 LIVE_BYTES = 1024**2  # of a thread's newest pages, kept while somebody follows it
 ALL_LIVE_BYTES = 32 * 1024**2  # of all threads

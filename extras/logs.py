@@ -14,7 +14,8 @@ from urllib.parse import quote
 from litestar.enums import ScopeType
 from litestar.middleware import DefineMiddleware
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
-from resume_stream import Parts, Settings, encode_json
+
+from ..app import Parts, Settings, encode_json
 
 log = logging.getLogger("resume_stream")
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from litestar import MediaType, Response, get
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from resume_stream import ADMIN, PRODUCER_TIMEOUT, Buffer, Change, ChunkBuffer, Page, Parts, Place
+
+from ..app import ADMIN, PRODUCER_TIMEOUT, Buffer, Change, ChunkBuffer, Page, Parts, Place
 
 LATENCY_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
 UNSETTLED = 4096  # commits that wait for the next scrape

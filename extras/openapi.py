@@ -20,7 +20,8 @@ from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, OpenAPI, SecurityScheme, Tag
 from litestar.types import Method
 from litestar.types.internal_types import PathParameterDefinition
-from resume_stream import (
+
+from ..app import (
     AccumulatedContent,
     Appended,
     Chunk,

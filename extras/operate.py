@@ -23,7 +23,8 @@ from urllib.parse import quote
 
 import msgspec
 from litestar import get
-from resume_stream import (
+
+from ..app import (
     APPLICATION_ID,
     BUSY_TIMEOUT,
     SETTINGS,

@@ -15,7 +15,8 @@ from functools import partial
 from typing import NamedTuple, cast
 
 import msgspec
-from resume_stream import Problem, SQLiteStore, is_of_its_rows, now_ms
+
+from ..app import Problem, SQLiteStore, is_of_its_rows, now_ms
 
 log = logging.getLogger("resume_stream")
 

@@ -13,7 +13,8 @@ from litestar.params import FromPath
 from litestar.response import File
 from litestar.response.file import ASGIFileResponse
 from litestar.static_files import create_static_files_router
-from resume_stream import NotFound, Parts
+
+from ..app import NotFound, Parts
 
 STATIC = Path(__file__).parent.with_name("static")
 SWAGGER = Path(cast(ModuleSpec, find_spec("swagger_ui")).origin or "").with_name("static")

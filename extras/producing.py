@@ -20,7 +20,8 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 from litestar import Request
-from resume_stream import (
+
+from ..app import (
     CUT,
     PAGE_ROWS,
     UNDECODABLE,

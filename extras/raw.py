@@ -7,7 +7,8 @@ import re
 from litestar import get
 from litestar.di import NamedDependency
 from litestar.response.base import ASGIResponse
-from resume_stream import (
+
+from ..app import (
     HEARTBEAT,
     READ,
     RELAYED,

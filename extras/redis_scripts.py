@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import msgspec
-from resume_stream import (
+
+from ..app import (
     CHUNK_WEIGHT,
     PAGE_BYTES,
     Append,

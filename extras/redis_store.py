@@ -20,7 +20,8 @@ from redis import exceptions
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff, NoBackoff
-from resume_stream import (
+
+from ..app import (
     Change,
     Clear,
     Cursor,
@@ -49,7 +50,7 @@ from resume_stream import (
     no_thread,
     now_ms,
 )
-from resume_stream.extras.redis_scripts import (
+from .redis_scripts import (
     ADOPT,
     IDLE,
     LIST,
@@ -77,7 +78,7 @@ from resume_stream.extras.redis_scripts import (
     state_from,
     state_of,
 )
-from resume_stream.extras.redis_wire import (
+from .redis_wire import (
     FAILURES,
     Ears,
     Line,

@@ -10,7 +10,8 @@ from typing import Any, cast
 from redis import exceptions
 from redis.asyncio import ConnectionPool
 from redis.asyncio.connection import AbstractConnection
-from resume_stream import DatabaseFull, Problem, Unavailable
+
+from ..app import DatabaseFull, Problem, Unavailable
 
 SILENT_FOR = 2.0  # seconds after which a connection that has to say something is taken for lost
 

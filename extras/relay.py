@@ -26,7 +26,8 @@ import msgspec
 from litestar import Request, asgi
 from litestar.enums import ScopeType
 from litestar.types import Receive, Scope, Send
-from resume_stream import (
+
+from ..app import (
     ABORT,
     HEARTBEAT,
     MAX_REASON,

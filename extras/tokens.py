@@ -12,7 +12,8 @@ import msgspec
 from litestar import Request, post
 from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
-from resume_stream import (
+
+from ..app import (
     SCOPES,
     SMALL_BODY,
     THREAD,

@@ -19,7 +19,8 @@ from litestar.enums import ScopeType
 from litestar.exceptions import WebSocketDisconnect
 from litestar.middleware import DefineMiddleware
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
-from resume_stream import (
+
+from ..app import (
     ABORT,
     READ,
     SCOPES,

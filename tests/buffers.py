@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import TIMEOUT, until
-from resume_stream import ChunkBuffer, MessageEnd, Page, Place, Reader, Signal, StoredChunk, Unavailable
+from resume_stream.app import ChunkBuffer, MessageEnd, Page, Place, Reader, Signal, StoredChunk, Unavailable
 from resume_stream.extras.express import Detached
 
 # What a reader gets

@@ -28,9 +28,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def load_app() -> Any:
-    """``app.py`` under its import name, so that the tests run what is checked out beside them, ``client`` too."""
+    """Import the checkout as the package ``resume_stream``, so that the tests run what is beside them."""
     spec = importlib.util.spec_from_file_location(
-        "resume_stream", ROOT / "app.py", submodule_search_locations=[str(ROOT)]
+        "resume_stream", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
     )
     module = importlib.util.module_from_spec(spec)
     sys.modules["resume_stream"] = module
@@ -40,8 +40,8 @@ def load_app() -> Any:
 
 load_app()
 
-import resume_stream  # noqa: E402
-from resume_stream import ChunkBuffer, Settings  # noqa: E402
+from resume_stream import app  # noqa: E402
+from resume_stream.app import ChunkBuffer, Settings  # noqa: E402
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -312,7 +312,7 @@ def store(request: pytest.FixtureRequest) -> Iterator[Callable[[], str]]:
     kind = getattr(request, "param", "sqlite")
     with pytest.MonkeyPatch.context() as patch:
         if kind == "sqlite-in-thread":
-            patch.setattr(resume_stream, "_FEW_WRITES", 0)
+            patch.setattr(app, "_FEW_WRITES", 0)
         yield request.getfixturevalue("redis_server").address if kind == "redis" else str
 
 

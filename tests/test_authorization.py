@@ -17,7 +17,7 @@ import httpx
 import jwt
 import pytest
 from conftest import ROOT, TIMEOUT, Service, append, wait_until
-from resume_stream import main
+from resume_stream.app import main
 from resume_stream.extras import express
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import ClientConnection, connect

@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx
 import pytest
-import resume_stream
 import resume_stream.client
 from conftest import TIMEOUT, Service
 from resume_stream.client import (

@@ -12,9 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
-import resume_stream
 from conftest import ROOT, TIMEOUT, Service
-from resume_stream import Settings, _parse_size, parse_duration
+from resume_stream import app
+from resume_stream.app import Settings, _parse_size, parse_duration
 
 SETTINGS: dict[str, tuple[str, Any, str, Any]] = {
     # a text and its value, and another pair
@@ -75,14 +75,14 @@ def settings_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
     async def serve(settings: Settings) -> None:
         taken.append(settings)
 
-    monkeypatch.setattr(resume_stream, "_serve", serve)
+    monkeypatch.setattr(app, "_serve", serve)
     monkeypatch.setattr("resume_stream.extras.logs.set_up", lambda settings: None)
 
     def run(*flags: str, **environment: str) -> Settings:
         with monkeypatch.context() as context:
             for name, value in environment.items():
                 context.setenv(name, value)
-            assert resume_stream.main(["serve", *flags]) == 0
+            assert app.main(["serve", *flags]) == 0
         return taken.pop()
 
     return run
@@ -195,7 +195,7 @@ def test_a_bad_value_is_one_line_that_names_the_flag_or_variable(
     monkeypatch.setattr("resume_stream.extras.logs.set_up", lambda settings: None)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert resume_stream.main(["serve", *flags]) == 1
+    assert app.main(["serve", *flags]) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"resume-stream: {says}")
@@ -215,7 +215,7 @@ def test_a_variable_that_is_no_setting_is_refused_and_the_near_one_named(
 ) -> None:
     monkeypatch.setattr("resume_stream.extras.logs.set_up", lambda settings: None)
     monkeypatch.setenv(variable, "1")
-    assert resume_stream.main(["serve"]) == 1
+    assert app.main(["serve"]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"resume-stream: {variable} is no setting; ")
     assert near in error
@@ -283,14 +283,14 @@ def refusal(*arguments: Any) -> str:
 
 def test_the_version_is_that_of_the_module() -> None:
     done = run("version")
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{resume_stream.__version__}\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{app.__version__}\n", "")
     done = run("--version")
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"resume-stream {resume_stream.__version__}\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"resume-stream {app.__version__}\n", "")
 
 
 def test_help_shows_values_as_one_writes_them(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        resume_stream.main(["serve", "--help"])
+        app.main(["serve", "--help"])
     assert left.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
     for default in ("1h", "5m", "30s", "100ms", "1MiB", "64MiB", "10000", "none", "false", "true", "FULL"):
@@ -310,7 +310,7 @@ def test_a_flag_that_is_none_exits_2_with_the_usage_of_its_command(
 ) -> None:
     arguments = [command, *(["thread"] if command == "tail" else []), "--bogus", "1"]
     with pytest.raises(SystemExit) as left:
-        resume_stream.main(arguments)
+        app.main(arguments)
     assert left.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith(f"usage: resume-stream {command} ")
@@ -389,4 +389,4 @@ def start_process() -> Any:
 
 def test_a_clean_up_that_would_never_pause_is_refused() -> None:
     with pytest.raises(ValueError, match="never pause"):
-        Settings(cleanup_interval=resume_stream.Duration(0))
+        Settings(cleanup_interval=app.Duration(0))

@@ -12,10 +12,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-import resume_stream
 from buffers import on_writer, store_of
 from conftest import TIMEOUT, until
-from resume_stream import Chunk, ChunkBuffer
+from resume_stream import app
+from resume_stream.app import Chunk, ChunkBuffer
 
 pytestmark = pytest.mark.anyio
 
@@ -27,12 +27,12 @@ class Transactions:
         self.by_loop: list[bool] = []
         loop, noted = threading.get_ident(), self.by_loop
 
-        class Noted(resume_stream._Transaction):
+        class Noted(app._Transaction):
             def __init__(self, *args: Any) -> None:
                 noted.append(threading.get_ident() == loop)
                 super().__init__(*args)
 
-        monkeypatch.setattr(resume_stream, "_Transaction", Noted)
+        monkeypatch.setattr(app, "_Transaction", Noted)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ async def buffer(make_buffer: Any) -> AsyncIterator[ChunkBuffer]:
 
 @pytest.fixture
 def transactions(monkeypatch: pytest.MonkeyPatch) -> Transactions:
-    monkeypatch.setattr(resume_stream, "_QUICK", math.inf)
+    monkeypatch.setattr(app, "_QUICK", math.inf)
     return Transactions(monkeypatch)
 
 
@@ -72,8 +72,8 @@ async def test_the_other_thread_commits_what_is_many_or_large(buffer: ChunkBuffe
 async def test_now_and_then_the_other_thread_commits_so_that_the_wal_begins_anew(
     buffer: ChunkBuffer, transactions: Transactions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resume_stream, "_IN_A_ROW", 3)
-    monkeypatch.setattr(resume_stream, "_CHECKPOINT_PAGES", 10)
+    monkeypatch.setattr(app, "_IN_A_ROW", 3)
+    monkeypatch.setattr(app, "_CHECKPOINT_PAGES", 10)
     await append_some(buffer, 60)
     assert transactions.by_loop == [True, True, False] * 20
     assert wal_pages(buffer) < 20
@@ -94,15 +94,15 @@ async def test_after_a_slow_commit_the_other_thread_commits_for_twenty_times_as_
 ) -> None:
     clock, takes = 1000.0, 0.0
 
-    class Slow(resume_stream._Transaction):
+    class Slow(app._Transaction):
         def flush(self) -> None:
             nonlocal clock
             clock += takes
             super().flush()
 
-    monkeypatch.setattr(resume_stream.time, "perf_counter", lambda: clock)
-    monkeypatch.setattr(resume_stream, "_QUICK", 0.001)
-    monkeypatch.setattr(resume_stream, "_Transaction", Slow)
+    monkeypatch.setattr(app.time, "perf_counter", lambda: clock)
+    monkeypatch.setattr(app, "_QUICK", 0.001)
+    monkeypatch.setattr(app, "_Transaction", Slow)
 
     async def append_at(now: float, seconds: float) -> bool:
         nonlocal clock, takes
@@ -130,7 +130,7 @@ async def test_a_lock_of_another_process_is_waited_for_in_the_other_thread(
         for _ in range(20):  # the loop goes on, and so does whoever reads
             assert (await buffer.get_accumulated_content("t")).content == "text"
         assert not appending.done()
-        assert time.monotonic() - began < resume_stream.BUSY_TIMEOUT  # which the loop would have waited
+        assert time.monotonic() - began < app.BUSY_TIMEOUT  # which the loop would have waited
         other.execute("rollback")
     assert (await appending).seq == 2
     assert transactions.by_loop == [True, False]
@@ -164,7 +164,7 @@ async def test_what_fails_in_the_loop_has_changed_nothing_and_fails_as_in_the_th
     buffer: ChunkBuffer, transactions: Transactions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await append_some(buffer, 1)
-    flush, broken = resume_stream._Transaction.flush, sqlite3.OperationalError("disk I/O error")
+    flush, broken = app._Transaction.flush, sqlite3.OperationalError("disk I/O error")
     broken.sqlite_errorcode = sqlite3.SQLITE_IOERR
 
     def fails(self: Any) -> None:
@@ -172,10 +172,10 @@ async def test_what_fails_in_the_loop_has_changed_nothing_and_fails_as_in_the_th
         raise broken
 
     with monkeypatch.context() as context:
-        context.setattr(resume_stream._Transaction, "flush", fails)
+        context.setattr(app._Transaction, "flush", fails)
         for few in (8, 0):
-            context.setattr(resume_stream, "_FEW_WRITES", few)
-            with pytest.raises(resume_stream.Unavailable, match="disk I/O error"):
+            context.setattr(app, "_FEW_WRITES", few)
+            with pytest.raises(app.Unavailable, match="disk I/O error"):
                 await buffer.add_chunks("t", "m", ["lost"])
     assert (await buffer.add_chunks("t", "m", [Chunk("more")])).seq == 2
     assert (await buffer.get_accumulated_content("t")).content == "textmore"

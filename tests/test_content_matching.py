@@ -12,7 +12,7 @@ from buffers import attached, take
 from hypothesis import given
 from hypothesis import settings as how
 from hypothesis import strategies as st
-from resume_stream import Chunk, ChunkBuffer, MessageEnd, Settings, Signal
+from resume_stream.app import Chunk, ChunkBuffer, MessageEnd, Settings, Signal
 
 RESET = Signal.RESET
 STORES = ("sqlite", "redis")

@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-import resume_stream
 from conftest import RedisServer, Service, api_client, append, why_no_redis
+from resume_stream import app
 from wire import Stream, data_of, message_path
 
 pytestmark = pytest.mark.skipif(bool(why_no_redis()), reason=why_no_redis())
@@ -24,7 +24,7 @@ def copied(capsys: pytest.CaptureFixture[str]) -> Copied:
     """Copy from one to the other; what was said about it."""
 
     def copied(source: str | Path, target: str | Path) -> str:
-        assert resume_stream.main(["copy", str(source), str(target)]) == 0
+        assert app.main(["copy", str(source), str(target)]) == 0
         return capsys.readouterr().err
 
     return copied
@@ -68,7 +68,7 @@ def test_a_copy_is_like_what_it_was_copied_from_and_so_is_its_copy(
         copied(address, back)
     with Service(back) as service, api_client(service) as client:
         assert everything(client) == original
-        assert resume_stream.main(["check", "--db", str(back)]) == 0
+        assert app.main(["check", "--db", str(back)]) == 0
         append(client, "third", "run", "x")
         assert list(everything(client)) == ["third", *original]
 
@@ -133,7 +133,7 @@ def test_a_file_with_threads_of_its_own_is_refused_and_stays_as_it_was(
         with Service(path) as service, api_client(service) as client:
             append(client, path.name, "run", "a")
             service.end()
-    assert resume_stream.main(["copy", *map(str, paths)]) == 1
+    assert app.main(["copy", *map(str, paths)]) == 1
     assert "has threads of its own" in capsys.readouterr().err
     with contextlib.closing(sqlite3.connect(paths[1])) as connection:
         assert connection.execute("select thread_id from threads").fetchall() == [("target.db",)]
@@ -141,7 +141,7 @@ def test_a_file_with_threads_of_its_own_is_refused_and_stays_as_it_was(
 
 def test_what_is_no_store_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for source in (tmp_path / "none.db", __file__, f"unix://{tmp_path}/none.sock", "ftp://somewhere"):
-        assert resume_stream.main(["copy", str(source), str(tmp_path / "target.db")]) == 1
+        assert app.main(["copy", str(source), str(tmp_path / "target.db")]) == 1
         said = capsys.readouterr().err
         assert said.startswith("resume-stream: ")
         assert "Traceback" not in said

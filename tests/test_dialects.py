@@ -11,7 +11,7 @@ import httpx
 import pytest
 from conftest import wait_until
 from relayed import RETRY, Relay, bare_events, relay
-from resume_stream import Chunk
+from resume_stream.app import Chunk
 from resume_stream.extras.dialects import DIALECTS
 from resume_stream.extras.relay import Events, Failed
 from upstream import (

@@ -10,10 +10,10 @@ import tomllib
 from collections.abc import Iterator
 
 import pytest
-import resume_stream
 import uvicorn
 from conftest import ROOT, TIMEOUT, Service, api_client, append, wait_until
-from resume_stream import ChunkBuffer, Settings
+from resume_stream import app
+from resume_stream.app import ChunkBuffer, Settings
 from resume_stream.extras import express, limits
 from wire import contents, shared_service
 
@@ -186,10 +186,10 @@ def test_with_another_uvicorn_the_ordinary_ways_answer_and_say_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     buffer = ChunkBuffer(Settings(db=":unused:"))
-    assert resume_stream.Parts(buffer).connection[0] is limits.Limited
-    assert issubclass(resume_stream.Parts(buffer).connection[1], express.Express)
+    assert app.Parts(buffer).connection[0] is limits.Limited
+    assert issubclass(app.Parts(buffer).connection[1], express.Express)
     monkeypatch.setattr(uvicorn, "__version__", "99.1.0")
-    assert resume_stream.Parts(buffer).connection == []
+    assert app.Parts(buffer).connection == []
     assert [record.message for record in caplog.records] == [
         "uvicorn 99.1.0 was not tested, so connections are its own: without limits"
     ]

@@ -9,10 +9,10 @@ import time
 from typing import Any
 
 import pytest
-import resume_stream
 from buffers import store_of
 from conftest import TIMEOUT, until
-from resume_stream import Chunk, ChunkBuffer
+from resume_stream import app
+from resume_stream.app import Chunk, ChunkBuffer
 from resume_stream.extras.producing import record
 
 pytestmark = pytest.mark.anyio
@@ -77,12 +77,12 @@ async def test_a_buffer_is_left_at_once_whatever_it_was_asked_for(make_buffer: A
             buffer.stop()
             outcomes = await asyncio.gather(*readings, return_exceptions=True)
     assert slow.runs == 1
-    assert all(isinstance(outcome, resume_stream.Unavailable) for outcome in outcomes)
+    assert all(isinstance(outcome, app.Unavailable) for outcome in outcomes)
 
 
 async def test_there_is_a_number_of_chunks_that_one_append_may_have(buffer: ChunkBuffer) -> None:
-    most = resume_stream._MAX_CHUNKS
-    with pytest.raises(resume_stream.TooLarge, match="send them in parts"):
+    most = app._MAX_CHUNKS
+    with pytest.raises(app.TooLarge, match="send them in parts"):
         await buffer.add_chunks("t", "m", [Chunk("")] * (most + 1))
     assert (await buffer.add_chunks("t", "m", [Chunk("")] * most)).chunk_count == most
 
@@ -90,7 +90,7 @@ async def test_there_is_a_number_of_chunks_that_one_append_may_have(buffer: Chun
 async def test_chunks_without_text_fill_a_message_too(make_buffer: Any) -> None:
     async with make_buffer(max_message=1600) as buffer:
         await buffer.add_chunks("t", "m", [""] * 100)
-        with pytest.raises(resume_stream.TooLarge, match="16 besides its text"):
+        with pytest.raises(app.TooLarge, match="16 besides its text"):
             await buffer.add_chunks("t", "m", [""])
 
 
@@ -111,7 +111,7 @@ async def test_a_thread_tells_of_its_messages_by_pages(buffer: ChunkBuffer) -> N
 async def test_the_text_of_a_message_deleted_by_hand_is_never_anothers(buffer: ChunkBuffer) -> None:
     await buffer.add_chunks("t", "deleted", ["old text"])
     with sqlite3.connect(buffer.settings.db) as shell:
-        resume_stream.open_packs(shell)
+        app.open_packs(shell)
         shell.execute("delete from messages where message_id = 'deleted'")
     shell.close()
     await buffer.add_chunks("t", "new", ["new text"], complete=True)
@@ -122,7 +122,7 @@ async def test_the_text_of_a_message_deleted_by_hand_is_never_anothers(buffer: C
 async def test_what_the_store_refuses_for_now_is_recorded_once_it_takes_it(
     make_buffer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resume_stream, "BUSY_TIMEOUT", 0.01)
+    monkeypatch.setattr(app, "BUSY_TIMEOUT", 0.01)
     async with make_buffer() as buffer:
         other = sqlite3.connect(buffer.settings.db, isolation_level=None)
         stored_one, locked = asyncio.Event(), asyncio.Event()

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import resume_stream
 from conftest import ROOT
+from resume_stream import app
 
 EXTRAS = sorted((ROOT / "extras").glob("*.py"))
 ROOMS = {"redis_store": ("redis_scripts", "redis_wire")}  # the files of an extra that is in more than one
@@ -32,7 +32,7 @@ def lines(path: Path) -> int:
 
 @pytest.mark.parametrize("path", EXTRAS, ids=lambda path: path.stem)
 def test_an_extra_imports_no_other_one_and_no_name_with_an_underscore(path: Path) -> None:
-    used = {name for module, name in imported(path) if module == "resume_stream"}
+    used = {name for module, name in imported(path) if module == "app"}
     assert used
     assert not {name for name in used if name.startswith("_") and name != "__version__"}
     others = {module for module, _ in imported(path) if module.startswith(("resume_stream.", "extras", "."))}
@@ -42,7 +42,7 @@ def test_an_extra_imports_no_other_one_and_no_name_with_an_underscore(path: Path
 
 def test_every_extra_is_mounted() -> None:
     rooms = {room for rooms in ROOMS.values() for room in rooms}
-    assert sorted({*resume_stream.EXTRAS, *resume_stream.STORES.values(), *rooms}) == [path.stem for path in EXTRAS]
+    assert sorted({*app.EXTRAS, *app.STORES.values(), *rooms}) == [path.stem for path in EXTRAS]
 
 
 def test_app_imports_no_file_beside_it() -> None:

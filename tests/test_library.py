@@ -14,12 +14,12 @@ import buffers
 import httpx
 import msgspec
 import pytest
-import resume_stream
 from buffers import Reading, attached, follow, is_at_rest, kept_for_readers
 from conftest import until
 from litestar import Litestar, get
 from litestar.testing import AsyncTestClient
-from resume_stream import (
+from resume_stream import app
+from resume_stream.app import (
     Appended,
     Chunk,
     ChunkBuffer,
@@ -101,7 +101,7 @@ async def test_a_retried_append_is_stored_once_and_one_that_lost_the_race_is_tol
             assert await buffer.add_chunks("t", "m", chunks, index=index, complete=complete) == outcome
         assert await text_of(buffer) == "abc"[: outcome.chunk_count]
     else:
-        with pytest.raises(resume_stream.Conflict) as raised:
+        with pytest.raises(app.Conflict) as raised:
             await buffer.add_chunks("t", "m", chunks, index=index, complete=complete)
         assert raised.value.extra == outcome
         assert await text_of(buffer) == "ab"
@@ -175,7 +175,7 @@ async def test_an_end_is_final_and_says_so(buffer: ChunkBuffer) -> None:
         buffer.add_chunks("t", "m", []),
         buffer.complete_message("t", "m"),
     ):
-        with pytest.raises(resume_stream.Conflict) as raised:
+        with pytest.raises(app.Conflict) as raised:
             await call
         assert raised.value.extra == {"messageStatus": "aborted", "reason": "enough", "chunkCount": 1}
 
@@ -274,7 +274,7 @@ async def test_too_many_readers_are_refused_and_one_may_come_when_another_has_le
         await buffer.add_chunks("t", "m", ["text"])
         first = buffer.resume_stream("t", "m")
         await anext(first)
-        with pytest.raises(resume_stream.Unavailable) as raised:
+        with pytest.raises(app.Unavailable) as raised:
             await anext(buffer.resume_stream("t", "m"))
         assert raised.value.headers == {"Retry-After": "1"}
         await first.aclose()
@@ -288,7 +288,7 @@ async def test_leaving_the_buffer_ends_its_readers_without_an_end(make_buffer: A
     async with asyncio.timeout(5):
         assert await reading == ["text"]
     for call in (buffer.add_chunks("t", "m", ["more"]), take(buffer.resume_stream("t", "m"))):
-        with pytest.raises(resume_stream.Unavailable):
+        with pytest.raises(app.Unavailable):
             await call
 
 
@@ -306,7 +306,7 @@ async def test_leaving_the_buffer_ends_its_readers_without_an_end(make_buffer: A
 async def test_a_call_after_the_buffer_was_left_is_refused_with_the_reason(make_buffer: Any, call: Any) -> None:
     async with make_buffer() as buffer:
         await buffer.add_chunks("t", "m", ["text"])
-    with pytest.raises(resume_stream.Unavailable, match="stopping"):
+    with pytest.raises(app.Unavailable, match="stopping"):
         await call(buffer)
 
 
@@ -430,7 +430,7 @@ async def test_an_agents_stream_is_refused_where_it_would_be_lost_or_stored_twic
 ) -> None:
     await buffer.add_chunks("t", "m", stored, complete=ended)
     source = Unasked()
-    with pytest.raises(resume_stream.Conflict, match=says):
+    with pytest.raises(app.Conflict, match=says):
         await anext(agent_stream(buffer, "t", "m", source))
     assert source.closed
     assert await text_of(buffer) == "text"
@@ -500,7 +500,7 @@ async def test_an_end_from_outside_closes_the_source_at_once_even_while_it_is_bl
     if gets is not None:
         assert await take(buffer.resume_stream("t", "m")) == gets
     else:
-        with pytest.raises(resume_stream.NotFound):
+        with pytest.raises(app.NotFound):
             await buffer.get_thread_status("t")
 
 
@@ -510,7 +510,7 @@ async def test_leaving_the_buffer_closes_the_source_and_leaves_the_message_activ
         pieces = agent_stream(buffer, "t", "m", source())
         assert await anext(pieces) == "one"
     assert source.closed.is_set()
-    with pytest.raises(resume_stream.Unavailable):
+    with pytest.raises(app.Unavailable):
         await anext(pieces)
     async with make_buffer() as buffer:
         assert (await buffer.get_thread_status("t")).status == "active"
@@ -576,7 +576,7 @@ def nothing_is_committed(db: str) -> Iterator[None]:
 @pytest.mark.sqlite
 async def test_what_waits_to_be_committed_is_bounded(buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was let in is committed by a buffer that is told to stop; what waited for room was never kept."""
-    monkeypatch.setattr(resume_stream, "_PENDING_BYTES", 5_000)
+    monkeypatch.setattr(app, "_PENDING_BYTES", 5_000)
     size = 936  # and 64 for the chunk itself
     await asyncio.gather(*(buffer.add_chunks("t", "m", ["x" * size]) for _ in range(100)))
     assert (await buffer.get_thread_status("t")).chunk_count == 100  # slowed, and not refused
@@ -586,7 +586,7 @@ async def test_what_waits_to_be_committed_is_bounded(buffer: ChunkBuffer, monkey
         buffer.stop()
     outcomes = await asyncio.gather(*appends, return_exceptions=True)
     let_in = [outcome for outcome in outcomes if isinstance(outcome, Appended)]
-    assert all(isinstance(outcome, resume_stream.Unavailable) for outcome in outcomes if outcome not in let_in)
+    assert all(isinstance(outcome, app.Unavailable) for outcome in outcomes if outcome not in let_in)
     assert (await buffer.get_thread_status("t")).messages[1].chunk_count == len(let_in)
     assert 2 < len(let_in) <= 2 * (5 + 1)  # the limit, and the one that goes over it; as many were being committed
 
@@ -594,13 +594,13 @@ async def test_what_waits_to_be_committed_is_bounded(buffer: ChunkBuffer, monkey
 async def test_producers_that_wait_for_room_are_refused_when_the_buffer_stops(
     make_buffer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resume_stream, "_PENDING_BYTES", 2_000)
+    monkeypatch.setattr(app, "_PENDING_BYTES", 2_000)
     async with make_buffer() as buffer:
         appends = [asyncio.create_task(buffer.add_chunks("t", "m", ["x" * 936])) for _ in range(50)]
         await asyncio.sleep(0)
     outcomes = await asyncio.gather(*appends, return_exceptions=True)
     stored = [outcome for outcome in outcomes if isinstance(outcome, Appended)]
-    assert all(isinstance(outcome, resume_stream.Unavailable) for outcome in outcomes if outcome not in stored)
+    assert all(isinstance(outcome, app.Unavailable) for outcome in outcomes if outcome not in stored)
     async with make_buffer() as buffer:
         assert (await buffer.get_thread_status("t")).chunk_count == len(stored) < 50
 

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import TIMEOUT, Service, api_client, append, wait_until
-from resume_stream import ChunkBuffer
+from resume_stream.app import ChunkBuffer
 from resume_stream.extras.producing import agent_stream
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect

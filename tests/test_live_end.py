@@ -11,7 +11,7 @@ import httpx
 import pytest
 from buffers import CommitsAtOnce, PageReads, Reading, detach, follow
 from conftest import until
-from resume_stream import ChunkBuffer, create_app
+from resume_stream.app import ChunkBuffer, create_app
 from wire import NDJSON, message_path
 
 pytestmark = pytest.mark.anyio

@@ -12,12 +12,12 @@ from typing import Any
 
 import conftest
 import pytest
-import resume_stream
 from buffers import follow, locate_text, pack
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from resume_stream import Appended, Chunk, ChunkBuffer, MessageEnd, Problem, Settings, Signal, StoredChunk
+from resume_stream import app
+from resume_stream.app import Appended, Chunk, ChunkBuffer, MessageEnd, Problem, Settings, Signal, StoredChunk
 from resume_stream.extras import packs
 
 THREADS = st.sampled_from(["t", "ü"])
@@ -137,7 +137,7 @@ class Reader:
             async with contextlib.aclosing(items):
                 async for item in items:
                     self.take(item)
-        except resume_stream.NotFound:
+        except app.NotFound:
             self.missing = True
 
     def take(self, item: Any) -> None:
@@ -414,7 +414,7 @@ class BufferIsLikeItsModel(RuleBasedStateMachine):
             tasks = [reader.task for reader in self.readers if reader.task]
             await self.buffer.__aexit__(None, None, None)
             for error in await asyncio.gather(*tasks, return_exceptions=True):
-                if error and not isinstance(error, resume_stream.Unavailable):  # it came just now
+                if error and not isinstance(error, app.Unavailable):  # it came just now
                     raise error
             self.buffer = ChunkBuffer(self.settings)
             await self.buffer.__aenter__()

@@ -16,7 +16,7 @@ import httpx
 import pytest
 import uvicorn
 from conftest import ROOT, TIMEOUT
-from resume_stream import Settings, create_app
+from resume_stream.app import Settings, create_app
 
 pytestmark = pytest.mark.anyio
 

@@ -21,10 +21,10 @@ from uuid import uuid4
 import httpx
 import jwt
 import pytest
-import resume_stream
 from conftest import ROOT, TIMEOUT, Service, api_client, append, wait_until
 from prometheus_client.parser import text_string_to_metric_families
-from resume_stream import main
+from resume_stream import app
+from resume_stream.app import main
 from websockets.sync.client import connect
 from wire import NDJSON, Stream, contents, generation, message_path, problem, serving, websocket_address
 
@@ -507,7 +507,7 @@ def test_a_backup_is_taken_while_appends_go_on(
             assert main(["backup", "--db", str(service.db), str(copy)]) == 0
             assert main(["check", "--db", str(copy)]) == 0
             with contextlib.closing(sqlite3.connect(copy)) as db:
-                resume_stream.open_packs(db)
+                app.open_packs(db)
                 (text,) = db.execute("select text from transcript").fetchone()
             texts = text.split()
             assert texts == [str(place) for place in range(len(texts))]

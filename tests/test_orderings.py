@@ -13,9 +13,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
-import resume_stream
 from buffers import detached, follow, is_of_detached_reader, store_of, take
-from resume_stream import ChunkBuffer, Signal
+from resume_stream import app
+from resume_stream.app import ChunkBuffer, Signal
 
 pytestmark = pytest.mark.anyio
 STORES = ("sqlite", "sqlite-in-thread", "redis")
@@ -171,7 +171,7 @@ async def test_an_end_by_somebody_else_is_the_last_thing_too(make_buffer: Any, r
 
             async def changes(gates: Gates, thread_id: str = thread_id) -> None:
                 await buffer.abort_message(thread_id, "m", "stop")
-                with pytest.raises(resume_stream.Conflict):
+                with pytest.raises(app.Conflict):
                     await buffer.add_chunks(thread_id, "m", ["too late"])
 
             assert await happen(buffer, order, read(buffer, thread_id, None), changes) == [(1, "stop")], order
@@ -203,7 +203,7 @@ async def test_a_thread_cleared_and_made_again_never_looks_like_the_old_one(
             if after_remake:
                 assert got == everything, order
             elif after_clear:
-                assert isinstance(got, resume_stream.NotFound), order
+                assert isinstance(got, app.NotFound), order
             else:
                 assert got == [Signal.GONE], order
             assert await read(buffer, thread_id, cursor) == everything

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import TIMEOUT, Service
-from resume_stream import Settings, StartupError, _serve
+from resume_stream.app import Settings, StartupError, _serve
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 from wire import serving, websocket_address

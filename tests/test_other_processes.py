@@ -12,11 +12,11 @@ from typing import Any
 
 import httpx
 import pytest
-import resume_stream
 from buffers import FailsOnce, Polls, Reading, attached, follow, take
 from conftest import TIMEOUT, Service, append, until, wait_until
 from httpx_sse import connect_sse
-from resume_stream import ChunkBuffer, Signal
+from resume_stream import app
+from resume_stream.app import ChunkBuffer, Signal
 from wire import NDJSON, Upload, message_path
 
 pytestmark = pytest.mark.anyio
@@ -220,7 +220,7 @@ async def test_an_append_right_after_the_shell_takes_the_next_place(blind: Chunk
     for message_id, place in (("m", 4), ("n", 6)):
         shell(blind.settings.db, ABORT.replace("'m'", f"'{message_id}'"))
         assert (await blind.add_chunks("t", f"after {message_id}", [message_id])).seq == place
-    with pytest.raises(resume_stream.Conflict):
+    with pytest.raises(app.Conflict):
         await blind.add_chunks("t", "m", ["too late"])
     await blind.complete_message("t", "after m")
     assert await reading == [

@@ -40,12 +40,11 @@ def served(installed: metadata.Distribution, tmp_path: Path) -> Iterator[str]:
 def test_the_package_has_every_file_as_it_is_checked_out(installed: metadata.Distribution) -> None:
     folders = [ROOT / "extras", ROOT / "static", ROOT / "client"]
     sources = [
-        *(ROOT / name for name in ("app.py", "__main__.py", "schema.sql", "py.typed")),
+        *(ROOT / name for name in ("__init__.py", "app.py", "__main__.py", "schema.sql", "py.typed")),
         *(file for folder in folders for file in folder.rglob("*.*") if file.suffix != ".pyc"),
     ]
     for source in sources:
-        name = "__init__.py" if source.name == "app.py" else source.relative_to(ROOT)
-        copy = Path(str(installed.locate_file(f"resume_stream/{name}")))
+        copy = Path(str(installed.locate_file(f"resume_stream/{source.relative_to(ROOT)}")))
         assert copy.is_file(), copy
         assert copy.read_bytes() == source.read_bytes(), f"{copy} is old; install the project again"
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import resume_stream
 from buffers import follow, locate_text, pack, store_of, take
 from conftest import TIMEOUT, Service, api_client, append, wait_until
-from resume_stream import Chunk, ChunkBuffer, Conflict, Unavailable
+from resume_stream import app
+from resume_stream.app import Chunk, ChunkBuffer, Conflict, Unavailable
 from resume_stream.extras import packs
 from websockets.sync.client import connect
 from wire import websocket_address
@@ -48,7 +48,7 @@ def words(count: int) -> list[str]:
 @contextlib.contextmanager
 def opened(db: str | Path) -> Iterator[sqlite3.Connection]:
     with contextlib.closing(sqlite3.connect(db, isolation_level=None)) as connection:
-        resume_stream.open_packs(connection)
+        app.open_packs(connection)
         yield connection
 
 
@@ -200,7 +200,7 @@ async def test_the_shell_edits_a_text_packed_or_not(buffer: ChunkBuffer) -> None
     await pack(buffer)
     assert counts(buffer.settings.db) == (10, 2)
     assert await take(follow(buffer, "t")) == entries
-    assert resume_stream.main(["check", "--db", buffer.settings.db]) == 0
+    assert app.main(["check", "--db", buffer.settings.db]) == 0
 
 
 async def test_the_shell_ends_an_active_message_beside_a_pack(buffer: ChunkBuffer) -> None:
@@ -255,7 +255,7 @@ async def test_a_damaged_pack_is_a_clear_error_for_its_readers_only(
     for thread_id in ("t", "u"):
         await buffer.add_chunks(thread_id, "m", words(200), index=0, complete=True)
     await pack(buffer)
-    main = resume_stream.main
+    main = app.main
     assert main(["check", "--db", buffer.settings.db]) == 0
     with opened(buffer.settings.db) as connection:
         connection.execute(f"update packs set data = cast({damage} as blob) where thread = 1")

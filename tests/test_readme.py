@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import resume_stream
 from conftest import ROOT, TIMEOUT, Service, api_client, append
+from resume_stream import app
 from upstream import RESPONSES
 from upstream import Upstream as RelayedUpstream
 
@@ -75,7 +75,7 @@ class Reader:
         names = {"app.py": "__init__.py"}
         for name in ("app.py", "schema.sql", "extras", "client", "static"):
             (package / names.get(name, name)).symlink_to(ROOT / name)
-        command.write_text(f"#!{sys.executable}\nimport sys\nimport resume_stream\nsys.exit(resume_stream.main())\n")
+        command.write_text(f"#!{sys.executable}\nimport sys\nfrom resume_stream import app\nsys.exit(app.main())\n")
         command.chmod(0o755)
         self.environment = {
             **os.environ,
@@ -155,9 +155,9 @@ def test_the_reference_has_every_setting_with_its_default_and_every_call() -> No
         for row in rows
         for name, default in zip(re.findall(r"`(\w+)`", row[1]), row[2].split(", "), strict=True)
     }
-    assert said | {"max_db": "0"} == {name: resume_stream._setting_text(name) for name in resume_stream.SETTINGS}
+    assert said | {"max_db": "0"} == {name: app._setting_text(name) for name in app.SETTINGS}
     calls = (ROOT / "docs" / "calls.md").read_text()
-    described = resume_stream.create_app().openapi_schema.to_schema()["paths"]
+    described = app.create_app().openapi_schema.to_schema()["paths"]
     for method, path in [(method, path) for path, methods in described.items() for method in methods]:
         short = re.sub(r"^/api/threads/{thread_id}/messages/{message_id}", "…", path).replace("{thread_id}", "{t}")
         call = short if path.startswith(("/health", "/metrics")) else f"{method.upper()} {short}"

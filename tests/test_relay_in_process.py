@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import until
-from resume_stream import ChunkBuffer, NotFound, Settings, Unavailable, create_app
+from resume_stream.app import ChunkBuffer, NotFound, Settings, Unavailable, create_app
 from resume_stream.extras.producing import holding
 from upstream import CHAT as KEPT
 from upstream import Recording, Upstream, shared_upstream

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from conftest import Service, append
-from resume_stream import main
+from resume_stream.app import main
 from wire import Stream, generation
 
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import httpx
 import pytest
-import resume_stream
 from conftest import TIMEOUT, Service, append, until, wait_until
-from resume_stream import ChunkBuffer, MessageEnd
+from resume_stream import app
+from resume_stream.app import ChunkBuffer, MessageEnd
 
 pytestmark = pytest.mark.anyio
 STORES = ("sqlite", "redis")
@@ -43,7 +43,7 @@ class Clock:
             monkeypatch.setattr(scripts, "now_ms", self)
         self.now = 1_763_829_000_000
         self.looks = 0
-        monkeypatch.setattr(resume_stream, "now_ms", self)
+        monkeypatch.setattr(app, "now_ms", self)
 
     @property
     def now(self) -> int:
@@ -100,7 +100,7 @@ async def test_a_silent_message_is_aborted_and_its_readers_are_told(make_buffer:
         await clock.moves_on(0)
         assert await status_of(buffer, "opened") == TIMED_OUT
         assert await status_of(buffer, "talking") == ("active", None)
-        with pytest.raises(resume_stream.Conflict, match="producer_timeout"):
+        with pytest.raises(app.Conflict, match="producer_timeout"):
             await buffer.add_chunks("t", "m", ["too late"])
         await items.aclose()
 
@@ -132,13 +132,13 @@ async def test_a_sign_of_life_postpones_the_abort(
 async def test_time_in_which_the_database_was_locked_does_not_count(
     make_buffer: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(resume_stream, "BUSY_TIMEOUT", 0.01)
+    monkeypatch.setattr(app, "BUSY_TIMEOUT", 0.01)
     async with make_buffer(**TIMEOUTS) as buffer:
         await buffer.add_chunks("t", "m", ["text"])
         with contextlib.closing(sqlite3.connect(tmp_path / "chunks.db", isolation_level=None)) as other:
             other.execute("begin immediate")
             clock.now += 500_000
-            with pytest.raises(resume_stream.Unavailable, match="locked"):
+            with pytest.raises(app.Unavailable, match="locked"):
                 await buffer.add_chunks("t", "m", ["more"])  # as its producer goes on trying
             other.execute("rollback")
         await clock.moves_on(199)

@@ -17,10 +17,10 @@ from typing import Any
 
 import httpx
 import pytest
-import resume_stream
 from buffers import attached, history, on_writer, transactions_in
 from conftest import TIMEOUT, Service, append, until
-from resume_stream import ChunkBuffer, Problem, Settings, StartupError, _with_room
+from resume_stream import app
+from resume_stream.app import ChunkBuffer, Problem, Settings, StartupError, _with_room
 from resume_stream.extras import erasure
 
 pytestmark = pytest.mark.anyio
@@ -175,7 +175,7 @@ def test_nobody_else_can_read_what_is_made(service: Service, client: httpx.Clien
 
 def test_a_start_that_fails_leaves_no_file(tmp_path: Path) -> None:
     async def start() -> None:
-        async with ChunkBuffer(Settings(db=str(tmp_path / "chunks.db"), max_db=resume_stream.Size(1))):
+        async with ChunkBuffer(Settings(db=str(tmp_path / "chunks.db"), max_db=app.Size(1))):
             pass
 
     with pytest.raises(StartupError, match="max_db"):
@@ -310,15 +310,15 @@ async def test_one_refused_append_does_not_spoil_the_others_of_its_transaction(b
 async def test_a_transaction_that_fails_in_its_middle_leaves_nothing_and_does_not_stay_open(
     buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    append = resume_stream._Transaction.append
+    append = app._Transaction.append
 
     def fails_after_it(*arguments: Any) -> Any:
         append(*arguments)
         raise sqlite3.OperationalError("disk I/O error")
 
     with monkeypatch.context() as context:
-        context.setattr(resume_stream._Transaction, "append", fails_after_it)
-        with pytest.raises(resume_stream.Unavailable):
+        context.setattr(app._Transaction, "append", fails_after_it)
+        with pytest.raises(app.Unavailable):
             await buffer.add_chunks("t", "m", ["lost"])
     assert (await buffer.add_chunks("t", "m", ["kept"])).seq == 1
     assert (await buffer.get_accumulated_content("t")).content == "kept"
@@ -328,7 +328,7 @@ async def test_a_transaction_that_fails_in_its_middle_leaves_nothing_and_does_no
 async def test_a_locked_database_is_a_clear_error_and_no_change_until_it_is_free(
     make_buffer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lock: str
 ) -> None:
-    monkeypatch.setattr(resume_stream, "BUSY_TIMEOUT", 0.1)
+    monkeypatch.setattr(app, "BUSY_TIMEOUT", 0.1)
     async with make_buffer() as buffer:
         await buffer.add_chunks("t", "m", ["before "])
         with contextlib.closing(sqlite3.connect(tmp_path / "chunks.db", isolation_level=None)) as other:
@@ -352,7 +352,7 @@ async def test_a_full_database_is_a_clear_error_and_takes_appends_again_once_the
                 await buffer.add_chunks(thread_id, "m", ["x" * 5000])
                 stored[thread_id] += 1
 
-        with pytest.raises(resume_stream.DatabaseFull, match="max_db") as raised:
+        with pytest.raises(app.DatabaseFull, match="max_db") as raised:
             await fill()
         assert raised.value.status_code == 507
         for thread_id, count in stored.items():
@@ -383,7 +383,7 @@ async def test_a_checkpoint_that_fails_does_not_take_back_what_was_committed(
     make_buffer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk has room for the WAL, and none for the database: the append is stored all the same."""
-    monkeypatch.setattr(resume_stream, "_WAL_BYTES", 0)  # a checkpoint after each commit, then
+    monkeypatch.setattr(app, "_WAL_BYTES", 0)  # a checkpoint after each commit, then
     failures = 0
 
     def fails(connection: sqlite3.Connection) -> bool:
@@ -395,7 +395,7 @@ async def test_a_checkpoint_that_fails_does_not_take_back_what_was_committed(
         await buffer.open_message("t", "m")
         reading = await attached(buffer, buffer.resume_stream("t", "m", idle_timeout=5), 1)
         with monkeypatch.context() as context:
-            context.setattr(resume_stream, "checkpoint", fails)
+            context.setattr(app, "checkpoint", fails)
             assert (await buffer.add_chunks("t", "m", ["text"])).seq == 1
             assert await reading == [(1, "text")]
         assert failures
@@ -429,7 +429,7 @@ def overlapping_readers(db: Path) -> Iterator[None]:
 async def test_the_wal_does_not_grow_without_bound_under_readers_that_never_pause(
     make_buffer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resume_stream, "_WAL_BYTES", 512 * 1024)
+    monkeypatch.setattr(app, "_WAL_BYTES", 512 * 1024)
     wal = tmp_path / "chunks.db-wal"
     async with make_buffer() as buffer:
         await buffer.open_message("t", "m")
@@ -449,14 +449,14 @@ async def test_a_thread_made_again_has_a_higher_generation_whatever_the_clock_do
     make_buffer: Any, monkeypatch: pytest.MonkeyPatch, later_by: int
 ) -> None:
     clock = [1_763_829_000_000]
-    monkeypatch.setattr(resume_stream, "now_ms", lambda: clock[0])
+    monkeypatch.setattr(app, "now_ms", lambda: clock[0])
     generations = []
     async with make_buffer() as buffer:
         for _ in range(4):
             await buffer.add_chunks("t", "m", ["text"], complete=True)
             generations.append(int((await buffer.get_accumulated_content("t")).cursor.split("-")[0]))
             with contextlib.closing(sqlite3.connect(buffer.settings.db)) as shell, shell:
-                resume_stream.open_packs(shell)
+                app.open_packs(shell)
                 shell.execute("delete from threads")
             clock[0] += later_by
     async with make_buffer() as buffer:
@@ -470,9 +470,9 @@ async def test_a_thread_can_be_cleared_after_the_clock_went_back(
     buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await buffer.add_chunks("t", "m", ["text"])
-    monkeypatch.setattr(resume_stream, "now_ms", lambda: time.time_ns() // 1_000_000 - 3_600_000)
+    monkeypatch.setattr(app, "now_ms", lambda: time.time_ns() // 1_000_000 - 3_600_000)
     await buffer.clear_thread_buffer("t")
-    with pytest.raises(resume_stream.NotFound):
+    with pytest.raises(app.NotFound):
         await buffer.get_thread_status("t")
 
 
@@ -540,17 +540,17 @@ async def test_text_that_was_cleared_while_other_text_was_being_erased_is_nowher
 async def test_text_that_expired_is_nowhere_in_the_files(
     make_buffer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resume_stream, "_CLOCK_STEP_MS", math.inf)  # its times are made up
+    monkeypatch.setattr(app, "_CLOCK_STEP_MS", math.inf)  # its times are made up
     now, db = time.time_ns() // 1_000_000, tmp_path / "chunks.db"
     monkeypatch.setattr(erasure, "ERASE_ROWS", 50)
-    monkeypatch.setattr(resume_stream, "now_ms", lambda: now - 7_200_000)
+    monkeypatch.setattr(app, "now_ms", lambda: now - 7_200_000)
     async with make_buffer(ttl=3600, cleanup_interval=0.05) as buffer:
         texts = await fill_with_marks(buffer)
         live = {number for number in texts if number % 3}
-        monkeypatch.setattr(resume_stream, "now_ms", lambda: now - 1_800_000)
+        monkeypatch.setattr(app, "now_ms", lambda: now - 1_800_000)
         await asyncio.gather(*(buffer.add_chunks(f"thread-{number}", "run-1", []) for number in live))
         assert marks_in(db) == set(texts)
-        monkeypatch.setattr(resume_stream, "now_ms", lambda: now)
+        monkeypatch.setattr(app, "now_ms", lambda: now)
         await until(lambda: query(db, "select count(*) from threads") == [(len(live),)], "they are deleted")
         await until(lambda: marks_in(db) == live, "the expired are erased")
         assert await live_texts(buffer, live) == {number: texts[number] for number in live}
@@ -561,7 +561,7 @@ async def test_the_age_of_what_is_written_to_is_kept_to_the_minute(
 ) -> None:
     times = {100_000: 60_000, 119_999: 60_000, 120_000: 120_000, 179_999: 120_000, 180_001: 180_000, 90_000: 60_000}
     for now, age in times.items():
-        monkeypatch.setattr(resume_stream, "now_ms", lambda now=now: now)
+        monkeypatch.setattr(app, "now_ms", lambda now=now: now)
         await buffer.add_chunks("t", "m", ["text"])
         for table in ("threads", "messages"):
             assert query(tmp_path / "chunks.db", f"select touched_at, updated_at from {table}") == [(age, now)]
@@ -571,7 +571,7 @@ async def test_what_few_threads_are_is_found_among_many_as_soon_as_among_few(
     make_buffer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the steps of SQLite's own machine."""
-    steps, run = 0, resume_stream._Database.run
+    steps, run = 0, app._Database.run
 
     def count() -> None:
         nonlocal steps
@@ -597,7 +597,7 @@ async def test_what_few_threads_are_is_found_among_many_as_soon_as_among_few(
                 lambda buffer=buffer: buffer.store.expire(0),
             )
             taken.append([])
-            monkeypatch.setattr(resume_stream._Database, "run", counted)
+            monkeypatch.setattr(app._Database, "run", counted)
             for look in looks:
                 steps = 0
                 await look()
@@ -609,15 +609,15 @@ async def test_what_few_threads_are_is_found_among_many_as_soon_as_among_few(
 async def test_an_expired_thread_is_gone_for_its_reader_and_a_touched_one_stays(
     make_buffer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resume_stream, "_CLOCK_STEP_MS", math.inf)  # its times are made up
+    monkeypatch.setattr(app, "_CLOCK_STEP_MS", math.inf)  # its times are made up
     async with make_buffer(ttl=1000, cleanup_interval=0.02) as buffer:
         await asyncio.gather(*(buffer.open_message(thread_id, "m") for thread_id in ("t", "touched")))
         reading = await attached(buffer, buffer.resume_stream("t", "m", idle_timeout=10))
         later = time.time_ns() // 1_000_000 + 999_000
-        monkeypatch.setattr(resume_stream, "now_ms", lambda: later)
+        monkeypatch.setattr(app, "now_ms", lambda: later)
         await buffer.open_message("touched", "m")
         later += 2_000
-        assert await reading == [resume_stream.Signal.GONE]
+        assert await reading == [app.Signal.GONE]
         assert (await buffer.get_thread_status("touched")).status == "active"
 
 
@@ -625,7 +625,7 @@ async def test_a_long_thread_is_erased_a_bounded_number_of_chunks_at_a_time(
     buffer: ChunkBuffer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(erasure, "ERASE_ROWS", 10)
-    monkeypatch.setattr(resume_stream, "BUSY_TIMEOUT", 0.1)
+    monkeypatch.setattr(app, "BUSY_TIMEOUT", 0.1)
     db = tmp_path / "chunks.db"
     await buffer.add_chunks("t", "m", ["text"] * 95)
     await buffer.add_chunks("other", "m", ["text"])
@@ -646,10 +646,10 @@ async def test_a_thread_that_is_being_erased_is_not_there_and_can_be_made_again(
     await buffer.add_chunks("t", "m", ["old"] * 5, complete=True)
     old = (await buffer.get_accumulated_content("t")).cursor
     execute(db, "create trigger hold before delete on chunks begin select raise(abort, 'Not now.'); end")
-    with pytest.raises(resume_stream.Unavailable, match=r"Not now\."):
+    with pytest.raises(app.Unavailable, match=r"Not now\."):
         await buffer.clear_thread_buffer("t")
     for call in (buffer.get_thread_status("t"), buffer.get_accumulated_content("t"), buffer.get_chunks("t")):
-        with pytest.raises(resume_stream.NotFound):
+        with pytest.raises(app.NotFound):
             await call
     assert (await buffer.get_threads()).threads == []
     await buffer.add_chunks("t", "m", ["new"])
@@ -657,7 +657,7 @@ async def test_a_thread_that_is_being_erased_is_not_there_and_can_be_made_again(
     await buffer.clear_thread_buffer("t")
     await buffer.add_chunks("t", "m", ["newer"])
     assert (await buffer.get_accumulated_content("t")).content == "newer"
-    with pytest.raises(resume_stream.CursorGone):
+    with pytest.raises(app.CursorGone):
         await buffer.get_chunks("t", after=old)
     assert query(db, "select content from chunks") == [("newer",)]
 
@@ -665,17 +665,17 @@ async def test_a_thread_that_is_being_erased_is_not_there_and_can_be_made_again(
 async def test_a_reader_in_the_way_delays_the_erasure_and_no_more(
     make_buffer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resume_stream, "BUSY_TIMEOUT", 0.1)
+    monkeypatch.setattr(app, "BUSY_TIMEOUT", 0.1)
     db = tmp_path / "chunks.db"
     async with make_buffer(cleanup_interval=0.05) as buffer:
         await buffer.add_chunks("doomed", "m", [marked(1) * 500])
         await buffer.add_chunks("live", "m", [marked(2) * 500])
         with contextlib.closing(sqlite3.connect(f"file:{db}?mode=ro", uri=True, isolation_level=None)) as person:
-            resume_stream.open_packs(person)
+            app.open_packs(person)
             person.execute("begin")
             text = person.execute("select text from transcript where thread = 'doomed'").fetchone()
             await buffer.clear_thread_buffer("doomed")
-            with pytest.raises(resume_stream.NotFound):
+            with pytest.raises(app.NotFound):
                 await buffer.get_thread_status("doomed")
             await buffer.add_chunks("live", "m", [marked(3)])
             assert person.execute("select text from transcript where thread = 'doomed'").fetchone() == text

@@ -15,8 +15,8 @@ from typing import Any
 
 import httpx
 import pytest
-import resume_stream
 from conftest import TIMEOUT, Service, api_client, append, wait_until
+from resume_stream import app
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 from wire import Stream, contents, data_of, generation, masked, message_path, shared_service, websocket_address
@@ -305,7 +305,7 @@ def test_each_chunk_arrives_once_over_drops_and_restarts(start_service: Callable
 @pytest.mark.sqlite
 def test_an_append_is_acknowledged_once_it_is_committed(service: Service, ws: Socket, thread: str) -> None:
     with contextlib.closing(sqlite3.connect(f"file:{service.db}?mode=ro", uri=True)) as shell:
-        resume_stream.open_packs(shell)
+        app.open_packs(shell)
         for number in range(5):
             answer = ws.ask("append", number, thread_id=thread, message_id="run", chunks=[{"content": str(number)}])
             assert shell.execute("select text from transcript where thread = ?", (thread,)).fetchone() == (

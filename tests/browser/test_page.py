@@ -19,7 +19,7 @@ import pytest
 from browser_kit import Browser, Page, browser, client, new_page, opened_sockets, restart
 from conftest import ROOT, TIMEOUT, Service, append, wait_until
 from playwright.sync_api import expect
-from resume_stream import ChunkBuffer, Settings
+from resume_stream.app import ChunkBuffer, Settings
 from wire import api_client, shared_service
 
 __all__ = ["browser", "client"]  # fixtures

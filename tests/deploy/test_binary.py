@@ -15,10 +15,10 @@ from typing import ClassVar, Self
 
 import httpx
 import pytest
-import resume_stream
 import wire
 from conftest import ROOT, TIMEOUT, RedisServer, Service, api_client, append, wait_until
 from relayed import Relay
+from resume_stream import app
 from upstream import CHAT, Upstream
 from websockets.sync.client import connect
 
@@ -136,7 +136,7 @@ def test_what_it_serves_are_the_files_beside_these_tests(binary: Binary) -> None
             assert client.get(url).content == path.read_bytes(), f"{path.name}: build it again"
         assets = set(re.findall(r"/schema/assets/[a-z.-]+", client.get("/schema/swagger").text))
         assert [client.get(asset).status_code for asset in assets] == [200, 200, 200]
-        assert client.get("/schema/openapi.json").json()["info"]["version"] == resume_stream.__version__
+        assert client.get("/schema/openapi.json").json()["info"]["version"] == app.__version__
 
 
 def test_sigterm_ends_it_with_0_and_leaves_nothing_unpacked(binary: Binary) -> None:
@@ -153,7 +153,7 @@ def test_killing_the_process_that_was_started_ends_the_one_that_serves(binary: B
 
 def test_version(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     result = run("version")
-    assert (result.returncode, result.stdout) == (0, f"{resume_stream.__version__}\n")
+    assert (result.returncode, result.stdout) == (0, f"{app.__version__}\n")
 
 
 def test_healthcheck(binary: Binary, run: Callable[..., subprocess.CompletedProcess[str]]) -> None:

@@ -41,7 +41,7 @@ async def follow(buffer: Any, thread: str) -> tuple[str, list[Any]]:
 
 async def survive_clock(folder: Path, *, step: int) -> Verdict:
     """Through the jump, and through a restart after it: nothing lost, nothing ended, no cursor that lies."""
-    from resume_stream import ChunkBuffer, MessageEnd, Problem, Settings
+    from resume_stream.app import ChunkBuffer, MessageEnd, Problem, Settings
 
     verdict = Verdict(f"clock set {'back an hour' if step < 0 else 'forward a day'}")
     settings = Settings(
@@ -81,7 +81,7 @@ async def survive_clock(folder: Path, *, step: int) -> Verdict:
 
 
 async def compare(verdict: Verdict, buffer: Any, thread: str, pieces: list[str], acknowledged: int) -> None:
-    from resume_stream import NotFound
+    from resume_stream.app import NotFound
 
     try:
         text = (await buffer.get_accumulated_content(thread)).content
@@ -94,7 +94,7 @@ async def compare(verdict: Verdict, buffer: Any, thread: str, pieces: list[str],
 
 async def remake(verdict: Verdict, buffer: Any, generation: int) -> None:
     """A thread that is cleared and made again has a higher generation, and the old cursor is known as old."""
-    from resume_stream import NotFound, Signal
+    from resume_stream.app import NotFound, Signal
 
     with contextlib.suppress(NotFound):
         await buffer.clear_thread_buffer("made")

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import resume_stream
 from conftest import Service
+from resume_stream import app
 
 from .base import TIMEOUT, Answer, Verdict, append, call, eventually, piece, thread_path
 
@@ -181,7 +181,7 @@ def remount(place: Path, how: str) -> None:
 
 async def survive_read_only(folder: Path) -> Verdict:
     """A file system mounted read-only refuses the service at its start, in one line."""
-    from resume_stream import ChunkBuffer, Settings
+    from resume_stream.app import ChunkBuffer, Settings
 
     verdict = Verdict("read-only file system at the start")
     with small_disk(folder, 6) as place:
@@ -228,7 +228,7 @@ async def survive_failing_disk(folder: Path, *, errors: tuple[str, ...], calls: 
             service.kill()
             verdict.expect(integrity(service.db) == "ok", integrity(service.db))
             with contextlib.closing(sqlite3.connect(service.db)) as connection:
-                resume_stream.open_packs(connection)
+                app.open_packs(connection)
                 rows = connection.execute("select content from entries order by seq").fetchall()
             found = "".join(content for (content,) in rows)
             verdict.compare("killed after all of it", found, writer.pieces, writer.acknowledged)
@@ -283,7 +283,7 @@ def damage(file: Path, rng: random.Random) -> str:
 
 async def make_good(db: Path) -> dict[str, str]:
     """A database of a hundred pages, and the text of its threads."""
-    from resume_stream import ChunkBuffer, Settings
+    from resume_stream.app import ChunkBuffer, Settings
 
     texts: dict[str, str] = {}
     async with ChunkBuffer(Settings(db=str(db))) as buffer:
@@ -296,7 +296,7 @@ async def make_good(db: Path) -> dict[str, str]:
 
 async def survive_damage(folder: Path, *, places: int, seed: int = 1) -> Verdict:
     """It is refused in one line, or served: then no text that SQLite can know to be wrong."""
-    from resume_stream import ChunkBuffer, Parts, Settings, StartupError, _app_of
+    from resume_stream.app import ChunkBuffer, Parts, Settings, StartupError, _app_of
 
     verdict = Verdict("damaged while stopped")
     rng = random.Random(seed)

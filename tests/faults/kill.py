@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-import resume_stream
 from conftest import Service
+from resume_stream import app
 from websockets.asyncio.client import connect
 from websockets.exceptions import WebSocketException
 from wire import JSON
@@ -257,7 +257,7 @@ class World:
     def check(self, acknowledged: dict[str, int]) -> None:
         """What is in the file now, with what had been acknowledged."""
         with contextlib.closing(sqlite3.connect(f"file:{self.service.db}?mode=ro", uri=True)) as connection:
-            resume_stream.open_packs(connection)
+            app.open_packs(connection)
             for producer in self.producers:
                 rows = connection.execute(
                     "select content from entries join messages using (message)"

@@ -221,7 +221,7 @@ def told_before(steps: list[Step]) -> tuple[dict[str, int], set[str]]:
 
 
 async def check(verdict: Verdict, db: Path, where: str, places: dict[str, int], cleared: set[str]) -> None:
-    from resume_stream import ChunkBuffer, NotFound, Settings
+    from resume_stream.app import ChunkBuffer, NotFound, Settings
 
     async with ChunkBuffer(Settings(db=str(db))) as buffer:
         for message, seq in places.items():
