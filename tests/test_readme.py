@@ -72,9 +72,8 @@ class Reader:
         package, command = folder / "site" / "resume_stream", folder / "bin" / "resume-stream"
         for path in (package, command.parent):
             path.mkdir(parents=True)
-        names = {"app.py": "__init__.py"}
-        for name in ("app.py", "schema.sql", "extras", "client", "static"):
-            (package / names.get(name, name)).symlink_to(ROOT / name)
+        for name in ("__init__.py", "app.py", "schema.sql", "extras", "client", "static"):
+            (package / name).symlink_to(ROOT / name)
         command.write_text(f"#!{sys.executable}\nimport sys\nfrom resume_stream import app\nsys.exit(app.main())\n")
         command.chmod(0o755)
         self.environment = {

@@ -17,15 +17,15 @@ HOUR, DAY = 3_600_000, 86_400_000  # ms
 @contextlib.contextmanager
 def clock() -> Iterator[list[int]]:
     """Set the service's clock: the first member is added to the time, in ms."""
-    import resume_stream
+    from resume_stream import app
 
     added = [0]
-    real = resume_stream.now_ms
-    resume_stream.now_ms = lambda: time.time_ns() // 1_000_000 + added[0]
+    real = app.now_ms
+    app.now_ms = lambda: time.time_ns() // 1_000_000 + added[0]
     try:
         yield added
     finally:
-        resume_stream.now_ms = real
+        app.now_ms = real
 
 
 async def follow(buffer: Any, thread: str) -> tuple[str, list[Any]]:
