@@ -1,5 +1,33 @@
-"""The library's surface, which ``app.py`` lists: ``from resume_stream import ChunkBuffer``."""
+"""The library's surface: ``from resume_stream import ChunkBuffer`` (see ``app.py``)."""
 
-from .app import *
-from .app import __all__ as __all__
-from .app import __version__ as __version__
+from .app import (
+    AccumulatedContent,
+    Appended,
+    Chunk,
+    ChunkBuffer,
+    MessageEnd,
+    Problem,
+    Settings,
+    Signal,
+    StoredChunk,
+    ThreadStatus,
+    __version__,
+    create_app,
+    router,
+)
+
+__all__ = [
+    "AccumulatedContent",
+    "Appended",
+    "Chunk",
+    "ChunkBuffer",
+    "MessageEnd",
+    "Problem",
+    "Settings",
+    "Signal",
+    "StoredChunk",
+    "ThreadStatus",
+    "__version__",
+    "create_app",
+    "router",
+]

@@ -106,6 +106,13 @@ begin
     where thread = old.thread and seq = old.seq;
 end;
 
+-- The text of a forgotten thread is still to be erased.
+create trigger thread_is_forgotten after update of thread_id on threads
+when new.thread_id is null
+begin
+    update clock set owed = 1;
+end;
+
 -- Deleting a thread deletes all of it. (Foreign keys would do this only where
 -- they are switched on, which in the sqlite3 shell they are not.)
 create trigger thread_is_deleted after delete on threads

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from ..app import Commands
+from typing import Any
+
 from ..client import command_line
 
 
-def add_commands(commands: Commands) -> None:
-    command_line.add_commands(commands)
+def add_commands(commands: Any) -> None:
+    command_line.add_commands(commands.subparsers)

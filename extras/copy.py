@@ -16,9 +16,7 @@ from typing import Any, Protocol, cast
 import msgspec
 
 from ..app import (
-    MESSAGES,
     PAGE_ROWS,
-    Commands,
     Cursor,
     Entry,
     NotFound,
@@ -33,7 +31,6 @@ from ..app import (
     ThreadPage,
     ThreadStatus,
     Told,
-    add_command,
     database_problem,
     open_packs,
     sole_owner,
@@ -44,9 +41,9 @@ Version = tuple[int, int, int, int]  # generation, last place, number of message
 PASSES = 5  # after which a source that goes on changing is left as it is
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: Any) -> None:
     summary = "copy every thread from one store to another, while the service runs on the first"
-    command = add_command(commands, "copy", summary, lambda settings, flags: asyncio.run(copy(settings, flags)), "ttl")
+    command = commands.add("copy", summary, lambda settings, flags: asyncio.run(copy(settings, flags)), "ttl")
     command.add_argument("source", help="a SQLite file, or redis://…")
     command.add_argument("target", help="likewise; a file is to be new, or of an earlier copy")
 
@@ -123,10 +120,10 @@ async def listed(source: Source) -> list[str]:
 async def whole(source: Source, thread_id: str) -> ThreadStatus:
     """With all of its messages. Raises Gone."""
     try:
-        thread = await source.status(thread_id, MESSAGES, 0)
+        thread = await source.status(thread_id, 1_000, 0)
         messages, cursor = [*thread.messages], thread.messages_cursor
         while cursor is not None:
-            more = await source.status(thread_id, MESSAGES, int(cursor))
+            more = await source.status(thread_id, 1_000, int(cursor))
             messages += more.messages
             cursor = more.messages_cursor
     except NotFound as problem:
@@ -201,9 +198,9 @@ class FileSource(SQLiteStore):
     async def open(self, told: Told) -> None:
         if not self.path.exists():
             raise StartupError(f"there is no {self.path}")
-        if not await self.check():
-            raise StartupError(f"{self.path} is not a database of resume-stream")
         self.readers = [await self.opened("ro", self.exits) for _ in range(2)]
+        if not await self.readers[0].run(self.check_contents):
+            raise StartupError(f"{self.path} is not a database of resume-stream")
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ moved to another keeps copies of them, until it is used again. This overwrites t
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sqlite3
 from functools import partial
@@ -13,16 +14,38 @@ from typing import Any
 
 import msgspec
 
-from ..app import SQLiteStore, checkpoint
+from ..app import BUSY_TIMEOUT, SQLiteStore, checkpoint
 
 ERASE_ROWS = 500  # rows deleted in one transaction
 ERASE_BYTES = 1024**2  # of text, likewise
 SCRUB_PAGES = 256  # of the file, looked through between two commits
 
 
-def keep(store: SQLiteStore) -> None:
-    store.erase_some = erase_some
-    store.erasing.append(partial(scrub, store))
+class ErasingStore(SQLiteStore):
+    async def erase(self) -> bool:
+        """Erase in small parts. Return False, to be tried again later, if another process keeps the WAL."""
+        give_up = asyncio.get_running_loop().time() + BUSY_TIMEOUT
+        nameless = "exists (select 1 from threads where thread_id is null)"
+        async with self.erasure:
+            if await self.read(lambda db: db.execute(f"select owed or {nameless} from clock").fetchone()) == (0,):
+                return True  # the call before this one has erased it
+            while await self.change(self.erase_some):
+                await self.room()
+            await self.shrink()
+            while not await self.maintain(checkpoint):
+                if asyncio.get_running_loop().time() >= give_up:
+                    return False
+                await asyncio.sleep(0.25)
+            if not await scrub(self):
+                return False
+            await self.change(lambda db: db.execute(f"update clock set owed = {nameless}"))
+            return True
+
+    def erase_some(self, db: sqlite3.Connection) -> bool:
+        return erase_some(db)
+
+
+KEEPER = ErasingStore
 
 
 # What is erased of threads that have lost their name: of which table, by thread and what, and how large a row is.

@@ -16,16 +16,11 @@ from collections.abc import Awaitable, Callable
 from functools import lru_cache, partial
 from typing import Any, cast
 
+import msgspec
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from ..app import (
-    ANYONE,
-    API_HEADERS,
-    RETRY,
-    SMALL_BODY,
-    TAKES_READER,
-    WRITE,
     Change,
     ChunkBuffer,
     Format,
@@ -36,17 +31,19 @@ from ..app import (
     Parts,
     Problem,
     Reader,
+    ServerSentEvents,
     Signal,
     Step,
+    Streamed,
     can_end,
     chunks_from_json,
-    encode_json,
 )
 
 log = logging.getLogger("resume_stream")
 
 TESTED_UVICORN = ((0, 54), (0, 55))  # from the first on, and before the second
 BODY_TIMEOUT = 1.0  # seconds, after which whoever is slower is left to the ordinary way, which has its limits
+SMALL_BODY = 16 * 1024  # bytes; a larger one is left to the ordinary way
 NAME = rb"([A-Za-z0-9_:@~-][A-Za-z0-9_.:@~-]{0,199})"
 PATH = re.compile(
     rb"/api/threads/" + NAME + rb"/messages/" + NAME + rb"/chunks"
@@ -71,7 +68,9 @@ class Rules:
 
     def __init__(self, parts: Parts) -> None:
         self.settings = parts.buffer.settings
-        self.headers = b"".join(f"{name.lower()}: {value}\r\n".encode() for name, value in API_HEADERS.items())
+        self.headers = b"".join(
+            f"{name.lower()}: {value}\r\n".encode() for name, value in parts.headers["/api"].items()
+        )
         self._gate = Gate(cast(Any, None), self.settings)
         # Cached are only tokens that are good, and whether one has expired is asked of each grant anew.
         self._grant_of = lru_cache(1024)(parts.grant_of) if parts.grant_of else None
@@ -96,12 +95,12 @@ class Rules:
 
     def _granted(self, authorization: str, thread_id: str) -> Grant | None:
         if self._grant_of is None:
-            return ANYONE
+            return Grant()
         scheme, _, token = authorization.partition(" ")
         try:
             if scheme.lower() == "bearer" and token:
                 grant = self._grant_of(token.strip())
-                grant.require(WRITE, thread_id)
+                grant.require("write", thread_id)
                 return grant
         except Problem as problem:
             log.debug("left to the ordinary way: %s", problem.detail)
@@ -184,7 +183,7 @@ class ExpressAppend(Taken):
             self.hand_on()
             return
         change = asked.result()
-        body = encode_json(change.answer)
+        body = msgspec.json.encode(change.answer)
         head = b"".join([b"%s: %s\r\n" % header for header in connection.server_state.default_headers])
         self.end(
             b"%s%scontent-type: application/json\r\ncontent-length: %d\r\n%s%s\r\n%s"
@@ -370,7 +369,7 @@ class Express(HttpToolsProtocol):
             return
         self.taking = None
         if self.parser.get_http_version() == "1.1":
-            cast(Any, self.scope)["extensions"] = {TAKES_READER: partial(take_reader, weakref.ref(self))}
+            cast(Any, self.scope)["extensions"] = {Streamed.TAKES_READER: partial(take_reader, weakref.ref(self))}
         super().on_headers_complete()
 
     def _admitted(self, match: re.Match[bytes]) -> Grant | None:
@@ -422,7 +421,7 @@ class Express(HttpToolsProtocol):
         cycle.response_complete = True  # as far as uvicorn has to do with it
         if cycle.disconnected:
             return True
-        self.transport.write(in_a_chunk(RETRY))
+        self.transport.write(in_a_chunk(ServerSentEvents.RETRY))
         detached = Detached(self, cycle.keep_alive, reader, form)
         if self.cycle is cycle:
             self.cycle = cast(Any, detached)

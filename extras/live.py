@@ -11,13 +11,18 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
 
-from ..app import CHUNK_OVERHEAD, Change, Entry, Format, MessageEnd, Page, Status, StoredChunk, Tail
+from ..app import Change, ChunkBuffer, Entry, Format, MessageEnd, Page, Place, State, Status, Store, StoredChunk, Tail
 
+CHUNK_OVERHEAD = 64  # bytes that an entry takes besides its text
 LIVE_BYTES = 1024**2  # of a thread's newest pages, kept while somebody follows it
 ALL_LIVE_BYTES = 32 * 1024**2  # of all threads
 CALLED_AT_ONCE = 4  # readers of a thread, in one turn of the loop
 MUCH_TO_SEND = LIVE_BYTES // 4  # for which all are called at once, or it would be let go before they are
 JOINED = 4  # what readers at as many different places have before them, kept for those who are at the same
+
+
+def attend(buffer: ChunkBuffer) -> None:
+    buffer.tail_type = type("Tail", (LiveTail, buffer.tail_type), {})
 
 
 class LivePage(Page):
@@ -86,9 +91,26 @@ class LiveTail(Tail):
         self._pages: dict[int, LivePage] = {}  # by the place of their first entry
         self._kept = 0  # bytes of them
         self._joined: dict[tuple[int, str | None], tuple[int, Page | None]] = {}  # since the newest page came
+        self._loads: dict[tuple[int, str | None], asyncio.Task[tuple[State, Page]]] = {}
         self._woken: deque[Callable[[], None]] = deque()
         self._to_send = 0  # about how many bytes came since the last of them was called
         self.all.add(self)
+
+    async def load(self, store: Store, place: Place, seq: int) -> tuple[State, Page]:
+        """Let all readers at the same place share one read of the store, and one encoding of its page."""
+        key = (seq, place.message_id)
+        if (loading := self._loads.get(key)) is None:
+            loading = self._loads[key] = asyncio.create_task(self._load(store, place, seq))
+            loading.add_done_callback(lambda done: self._loads.pop(key) if self._loads.get(key) is done else None)
+        return await asyncio.shield(loading)
+
+    async def _load(self, store: Store, place: Place, seq: int) -> tuple[State, Page]:
+        found, page = await super().load(store, place, seq)
+        return found, LivePage(page.generation, page.last_seq, page.entries, page.size, None)
+
+    def doubt(self) -> None:
+        self._loads.clear()  # they may have begun before the change
+        super().doubt()
 
     def keep(self, change: Change, asked: float | None) -> None:
         """The newest stays, whatever its size: all who follow are about to be sent it."""

@@ -11,11 +11,12 @@ from contextvars import ContextVar
 from typing import Any, cast
 from urllib.parse import quote
 
+import msgspec
 from litestar.enums import ScopeType
 from litestar.middleware import DefineMiddleware
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..app import Parts, Settings, encode_json
+from ..app import Parts, Settings
 
 log = logging.getLogger("resume_stream")
 
@@ -84,4 +85,4 @@ class JSONFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return encode_json(line).decode()
+        return msgspec.json.encode(line).decode()

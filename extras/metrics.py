@@ -9,7 +9,7 @@ from typing import Any
 from litestar import MediaType, Response, get
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from ..app import ADMIN, PRODUCER_TIMEOUT, Buffer, Change, ChunkBuffer, Page, Parts, Place
+from ..app import PRODUCER_TIMEOUT, Buffer, Change, ChunkBuffer, Page, Parts, Place
 
 LATENCY_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
 UNSETTLED = 4096  # commits that wait for the next scrape
@@ -19,7 +19,7 @@ SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384, 65536)
 def mount(parts: Parts) -> None:
     counted = parts.buffer.tell = Metrics(parts.buffer)
 
-    @get("/metrics", summary="For Prometheus", media_type=MediaType.TEXT, scopes=ADMIN)
+    @get("/metrics", summary="For Prometheus", media_type=MediaType.TEXT, scope="admin")
     async def metrics(buffer: Buffer) -> Response[bytes]:
         return Response(await counted.scrape(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 

@@ -33,7 +33,6 @@ from ..app import (
     ThreadPage,
     ThreadStatus,
     __version__,
-    problem_document,
 )
 
 COMPONENTS = "#/components/schemas/{name}"
@@ -333,7 +332,7 @@ class Document(OpenAPIConfig):
             operation["parameters"].append(LAST_EVENT_ID)
         if body := options.get("body"):
             operation["requestBody"] = self._body(name, body, schemas)
-        if not options.get("scopes"):
+        if not options.get("scope"):
             operation["security"] = []
         elif options.get("token_in_query"):
             operation["security"] = [{"bearerAuth": []}, {"tokenInQuery": []}, *([{}] if is_open else [])]
@@ -403,4 +402,4 @@ def said_to_be_none(response: Response[Any]) -> Response[Any]:
     if response.status_code != HTTPStatus.NOT_FOUND:
         return response
     problem = NotFound("There is no such page; try the API at /schema/swagger, its document is /schema/openapi.json.")
-    return Response(problem_document(problem), media_type="application/problem+json", status_code=problem.status_code)
+    return Response(problem.document, media_type="application/problem+json", status_code=problem.status_code)

@@ -25,17 +25,15 @@ import msgspec
 from litestar import get
 
 from ..app import (
-    APPLICATION_ID,
     BUSY_TIMEOUT,
     SETTINGS,
     Buffer,
     ChunkBuffer,
-    Commands,
     Parts,
     Settings,
+    SQLiteStore,
     StartupError,
     __version__,
-    add_command,
     open_packs,
     sole_owner,
     unpacked,
@@ -60,33 +58,25 @@ def set_up(settings: Settings) -> None:
 
 
 def mount(parts: Parts) -> None:
-    parts.pages.append(live)
     parts.root.append(ready)
     parts.on_start.append(tell_systemd_that_it_runs)
     parts.on_stop.append(partial(tell_systemd, "STOPPING=1"))
 
 
-def add_commands(commands: Commands) -> None:
-    add_command(commands, "check", "say whether the database is sound", check, "db")
-    copy = add_command(commands, "backup", "copy the database while the service runs", backup, "db")
+def add_commands(commands: Any) -> None:
+    commands.add("check", "say whether the database is sound", check, "db")
+    copy = commands.add("backup", "copy the database while the service runs", backup, "db")
     copy.add_argument("file", type=Path)
-    put_back = add_command(commands, "restore", "put a copy in the place of the database", restore, "db")
+    put_back = commands.add("restore", "put a copy in the place of the database", restore, "db")
     put_back.add_argument("file", type=Path)
-    add_command(
-        commands, "healthcheck", "ask the running service whether it is ready", healthcheck, "host", "port", "uds"
-    )
-    add_command(commands, "version", "print the version", lambda settings, flags: print(__version__))
-
-
-@get("/health/live", summary="The process answers")
-async def live() -> dict[str, str]:
-    return {"status": "ok"}
+    commands.add("healthcheck", "ask the running service whether it is ready", healthcheck, "host", "port", "uds")
+    commands.add("version", "print the version", lambda settings, flags: print(__version__))
 
 
 PROBES: weakref.WeakKeyDictionary[ChunkBuffer, asyncio.Task[None]] = weakref.WeakKeyDictionary()
 
 
-@get("/health/ready", summary="The database answers and takes writes", scopes=None)
+@get("/health/ready", summary="The database answers and takes writes", scope=None)
 async def ready(buffer: Buffer) -> dict[str, str]:
     """Those who ask at the same time share one answer."""
     probe = PROBES.get(buffer)
@@ -108,7 +98,7 @@ def snapshot_of(path: Path) -> Iterator[sqlite3.Connection]:
     try:
         with contextlib.closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as connection:
             open_packs(connection)
-            if connection.execute("pragma application_id").fetchone() != (APPLICATION_ID,):
+            if connection.execute("pragma application_id").fetchone() != (SQLiteStore.APPLICATION_ID,):
                 raise StartupError(f"{path} is not a database of resume-stream")
             connection.execute("begin")
             yield connection

@@ -16,7 +16,7 @@ from typing import NamedTuple, cast
 
 import msgspec
 
-from ..app import Problem, SQLiteStore, is_of_its_rows, now_ms
+from ..app import BadRows, SQLiteStore, now_ms
 
 log = logging.getLogger("resume_stream")
 
@@ -35,9 +35,17 @@ ENDED = (
 )
 
 
-def keep(store: SQLiteStore) -> None:
-    if store.settings.packing:
-        store.chores.append(Packing(store).pack)
+class PackingStore(SQLiteStore):
+    _packing: Packing | None = None
+
+    async def upkeep(self) -> None:
+        if self.settings.packing:
+            self._packing = self._packing or Packing(self)
+            await self._packing.pack()
+        await super().upkeep()
+
+
+KEEPER = PackingStore
 
 
 class Run(NamedTuple):
@@ -63,9 +71,7 @@ class Packing:
             thread = found
             try:
                 await self._pack_thread(thread)
-            except Problem as problem:
-                if not is_of_its_rows(problem.__cause__):
-                    raise
+            except BadRows as problem:
                 log.error("a thread cannot be packed, and stays as it is: %s", problem)
         await store.shrink()
         self._until = latest

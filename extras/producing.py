@@ -12,6 +12,7 @@ import contextlib
 import logging
 import math
 import time
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from functools import partial
@@ -22,16 +23,17 @@ import msgspec
 from litestar import Request
 
 from ..app import (
-    CUT,
     PAGE_ROWS,
     UNDECODABLE,
     Append,
     Appended,
+    BadRequest,
     Change,
     Chunk,
     ChunkBuffer,
     Conflict,
     DatabaseFull,
+    Grant,
     InvalidContent,
     Page,
     Parts,
@@ -40,15 +42,10 @@ from ..app import (
     StoredChunk,
     Tail,
     TooLarge,
+    Unauthorized,
     Unavailable,
     UnsupportedMediaType,
-    body_pieces,
     checked_sizes,
-    granted,
-    invalid_json,
-    message_ended,
-    thread_cleared,
-    token_expired,
 )
 
 T = TypeVar("T")
@@ -56,13 +53,94 @@ log = logging.getLogger("resume_stream")
 
 LINES = msgspec.json.Decoder(Chunk)
 AHEAD = 32  # pieces that a source may be ahead of what is committed of it
+CUT = 0.0  # the deadline of an upload that is cut short, by the loop's clock
+BODY_TIMEOUT = 30  # seconds in which a JSON body must arrive
+MOST_HELD = 32 * 1024**2  # bytes
 RETRY_PAUSE, RETRY_PAUSE_MOST = 0.05, 1.0  # seconds between two tries of what the store refuses for now
 
 
 def mount(parts: Parts) -> None:
     parts.bodies["application/x-ndjson"] = append_lines
     parts.bodies["text/plain"] = append_text
-    parts.producing = SimpleNamespace(while_active=while_active, patiently=patiently, holding=holding)
+    parts.producing = SimpleNamespace(
+        while_active=while_active, patiently=patiently, holding=holding, whole_body=whole_body
+    )
+
+
+def attend(buffer: ChunkBuffer) -> None:
+    buffer.tail_type = type("Tail", (UploadTail, buffer.tail_type), {})
+    buffer.read_body = partial(whole_body, buffer)
+
+
+class UploadTail(Tail):
+    """A tail that interrupts uploads as soon as somebody ends their message."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.uploads: dict[asyncio.Timeout, str] = {}  # with the message that each writes, if it can still end
+
+    def take(self, change: Change, asked: float | None) -> None:
+        super().take(change, asked)
+        if change.ended:
+            self.cut(change.message_id)
+
+    def clear(self, generation: int) -> None:
+        is_known = self.generation <= generation
+        super().clear(generation)
+        if is_known:
+            self.cut()
+
+    def stop(self) -> None:
+        self.cut()
+        super().stop()
+
+    def cut(self, message_id: str | None = None) -> None:
+        """Interrupt the uploads of one message, or all of them."""
+        for upload, name in self.uploads.items():
+            if message_id in (None, name) and not upload.expired():
+                upload.reschedule(CUT)
+
+
+class TooSlow(Problem, status=408, kind="Request timeout"): ...
+
+
+HELD: weakref.WeakKeyDictionary[ChunkBuffer, int] = weakref.WeakKeyDictionary()  # bytes of request bodies in memory
+
+
+def hold(buffer: ChunkBuffer, size: int) -> None:
+    """Count bytes of request bodies that come into memory, or (below 0) leave it. Raise Unavailable over the limit."""
+    HELD[buffer] = held = HELD.get(buffer, 0) + size
+    if size > 0 and held > MOST_HELD:
+        raise Unavailable("Too much is being sent at the same time; try again, or send it in smaller parts.")
+
+
+async def body_pieces(request: Request[Any, Any, Any]) -> AsyncGenerator[tuple[bytes, bool], None]:
+    """Yield the body as it arrives, with True for its last piece. An answer before that closes the connection."""
+    scope = cast(dict[str, Any], request.scope)
+    scope["has_more_body"] = True
+    while scope["has_more_body"]:
+        event = await request.receive()
+        if event["type"] != "http.request":
+            raise BadRequest("The connection was closed before the body ended.")
+        scope["has_more_body"] = event.get("more_body", False)
+        yield event.get("body", b""), not scope["has_more_body"]
+
+
+async def whole_body(buffer: ChunkBuffer, request: Request[Any, Any, Any], most: float = math.inf) -> bytearray:
+    """Return a body of up to ``max_body`` and ``most`` bytes that arrives within 30 s. Raise Problem."""
+    body, limit = bytearray(), min(most, buffer.settings.max_body)
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT):
+            async for piece, _ in body_pieces(request):
+                body += piece
+                hold(buffer, len(piece))
+                if len(body) > limit:
+                    raise TooLarge(f"The body has over {limit} bytes; send it in parts, or stream it as NDJSON.")
+    except TimeoutError as error:
+        raise TooSlow(f"The body did not come within {BODY_TIMEOUT} s; stream it as NDJSON.") from error
+    finally:
+        hold(buffer, -len(body))
+    return body
 
 
 @contextlib.asynccontextmanager
@@ -75,7 +153,8 @@ async def while_active(
     one who ends the message itself. Raises Conflict, Unavailable or Unauthorized: why.
     """
     upload = asyncio.timeout(None if expires == math.inf else expires - time.time())
-    with buffer.attached(thread_id) as tail:
+    with buffer.attached(thread_id) as attached:
+        tail = cast(UploadTail, attached)
         had_ended = await has_ended(buffer, tail, thread_id, message_id)
         # What has ended before is not ended by anyone now; a retry of its last upload is answered as before.
         tail.uploads[upload] = "" if had_ended else message_id
@@ -89,9 +168,9 @@ async def while_active(
             if buffer.stopping:
                 raise Stopping from None
             if upload.when() != CUT:
-                raise token_expired() from None
+                raise Unauthorized.expired() from None
             found = await buffer.store.find(thread_id, message_id)
-            raise (message_ended(message_id, found) if found.ended else thread_cleared()) from None
+            raise (Conflict.ended(message_id, found) if found.ended else Conflict.cleared()) from None
         finally:
             lift()
 
@@ -111,15 +190,15 @@ def holding(buffer: ChunkBuffer) -> Iterator[Callable[[int], None]]:
     """Yields a function to call with the bytes that one holds by now (see ``ChunkBuffer.hold``)."""
     held = 0
 
-    def hold(size: int) -> None:
+    def hold_now(size: int) -> None:
         nonlocal held
         more, held = size - held, size
-        buffer.hold(more)
+        hold(buffer, more)
 
     try:
-        yield hold
+        yield hold_now
     finally:
-        buffer.hold(-held)
+        hold(buffer, -held)
 
 
 async def patiently(buffer: ChunkBuffer, write: Callable[[], Awaitable[T]]) -> T:
@@ -156,7 +235,7 @@ async def agent_stream(
         await close(source)
         found = await buffer.store.find(thread_id, message_id)
         raise (
-            message_ended(message_id, found)
+            Conflict.ended(message_id, found)
             if found.ended
             else Conflict(
                 f"The message {message_id!r} has {found.chunk_count} chunks already, and a whole stream would be stored"
@@ -282,7 +361,7 @@ async def stored_from(buffer: ChunkBuffer, thread_id: str, message_id: str, inde
     while found.last and seq < found.last and index < found.chunk_count:
         state, page = await buffer.store.page(thread_id, message_id, seq, PAGE_ROWS)
         if state.generation != found.generation:
-            raise thread_cleared()
+            raise Conflict.cleared()
         chunks = [entry.content for entry in page.entries if isinstance(entry, StoredChunk)]
         texts += chunks[max(index - count, 0) :]
         seq, count = page.last_seq, count + len(chunks)
@@ -299,14 +378,14 @@ async def append_pieces(
     """
     change: Change | None = None
     changed = False
-    with holding(buffer) as hold:
+    with holding(buffer) as hold_now:
         async with (
-            while_active(buffer, append.thread_id, append.message_id, granted(request).expires) as lift,
+            while_active(buffer, append.thread_id, append.message_id, Grant.of(request).expires) as lift,
             aclosing(body_pieces(request)) as pieces,
         ):
             async for piece, is_last in pieces:
                 chunks, problem = decoder.feed(piece, is_last)
-                hold(decoder.kept)
+                hold_now(decoder.kept)
                 sizes, refusal = sizes_up_to_refusal(chunks, buffer.settings.max_chunk)
                 if refusal is not None:
                     refusal.detail = f"{decoder.where(len(sizes))} is refused: {refusal.detail}"
@@ -388,7 +467,7 @@ class Lines:
                 try:
                     chunks += LINES.decode_lines(line)
                 except UNDECODABLE as error:
-                    return chunks, invalid_json(line, error, self.where(len(chunks)))
+                    return chunks, InvalidContent.json(line, error, self.where(len(chunks)))
             raise
 
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
+import msgspec
 from litestar import get
 from litestar.di import NamedDependency
 from litestar.response.base import ASGIResponse
 
 from ..app import (
-    HEARTBEAT,
-    READ,
     RELAYED,
     THREAD,
     ChunkBuffer,
     Cursor,
     Format,
+    NotFound,
     Page,
     Parts,
     Problem,
     Reading,
+    ServerSentEvents,
     Signal,
     StoredChunk,
     ThreadId,
@@ -33,6 +35,7 @@ LINE_END = re.compile("\r\n|\n|\r")
 def mount(parts: Parts) -> None:
     parts.formats["raw"] = RawEvents()
     parts.api.append(stream_active_message)
+    parts.active_message = active_message
 
 
 class RawEvents:
@@ -54,7 +57,19 @@ class RawEvents:
         return b"".join(frames)
 
     def signal(self, signal: Signal, problem: Problem | None = None) -> bytes:
-        return HEARTBEAT if signal is Signal.HEARTBEAT else b""
+        return ServerSentEvents.HEARTBEAT if signal is Signal.HEARTBEAT else b""
+
+
+async def active_message(buffer: ChunkBuffer, thread_id: str) -> str | None:
+    """Return the active message that began last, or None. Raise BadRequest."""
+    with contextlib.suppress(NotFound):
+        first = (await buffer.get_thread_status(thread_id, 1)).message_count
+        while first > 0:
+            first = max(first - 1_000, 0)
+            status = await buffer.store.status(thread_id, 1_000, first)
+            if active := [message.message_id for message in status.messages if message.status == "active"]:
+                return active[-1]
+    return None
 
 
 async def unfinished_at(buffer: ChunkBuffer, thread_id: str, cursor: Cursor, form: Format) -> str | None:
@@ -68,7 +83,7 @@ async def unfinished_at(buffer: ChunkBuffer, thread_id: str, cursor: Cursor, for
     return had.message_id if is_more or state.status == "active" else None
 
 
-@get(THREAD + "/live", summary="Follow the active message of a thread (SSE)", scopes=READ, token_in_query=True)
+@get(THREAD + "/live", summary="Follow the active message of a thread (SSE)", scope="read", token_in_query=True)
 async def stream_active_message(reading: NamedDependency[Reading], thread_id: ThreadId) -> ASGIResponse:
     """From its start; 204 where none is active. Of several it is the one that began last.
 
@@ -78,7 +93,7 @@ async def stream_active_message(reading: NamedDependency[Reading], thread_id: Th
     buffer, message_id = reading.buffer, None
     if reading.cursor is not None:
         message_id = await unfinished_at(buffer, thread_id, Cursor.parse(reading.cursor), reading.form)
-    message_id = message_id or await buffer.get_active_message(thread_id)
+    message_id = message_id or await active_message(buffer, thread_id)
     if message_id is None:
         return ASGIResponse(status_code=204)
-    return await stream(reading._replace(follow=False), thread_id, message_id)
+    return await stream(msgspec.structs.replace(reading, follow=False), thread_id, message_id)

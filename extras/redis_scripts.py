@@ -29,6 +29,7 @@ from ..app import (
     Cursor,
     Entry,
     MessageEnd,
+    NotFound,
     Open,
     Problem,
     Record,
@@ -37,16 +38,9 @@ from ..app import (
     StoredChunk,
     ThreadStatus,
     ThreadSummary,
+    TooLarge,
     Write,
-    another_goes_on,
-    another_is_stored,
-    message_ended,
-    message_too_large,
-    no_message,
-    no_thread,
     now_ms,
-    thread_cleared,
-    would_leave_a_gap,
 )
 
 MARK_EVERY = 64  # chunks of a message
@@ -548,14 +542,14 @@ def refusal_of(operation: Operation, answer: Answer) -> Problem | None:
     outcome, thread, message, _, number = answer
     state, thread_id, message_id = state_from(thread, message), operation.thread_id, operation.message_id
     refusals: dict[str, Callable[[], Problem]] = {
-        "cleared": thread_cleared,
-        "no thread": lambda: no_thread(thread_id),
-        "no message": lambda: no_message(thread_id, message_id),
-        "ended": lambda: message_ended(message_id, state),
-        "gap": lambda: would_leave_a_gap(Append(thread_id, message_id, (), (), operation.index), state),
-        "differs": lambda: another_is_stored(message_id, number, state),
-        "goes on": lambda: another_goes_on(message_id, state),
-        "too large": lambda: message_too_large(number, operation.max_message),
+        "cleared": Conflict.cleared,
+        "no thread": lambda: NotFound.thread(thread_id),
+        "no message": lambda: NotFound.message(thread_id, message_id),
+        "ended": lambda: Conflict.ended(message_id, state),
+        "gap": lambda: Conflict.gap(Append(thread_id, message_id, (), (), operation.index), state),
+        "differs": lambda: Conflict.other_chunk(message_id, number, state),
+        "goes on": lambda: Conflict.other_producer(message_id, state),
+        "too large": lambda: TooLarge.message(number, operation.max_message),
         "touched": lambda: Conflict(f"The message {message_id!r} was appended to in the meantime."),
     }
     return refusals[outcome]() if outcome in refusals else None

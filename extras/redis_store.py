@@ -47,7 +47,6 @@ from ..app import (
     Write,
     bytes_known,
     check_exists,
-    no_thread,
     now_ms,
 )
 from .redis_scripts import (
@@ -321,7 +320,7 @@ class RedisStore(GroupCommit):
         """
         thread, names, texts = await self._run(self._list, thread_id, encode(Listing(first, last)))
         if not thread:
-            raise no_thread(thread_id)
+            raise NotFound.thread(thread_id)
         messages = zip(names, texts, strict=True)
         return decode_thread(thread), {name.decode(): decode_message(text) for name, text in messages}
 
@@ -362,7 +361,7 @@ class RedisStore(GroupCommit):
                     return msgspec.structs.replace(begin, after=entry.seq - 1, skip=offset)
                 offset -= size
             if not entries and after == reading.after:
-                raise no_thread(begin.thread_id)  # cleared in the meantime
+                raise NotFound.thread(begin.thread_id)  # cleared in the meantime
             reading = msgspec.structs.replace(reading, after=after)
 
     async def _texts(self, thread_id: str, message_id: str, found: State) -> AsyncGenerator[tuple[int, bytes], None]:
@@ -374,7 +373,7 @@ class RedisStore(GroupCommit):
             reading = Reading(message_id, found.generation, at, last, bytes=TEXT_BYTES, text_only=True, skip=skip)
             _, _, reached, text, skip = await self._run(self._read, thread_id, encode(reading))
             if reached <= at:
-                raise no_thread(thread_id)  # cleared in the meantime
+                raise NotFound.thread(thread_id)  # cleared in the meantime
             yield at, text
             at = reached
 
@@ -472,7 +471,7 @@ class RedisStore(GroupCommit):
 
     async def idle_messages(self, untouched_since: int) -> list[tuple[str, str]]:
         """None, while Redis itself has not been there for so long: nobody could append."""
-        if untouched_since < self._refused_ms:
+        if untouched_since < self.refused_ms:
             return []  # their producers may be alive, and were refused
         idle = now_ms() - untouched_since
         if now_ms() - self._answers_since < idle:

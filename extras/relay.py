@@ -16,7 +16,6 @@ import os
 import re
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from contextlib import aclosing, contextmanager, suppress
 from typing import Any, NamedTuple, cast
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
@@ -28,17 +27,10 @@ from litestar.enums import ScopeType
 from litestar.types import Receive, Scope, Send
 
 from ..app import (
-    ABORT,
-    HEARTBEAT,
-    MAX_REASON,
     PAGE_ROWS,
     PRODUCER_TIMEOUT,
-    READ,
     RELAYED,
-    RETRY,
-    SSE_HEADERS,
     UNDECODABLE,
-    WRITE,
     Append,
     BadRequest,
     BrokenOff,
@@ -48,6 +40,7 @@ from ..app import (
     Conflict,
     Cursor,
     CursorGone,
+    End,
     Forbidden,
     Format,
     Grant,
@@ -57,6 +50,7 @@ from ..app import (
     Parts,
     Problem,
     Reader,
+    ServerSentEvents,
     Settings,
     Signal,
     StartupError,
@@ -65,10 +59,7 @@ from ..app import (
     TooLarge,
     Unavailable,
     checked_id,
-    encode_json,
-    granted,
     utf8_size,
-    whole_body,
 )
 
 log = logging.getLogger("resume_stream")
@@ -105,7 +96,7 @@ NOT_OF_A_STREAM = NOT_PASSED_ON | frozenset(
     b"content-length content-type cache-control x-accel-buffering resume-thread resume-message".split()
 )
 TOKENS = frozenset({b"authorization", b"x-api-key"})
-ANY_SCOPE = READ | WRITE | ABORT  # to be let in; what a call takes is found out with it
+ANY_SCOPE = "any"  # to be let in; what a call takes is found out with it
 SHOWN = (b"access-control-expose-headers", b"Resume-Thread, Resume-Message, Location, Content-Location")
 
 Headers = list[tuple[bytes, bytes]]
@@ -131,7 +122,7 @@ def mount(parts: Parts) -> None:
         raise StartupError("there is an upstream, which takes extras/dialects.py, producing.py and raw.py besides")
     relay = Relay(parts, [Target(upstream, secrets[upstream.name]) for upstream in upstreams])
 
-    @asgi("/relay", is_mount=True, copy_scope=False, scopes=ANY_SCOPE, token_in_query=True, token_header="x-api-key")
+    @asgi("/relay", is_mount=True, copy_scope=False, scope=ANY_SCOPE, token_in_query=True, token_header="x-api-key")
     async def relayed(scope: Scope, receive: Receive, send: Send) -> None:
         await relay.serve(scope, receive, send)
 
@@ -226,7 +217,7 @@ class Relayed(NamedTuple):
     def headers(self) -> Headers:
         """Of every answer that is this message."""
         said = {
-            **SSE_HEADERS,
+            **ServerSentEvents.HEADERS,
             **self.dialect.headers,
             "Resume-Thread": quote(self.thread_id, safe="!#$&'()*+,/:;=?@[]"),
             "Resume-Message": quote(self.message_id, safe="!#$&'()*+,/:;=?@[]"),
@@ -244,7 +235,7 @@ class Answer(NamedTuple):
 
 
 def answer_json(status: int, what: Any) -> Answer:
-    return Answer(status, [(b"Content-Type", b"application/json")], once(encode_json(what)))
+    return Answer(status, [(b"Content-Type", b"application/json")], once(msgspec.json.encode(what)))
 
 
 async def once(piece: bytes) -> AsyncGenerator[bytes, None]:
@@ -267,7 +258,7 @@ class Call:
         self.request: Request[Any, Any, Any] = Request(scope, receive)
         self.method: str = cast(Any, scope)["method"]
         self.headers: Headers = list(scope["headers"])
-        self.grant: Grant = granted(self.request)
+        self.grant: Grant = Grant.of(self.request)
         self.query: bytes = scope["query_string"]
         self.left_out = NOT_SENT
         if has_secret:
@@ -351,8 +342,9 @@ class Asked:
             return []
         if self.call.thread_id is not None:
             return [self.call.thread_id]
-        in_body = filter(None, map(usable, self.members.values()))
-        return list(dict.fromkeys([self.message_id, *filter(self.call.grant.covers, in_body)]))
+        named = [usable(name) for name in self.members.values()]
+        covered = [name for name in named if name and self.call.grant.allows("any", name)]
+        return list(dict.fromkeys([self.message_id, *covered]))
 
     def fail(self, problem: Problem) -> None:
         if not self.answer.done():
@@ -366,6 +358,7 @@ class Relay:
     def __init__(self, parts: Parts, targets: Sequence[Target]) -> None:
         self.buffer: ChunkBuffer = parts.buffer
         self.producing = parts.producing
+        self.active_message = parts.active_message
         self.dialects = {dialect.name: dialect for dialect in parts.dialects}
         self._raw: Format = parts.formats["raw"]
         self._targets = {target.name: target for target in targets}
@@ -451,7 +444,7 @@ class Relay:
                 if answer := await self._resumed(call, dialect, ids):
                     return answer
                 is_absent_204 = is_absent_204 or dialect.absent_is_204
-            if (ids := call.asks(dialect.cancel)) and (message := await self._find(call, dialect, ids, ABORT)):
+            if (ids := call.asks(dialect.cancel)) and (message := await self._find(call, dialect, ids, "abort")):
                 return await self._cancelled(call, message)
         # One that goes on to the upstream is a word of the dialect's, and no id.
         if last and all(last != dialect.from_start for dialect in self.dialects.values()):
@@ -476,10 +469,10 @@ class Relay:
 
     async def _going_on(self, call: Call, cursor: Cursor) -> Answer:
         """The rest of the message that the cursor is in, whatever the method."""
-        call.grant.require(READ, None)
+        call.grant.require("read", None)
         gone = CursorGone("This Last-Event-ID is of an answer that is not, or no longer, here; ask anew, without it.")
         thread_id = await thread_of(self.buffer, cast(int, cursor.generation))
-        if thread_id is None or not call.grant.covers(thread_id):
+        if thread_id is None or not call.grant.allows("any", thread_id):
             raise gone
         state, page = await self.buffer.store.page(thread_id, None, cursor.seq - 1, 1)
         if state.generation != cursor.generation or not page.entries or page.entries[0].seq != cursor.seq:
@@ -514,11 +507,11 @@ class Relay:
         self, dialect: Any, items: AsyncGenerator[Page | Signal, None], had: StoredChunk | None
     ) -> AsyncGenerator[bytes, None]:
         """Events as the upstream sent them, with our ids. Raises BrokenOff where the end cannot be said."""
-        yield RETRY
+        yield ServerSentEvents.RETRY
         async with aclosing(items):
             async for item in items:
                 if item is Signal.HEARTBEAT:
-                    yield HEARTBEAT
+                    yield ServerSentEvents.HEARTBEAT
                 elif isinstance(item, Page):
                     frames = item.encoded(self._raw)
                     self.buffer.tell("sent", item, len(frames))
@@ -537,9 +530,9 @@ class Relay:
 
     # A dialect's own calls
 
-    async def _find(self, call: Call, dialect: Any, ids: Mapping[str, str], scopes: AbstractSet[str]) -> Relayed | None:
+    async def _find(self, call: Call, dialect: Any, ids: Mapping[str, str], scope: str) -> Relayed | None:
         """The message that such a call is about, if it is here, and the caller may do this with it."""
-        if (thread_id := thread_for(call, ids, scopes)) is None:
+        if (thread_id := thread_for(call, ids, scope)) is None:
             return None
         message_id = usable(ids["message"]) if "message" in ids else await self._active(call, dialect, thread_id)
         return await self._known_as(call, dialect, thread_id, message_id) if message_id else None
@@ -556,11 +549,11 @@ class Relay:
             if asked.call.target is call.target and asked.members.get(dialect.thread_in_body) == thread_id:
                 with suppress(Problem):  # which the one who asked is told
                     await asyncio.shield(asked.answer)
-        return await self.buffer.get_active_message(thread_id)
+        return cast(str | None, await self.active_message(self.buffer, thread_id))
 
     async def _resumed(self, call: Call, dialect: Any, ids: Mapping[str, str]) -> Answer | None:
-        if (message := await self._find(call, dialect, ids, READ)) is None:
-            thread_id = thread_for(call, ids, READ) if dialect.absent_is_204 else None
+        if (message := await self._find(call, dialect, ids, "read")) is None:
+            thread_id = thread_for(call, ids, "read") if dialect.absent_is_204 else None
             return None if thread_id is None else await self._none_active(call, dialect, thread_id)
         if dialect.if_stream is not None and call.flag(dialect.if_stream) != "true":
             return await self._thing_of(message)
@@ -623,7 +616,7 @@ class Relay:
 
     async def _cancelled(self, call: Call, message: Relayed) -> Answer:
         """The message ends at once, and its upstream hears of it too; if that knows the call, it has the word."""
-        body = await whole_body(call.request, self.buffer)
+        body = await self.producing.whole_body(self.buffer, call.request)
         with suppress(Conflict, NotFound):
             await self.buffer.abort_message(message.thread_id, message.message_id, CANCELLED)
         with suppress(BadGateway, GatewayTimeout), self._holding(body) as sent:
@@ -639,15 +632,15 @@ class Relay:
 
     async def _joined(self, call: Call) -> Answer:
         """What the upstream answers, which is asked once for each message, whoever retries."""
-        call.grant.require(WRITE, call.thread_id)
+        call.grant.require("write", call.thread_id)
         message_id = call.id_in(b"resume-message", "message_id") or call.id_in(b"idempotency-key", "message_id")
         if message_id is not None:
-            call.grant.require(WRITE, call.thread_id or message_id)
+            call.grant.require("write", call.thread_id or message_id)
         reader = self._seat(call)
         asked = Asked(call, message_id)
         self._asked[asked] = None
         try:
-            body = await whole_body(call.request, self.buffer)
+            body = await self.producing.whole_body(self.buffer, call.request)
         except BaseException:
             del self._asked[asked]
             raise
@@ -656,7 +649,7 @@ class Relay:
         if not isinstance(answer, tuple):
             return self._passed(answer)
         message, headers = answer
-        call.grant.require(WRITE, message.thread_id)  # as another one's answer may be in a thread that its body names
+        call.grant.require("write", message.thread_id)  # as another one's answer may be in a thread that its body names
         return Answer(200, [*headers, *message.headers], await self._told(message, reader))
 
     async def taken(self, asked: Asked, thread_id: str, message_id: str, is_new: bool = False) -> Relayed | None:
@@ -804,10 +797,10 @@ def not_of_this_upstream(message_id: str) -> Conflict:
     return Conflict(f"The message {message_id!r} is there, and not of this upstream; name another one.")
 
 
-def thread_for(call: Call, ids: Mapping[str, str], scopes: AbstractSet[str]) -> str | None:
+def thread_for(call: Call, ids: Mapping[str, str], scope: str) -> str | None:
     """The thread that a dialect's call is about, where the caller may do this with it."""
     thread_id = call.thread_id or usable(ids.get("thread", ids.get("message")))
-    is_allowed = thread_id is not None and call.grant.has(scopes) and call.grant.covers(thread_id)
+    is_allowed = thread_id is not None and call.grant.allows(scope, thread_id)
     return thread_id if is_allowed else None
 
 
@@ -852,7 +845,7 @@ def last_words(dialect: Any, end: MessageEnd, had: StoredChunk | None) -> bytes 
         name, data = dialect.error(code, words, dialect.json_of(had) if had else {})
     else:
         name, data = dialect.stop(end.reason or CANCELLED)
-    return b"%sdata: %s\n\n" % (f"event: {name}\n".encode() if name else b"", encode_json(data))
+    return b"%sdata: %s\n\n" % (f"event: {name}\n".encode() if name else b"", msgspec.json.encode(data))
 
 
 class Failed(Exception):
@@ -954,7 +947,7 @@ class Pump:
         message_id = known or f"{asked.call.target.name}-{uuid4().hex}"
         in_body = asked.members.get(self._dialect.thread_in_body)
         thread_id = asked.call.thread_id or usable(ids.get("thread")) or usable(in_body) or message_id
-        if not asked.call.grant.covers(thread_id):
+        if not asked.call.grant.allows("any", thread_id):
             raise Forbidden("The token covers some threads only; name one of them in the header Resume-Thread.")
         self._message = Relayed(asked.call.target.name, self._dialect, thread_id, message_id)
         return await self._relay.taken(asked, thread_id, message_id, is_new=known is None)
@@ -1052,7 +1045,7 @@ class Pump:
         """An error stays one, whatever comes after it."""
         if kind in self._dialect.aborts:
             self._status, self._outcome = "aborted", "failed"
-            self._reason = self._dialect.reason_of(event)[:MAX_REASON]
+            self._reason = self._dialect.reason_of(event)[: End.MAX_REASON]
         elif kind in self._dialect.completes and self._status is None:
             self._status = "completed"
         self._is_over = kind in self._dialect.last

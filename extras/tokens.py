@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import Any, cast
 
@@ -14,13 +13,9 @@ from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
 
 from ..app import (
-    SCOPES,
-    SMALL_BODY,
     THREAD,
-    WRITE,
     BadRequest,
     Buffer,
-    Commands,
     Forbidden,
     Grant,
     InvalidContent,
@@ -31,14 +26,14 @@ from ..app import (
     StartupError,
     ThreadId,
     Unauthorized,
-    add_command,
     checked_id,
-    granted,
     json_body,
     parse_duration,
     seconds,
-    token_expired,
 )
+
+SCOPES = ("read", "write", "abort", "admin")
+ENOUGH = {"abort": {"abort", "write"}, "any": set(SCOPES)}  # the words that are each enough for a call
 
 
 def mount(parts: Parts) -> None:
@@ -48,8 +43,8 @@ def mount(parts: Parts) -> None:
         parts.grant_of = partial(grant_of, secret=secret)
 
 
-def add_commands(commands: Commands) -> None:
-    token = add_command(commands, "token", "make a token", make_token, "secret")
+def add_commands(commands: Any) -> None:
+    token = commands.add("token", "make a token", make_token, "secret")
     token.add_argument("--scope", default="read", help="words of read, write, abort, admin (default: read)")
     token.add_argument("--thread", action="append", default=[], help="an id, or prefix*, more than once (default: all)")
     token.add_argument("--expires-in", default="1h", help="how long it is good for (default: 1h)")
@@ -60,20 +55,24 @@ class TokenGrant(Grant, frozen=True):
 
     scope: frozenset[str] = frozenset()
 
+    def allows(self, scope: str, thread_id: str | None) -> bool:
+        return self.has(scope) and (thread_id is None or self.covers(thread_id))
+
     def covers(self, thread_id: str) -> bool:
         return self.threads is None or any(
             thread_id.startswith(pattern[:-1]) if pattern.endswith("*") else thread_id == pattern
             for pattern in self.threads
         )
 
-    def has(self, scopes: AbstractSet[str]) -> bool:
-        return "admin" in self.scope or not scopes.isdisjoint(self.scope)
+    def has(self, scope: str) -> bool:
+        return "admin" in self.scope or not self.scope.isdisjoint(ENOUGH.get(scope, {scope}))
 
-    def require(self, scopes: AbstractSet[str], thread_id: str | None) -> None:
+    def require(self, scope: str, thread_id: str | None) -> None:
         if time.time() >= self.expires:
-            raise token_expired()
-        if not self.has(scopes):
-            raise Forbidden(f"The token's scope is {' '.join(sorted(self.scope))!r}; this takes {' or '.join(scopes)}.")
+            raise Unauthorized.expired()
+        if not self.has(scope):
+            enough = " or ".join(sorted(ENOUGH.get(scope, {scope})))
+            raise Forbidden(f"The token's scope is {' '.join(sorted(self.scope))!r}; this takes {enough}.")
         if thread_id is not None and not self.covers(thread_id):
             raise Forbidden(f"The token does not cover the thread {thread_id!r}; get one that names it.")
 
@@ -102,7 +101,7 @@ def grant_of(token: str, secret: str) -> TokenGrant:
     try:
         claims = msgspec.convert(jwt.decode(token, secret, algorithms=["HS256"], options={"require": ["exp"]}), Claims)
     except jwt.ExpiredSignatureError as error:
-        raise token_expired() from error
+        raise Unauthorized.expired() from error
     except (jwt.InvalidTokenError, msgspec.ValidationError) as error:
         raise Unauthorized(
             f"The token is not valid here ({error}); get one made with this service's secret."
@@ -117,12 +116,12 @@ async def authorize(secret: str, connection: ASGIConnection[Any, Any, Any, Any],
     a WebSocket, the token may be in the query too, and in a header that the handler names. Raises
     Unauthorized or Forbidden.
     """
-    scopes = handler.opt.get("scopes")  # none for what is open to all, and for Litestar's own answers to OPTIONS
-    if scopes is None:
+    scope = handler.opt.get("scope")  # none for what is open to all, and for Litestar's own answers to OPTIONS
+    if scope is None:
         return
     try:
         in_query, header = bool(handler.opt.get("token_in_query")), handler.opt.get("token_header")
-        connection.scope["auth"] = grant_for(connection, secret, scopes, in_query, header)
+        connection.scope["auth"] = grant_for(connection, secret, scope, in_query, header)
     except Problem as problem:
         connection.scope["refusal"] = problem  # type: ignore[typeddict-unknown-key]
         raise
@@ -131,7 +130,7 @@ async def authorize(secret: str, connection: ASGIConnection[Any, Any, Any, Any],
 def grant_for(
     connection: ASGIConnection[Any, Any, Any, Any],
     secret: str,
-    scopes: AbstractSet[str],
+    scope: str,
     token_in_query: bool,
     token_header: str | None,
 ) -> Grant:
@@ -143,7 +142,7 @@ def grant_for(
     if not token:
         raise Unauthorized("This takes a token; send it as 'Authorization: Bearer …'.")
     grant = grant_of(token.strip(), secret)
-    grant.require(scopes, connection.path_params.get("thread_id"))
+    grant.require(scope, connection.path_params.get("thread_id"))
     return grant
 
 
@@ -163,11 +162,11 @@ class Token(Record, frozen=True):
     expires_at: int
 
 
-@post(THREAD + "/tokens", summary="Mint a short-lived token for a browser", scopes=WRITE, body=TokenBody | None)
+@post(THREAD + "/tokens", summary="Mint a short-lived token for a browser", scope="write", body=TokenBody | None)
 async def mint_token(request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId) -> Token:
     """For this thread alone, and no wider than one's own; for up to a day."""
-    wanted = await json_body(request, buffer, TokenBody, TokenBody(), SMALL_BODY)
-    own = granted(request)
+    wanted = await json_body(request, buffer, TokenBody, TokenBody())
+    own = Grant.of(request)
     if not buffer.settings.secret:
         raise BadRequest("Authentication is off, so there are no tokens; start the service with a secret.")
     if checked_id("thread_id", thread_id).endswith("*"):
@@ -175,7 +174,7 @@ async def mint_token(request: Request[Any, Any, Any], buffer: Buffer, thread_id:
     scope = frozenset(wanted.scope.split())
     if not scope or not scope <= set(SCOPES):
         raise InvalidContent(f"{wanted.scope!r:.80} is not a scope; use words of {', '.join(SCOPES)}.")
-    if not all(own.has({word, "write"} if word == "abort" else {word}) for word in scope):
+    if not all(own.allows(word, None) for word in scope):
         raise Forbidden("A token cannot allow more than the one it is made with; ask for less.")
     lifetime = cast(float, seconds("expires_in", wanted.expires_in))
     grant = TokenGrant((thread_id,), min(time.time() + lifetime, own.expires), scope)

@@ -21,11 +21,7 @@ from litestar.middleware import DefineMiddleware
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..app import (
-    ABORT,
-    READ,
-    SCOPES,
     UNDECODABLE,
-    WRITE,
     BadRequest,
     Buffer,
     Change,
@@ -43,9 +39,6 @@ from ..app import (
     Record,
     Signal,
     Unavailable,
-    encode_json,
-    granted,
-    problem_document,
     seconds,
 )
 
@@ -108,11 +101,11 @@ class SocketFrames:
         for entry in page.entries:
             kind = b"complete" if isinstance(entry, MessageEnd) else b"chunk"
             cursor = b"%d-%d" % (page.generation, entry.seq)
-            frames.append(b'"type":"%s","cursor":"%s",%s' % (kind, cursor, encode_json(entry)[1:]))
+            frames.append(b'"type":"%s","cursor":"%s",%s' % (kind, cursor, msgspec.json.encode(entry)[1:]))
         return b"\n".join([*frames, b""])
 
     def signal(self, signal: Signal, problem: Problem | None = None) -> bytes:
-        return encode_json({"type": signal.value, **(problem_document(problem) if problem else {})})[1:]
+        return msgspec.json.encode({"type": signal.value, **(problem.document if problem else {})})[1:]
 
 
 SOCKET_FRAMES = SocketFrames()
@@ -126,7 +119,7 @@ class Conversation:
     def __init__(self, socket: WebSocket[Any, Any, Any], buffer: ChunkBuffer) -> None:
         self._socket = socket
         self._buffer = buffer
-        self._grant = granted(socket)
+        self._grant = Grant.of(socket)
         self._subscriptions: dict[str | int, asyncio.Task[None]] = {}
         self._appends: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -159,14 +152,14 @@ class Conversation:
                 case AppendFrame():
                     self._append(frame)
                 case AbortFrame():
-                    self._grant.require(ABORT, frame.thread_id)
+                    self._grant.require("abort", frame.thread_id)
                     answer = await self._buffer.abort_message(frame.thread_id, frame.message_id, frame.reason)
                     await self._send("aborted", frame.id, answer)
         except Problem as problem:
-            await self._send("error", identity or identity_of(text), problem_document(problem))
+            await self._send("error", identity or identity_of(text), problem.document)
 
     def _subscribe(self, frame: Subscribe) -> None:
-        self._grant.require(READ, frame.thread_id)
+        self._grant.require("read", frame.thread_id)
         if frame.id in self._subscriptions:
             raise Conflict(f"The id {frame.id!r} has a subscription already; unsubscribe it, or use another id.")
         if frame.known_content is not None and (frame.message_id is None or frame.after is not None):
@@ -185,7 +178,7 @@ class Conversation:
         await self._send("unsubscribed", frame.id)
 
     def _append(self, frame: AppendFrame) -> None:
-        self._grant.require(WRITE, frame.thread_id)
+        self._grant.require("write", frame.thread_id)
         append = self._buffer.checked_append(
             frame.thread_id, frame.message_id, frame.chunks, index=frame.index, complete=frame.complete
         )
@@ -199,14 +192,16 @@ class Conversation:
             del committing  # and with it what was appended, as its producer may be slow to read this
             await self._send("appended", identity, answer)
         except Problem as problem:
-            await self._send("error", identity, problem_document(problem))
+            await self._send("error", identity, problem.document)
 
     async def _follow(self, frame: Subscribe) -> None:
         self.of_tokens[self._grant] += 1
         try:
             await self._deliver(frame)
         except Problem as problem:
-            await self._send_text(b'{"id":%s,' % encode_json(frame.id) + SOCKET_FRAMES.signal(Signal.ERROR, problem))
+            await self._send_text(
+                b'{"id":%s,' % msgspec.json.encode(frame.id) + SOCKET_FRAMES.signal(Signal.ERROR, problem)
+            )
         finally:
             self.of_tokens[self._grant] -= 1
             if not self.of_tokens[self._grant]:
@@ -230,7 +225,7 @@ class Conversation:
             await self._pass_on(frame, self._buffer.follow(place, reader))
 
     async def _pass_on(self, frame: Subscribe, items: AsyncGenerator[Page | Signal, None]) -> None:
-        start = b'{"id":%s,' % encode_json(frame.id)
+        start = b'{"id":%s,' % msgspec.json.encode(frame.id)
         async with aclosing(items):
             async for item in items:
                 if isinstance(item, Page):
@@ -243,7 +238,7 @@ class Conversation:
 
     async def _send(self, kind: str, identity: str | int | None, payload: Any = None) -> None:
         members = msgspec.to_builtins(payload) if payload is not None else {}
-        await self._send_text(encode_json({**members, "type": kind, "id": identity}))
+        await self._send_text(msgspec.json.encode({**members, "type": kind, "id": identity}))
 
     async def _send_text(self, text: bytes) -> None:
         """Waits while the reader is slow, which holds up nobody else."""
@@ -279,7 +274,7 @@ def decode_frame(text: str | bytes) -> Frame:
         ) from error
 
 
-@websocket("/ws", scopes=frozenset(SCOPES), token_in_query=True)
+@websocket("/ws", scope="any", token_in_query=True)
 async def converse(socket: WebSocket[Any, Any, Any], buffer: Buffer) -> None:
     await socket.accept()
     await Conversation(socket, buffer).hold()
@@ -310,7 +305,7 @@ def denied(scope: Scope, send: Send) -> Send:
         headers += [(name.lower().encode(), value.encode()) for name, value in (problem.headers or {}).items()]
         start = {"type": "websocket.http.response.start", "status": problem.status_code, "headers": headers}
         await send(cast(Message, start))
-        body = encode_json(problem_document(problem))
+        body = msgspec.json.encode(problem.document)
         await send(cast(Message, {"type": "websocket.http.response.body", "body": body}))
 
     return send_denied

@@ -170,13 +170,17 @@ def store_of(buffer: ChunkBuffer) -> Any:
 
 async def on_writer(buffer: ChunkBuffer, work: Callable[[sqlite3.Connection], Any]) -> Any:
     """What a function says of the connection that commits."""
-    return await store_of(buffer)._writer.run(work)
+    return await store_of(buffer).on_writer(work)
 
 
 def kept_for_readers(buffer: ChunkBuffer) -> list[Any]:
     """All that a buffer holds for the sake of those who read now, or watch for an end."""
-    store = store_of(buffer)
-    return [*buffer._tails, *store._watched]
+    return [*buffer.tails, *watcher_of(buffer)._watched]
+
+
+def watcher_of(buffer: ChunkBuffer) -> Any:
+    """What notices that another process has changed the file (extras/elsewhere.py)."""
+    return buffer.watch.__self__
 
 
 class Polls:
@@ -184,8 +188,8 @@ class Polls:
 
     def __init__(self, buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        self._look = store_of(buffer).data_version
-        monkeypatch.setattr(store_of(buffer), "data_version", self)
+        self._look = watcher_of(buffer).data_version
+        monkeypatch.setattr(watcher_of(buffer), "data_version", self)
 
     async def __call__(self) -> int:
         self.count += 1
@@ -213,7 +217,7 @@ class CommitsAtOnce:
     """Lets commits take no turn of the loop: what happens between two of them is then the same on any machine."""
 
     def __init__(self, buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
-        writer = store_of(buffer)._writer
+        writer = store_of(buffer).writer
         self._run = writer.run
         self._asked: list[asyncio.Task[None]] = []
         monkeypatch.setattr(writer, "run", self)
@@ -237,8 +241,8 @@ class FailsOnce:
 
     def __init__(self, buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
         self.has_failed = False
-        self._read = store_of(buffer).data_version
-        monkeypatch.setattr(store_of(buffer), "data_version", self)
+        self._read = watcher_of(buffer).data_version
+        monkeypatch.setattr(watcher_of(buffer), "data_version", self)
 
     async def __call__(self) -> Any:
         if not self.has_failed:

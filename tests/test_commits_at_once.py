@@ -16,6 +16,7 @@ from buffers import on_writer, store_of
 from conftest import TIMEOUT, until
 from resume_stream import app
 from resume_stream.app import Chunk, ChunkBuffer
+from resume_stream.extras import hot
 
 pytestmark = pytest.mark.anyio
 
@@ -27,12 +28,12 @@ class Transactions:
         self.by_loop: list[bool] = []
         loop, noted = threading.get_ident(), self.by_loop
 
-        class Noted(app._Transaction):
+        class Noted(hot.HotTransaction):
             def __init__(self, *args: Any) -> None:
                 noted.append(threading.get_ident() == loop)
                 super().__init__(*args)
 
-        monkeypatch.setattr(app, "_Transaction", Noted)
+        monkeypatch.setattr(hot, "HotTransaction", Noted)
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ async def buffer(make_buffer: Any) -> AsyncIterator[ChunkBuffer]:
 
 @pytest.fixture
 def transactions(monkeypatch: pytest.MonkeyPatch) -> Transactions:
-    monkeypatch.setattr(app, "_QUICK", math.inf)
+    monkeypatch.setattr(hot, "QUICK", math.inf)
     return Transactions(monkeypatch)
 
 
@@ -72,7 +73,7 @@ async def test_the_other_thread_commits_what_is_many_or_large(buffer: ChunkBuffe
 async def test_now_and_then_the_other_thread_commits_so_that_the_wal_begins_anew(
     buffer: ChunkBuffer, transactions: Transactions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "_IN_A_ROW", 3)
+    monkeypatch.setattr(hot, "IN_A_ROW", 3)
     monkeypatch.setattr(app, "_CHECKPOINT_PAGES", 10)
     await append_some(buffer, 60)
     assert transactions.by_loop == [True, True, False] * 20
@@ -83,7 +84,7 @@ async def test_a_wal_over_its_limit_is_left_to_the_other_thread(
     buffer: ChunkBuffer, transactions: Transactions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await append_some(buffer, 2)
-    monkeypatch.setattr(store_of(buffer), "_wal_limit", 0)
+    monkeypatch.setattr(store_of(buffer), "wal_limit", 0)
     await append_some(buffer, 2)
     assert transactions.by_loop == [True, True, False, True]
     assert wal_pages(buffer) < 8
@@ -94,15 +95,15 @@ async def test_after_a_slow_commit_the_other_thread_commits_for_twenty_times_as_
 ) -> None:
     clock, takes = 1000.0, 0.0
 
-    class Slow(app._Transaction):
+    class Slow(hot.HotTransaction):
         def flush(self) -> None:
             nonlocal clock
             clock += takes
             super().flush()
 
     monkeypatch.setattr(app.time, "perf_counter", lambda: clock)
-    monkeypatch.setattr(app, "_QUICK", 0.001)
-    monkeypatch.setattr(app, "_Transaction", Slow)
+    monkeypatch.setattr(hot, "QUICK", 0.001)
+    monkeypatch.setattr(hot, "HotTransaction", Slow)
 
     async def append_at(now: float, seconds: float) -> bool:
         nonlocal clock, takes
@@ -164,7 +165,7 @@ async def test_what_fails_in_the_loop_has_changed_nothing_and_fails_as_in_the_th
     buffer: ChunkBuffer, transactions: Transactions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await append_some(buffer, 1)
-    flush, broken = app._Transaction.flush, sqlite3.OperationalError("disk I/O error")
+    flush, broken = hot.HotTransaction.flush, sqlite3.OperationalError("disk I/O error")
     broken.sqlite_errorcode = sqlite3.SQLITE_IOERR
 
     def fails(self: Any) -> None:
@@ -172,9 +173,9 @@ async def test_what_fails_in_the_loop_has_changed_nothing_and_fails_as_in_the_th
         raise broken
 
     with monkeypatch.context() as context:
-        context.setattr(app._Transaction, "flush", fails)
+        context.setattr(hot.HotTransaction, "flush", fails)
         for few in (8, 0):
-            context.setattr(app, "_FEW_WRITES", few)
+            context.setattr(hot, "FEW_WRITES", few)
             with pytest.raises(app.Unavailable, match="disk I/O error"):
                 await buffer.add_chunks("t", "m", ["lost"])
     assert (await buffer.add_chunks("t", "m", [Chunk("more")])).seq == 2

@@ -13,7 +13,6 @@ from buffers import store_of
 from conftest import TIMEOUT, until
 from resume_stream import app
 from resume_stream.app import Chunk, ChunkBuffer
-from resume_stream.extras.producing import record
 
 pytestmark = pytest.mark.anyio
 
@@ -136,7 +135,7 @@ async def test_what_the_store_refuses_for_now_is_recorded_once_it_takes_it(
             yield "three"
 
         await buffer.open_message("t", "m")
-        recording = record(buffer, "t", "m", source())
+        recording = buffer.record("t", "m", source())
         reading = buffer.resume_stream("t", "m")
         assert (await anext(reading)).content == "one "
         await reading.aclose()

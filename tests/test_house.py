@@ -42,7 +42,9 @@ def test_an_extra_imports_no_other_one_and_no_name_with_an_underscore(path: Path
 
 def test_every_extra_is_mounted() -> None:
     rooms = {room for rooms in ROOMS.values() for room in rooms}
-    assert sorted({*app.EXTRAS, *app.STORES.values(), *rooms}) == [path.stem for path in EXTRAS]
+    assert sorted({*app._EXTRAS, *app._KEEPERS, *app._ATTENDANTS, *app._STORES.values(), "command_line", *rooms}) == [
+        path.stem for path in EXTRAS
+    ]
 
 
 def test_app_imports_no_file_beside_it() -> None:

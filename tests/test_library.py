@@ -31,7 +31,6 @@ from resume_stream.app import (
     create_app,
     router,
 )
-from resume_stream.extras.producing import agent_stream, record
 
 pytestmark = pytest.mark.anyio
 STORES = ("sqlite", "redis")
@@ -320,8 +319,8 @@ async def test_a_call_after_the_buffer_was_left_is_refused_with_the_reason(make_
         lambda buffer: buffer.get_active_threads(),
         lambda buffer: buffer.clear_thread_buffer("t"),
         lambda buffer: take(buffer.resume_stream("t", "m")),
-        lambda buffer: anext(agent_stream(buffer, "t", "m", Source("x")())),
-        lambda buffer: record(buffer, "t", "m", Source("x")()),
+        lambda buffer: anext(buffer.agent_stream("t", "m", Source("x")())),
+        lambda buffer: buffer.record("t", "m", Source("x")()),
         lambda buffer: buffer.store.probe(),
     ],
 )
@@ -391,7 +390,7 @@ class Source:
 async def test_an_agents_stream_is_yielded_stored_and_completed(buffer: ChunkBuffer) -> None:
     pieces = ["Hel", "lo", Chunk("{}", "tool"), ""]
     source = Source(*pieces, None)
-    assert [piece async for piece in agent_stream(buffer, "t", "m", source())] == pieces
+    assert [piece async for piece in buffer.agent_stream("t", "m", source())] == pieces
     assert await take(buffer.resume_stream("t", "m")) == ["Hel", "lo", ("tool", "{}"), "", "END completed None"]
     assert source.closed.is_set()
 
@@ -400,7 +399,7 @@ async def test_what_an_agents_stream_yields_is_committed_and_comes_while_the_sou
     buffer: ChunkBuffer,
 ) -> None:
     source = Source("one")
-    async with aclosing(agent_stream(buffer, "t", "m", source())) as pieces:
+    async with aclosing(buffer.agent_stream("t", "m", source())) as pieces:
         assert await anext(pieces) == "one"
         assert await text_of(buffer) == "one"
         source.say("two")
@@ -431,7 +430,7 @@ async def test_an_agents_stream_is_refused_where_it_would_be_lost_or_stored_twic
     await buffer.add_chunks("t", "m", stored, complete=ended)
     source = Unasked()
     with pytest.raises(app.Conflict, match=says):
-        await anext(agent_stream(buffer, "t", "m", source))
+        await anext(buffer.agent_stream("t", "m", source))
     assert source.closed
     assert await text_of(buffer) == "text"
 
@@ -439,12 +438,12 @@ async def test_an_agents_stream_is_refused_where_it_would_be_lost_or_stored_twic
 async def test_an_agents_stream_goes_into_a_message_that_was_opened_for_its_readers(buffer: ChunkBuffer) -> None:
     await buffer.add_chunks("t", "other", ["x"])
     await buffer.open_message("t", "m")
-    assert [piece async for piece in agent_stream(buffer, "t", "m", Source("text", None)())] == ["text"]
+    assert [piece async for piece in buffer.agent_stream("t", "m", Source("text", None)())] == ["text"]
     assert await text_of(buffer) == "text"
 
 
 async def test_a_source_that_fails_aborts_the_message_and_its_error_is_raised(buffer: ChunkBuffer) -> None:
-    pieces = agent_stream(buffer, "t", "m", Source("so far", LookupError("no such tool"))())
+    pieces = buffer.agent_stream("t", "m", Source("so far", LookupError("no such tool"))())
     assert await anext(pieces) == "so far"
     with pytest.raises(LookupError, match="no such tool"):
         await anext(pieces)
@@ -453,13 +452,13 @@ async def test_a_source_that_fails_aborts_the_message_and_its_error_is_raised(bu
 
 async def test_a_timeout_in_the_source_is_its_own_failure(buffer: ChunkBuffer) -> None:
     with pytest.raises(TimeoutError):
-        await anext(agent_stream(buffer, "t", "m", Source(TimeoutError())()))
+        await anext(buffer.agent_stream("t", "m", Source(TimeoutError())()))
     assert await take(buffer.resume_stream("t", "m")) == ["END aborted TimeoutError"]
 
 
 async def test_storing_goes_on_when_the_consumer_goes_away(buffer: ChunkBuffer) -> None:
     source = Source("one ")
-    async with aclosing(agent_stream(buffer, "t", "m", source())) as pieces:
+    async with aclosing(buffer.agent_stream("t", "m", source())) as pieces:
         await anext(pieces)
     for piece in ("two ", "three", None):
         source.say(piece)
@@ -468,7 +467,7 @@ async def test_storing_goes_on_when_the_consumer_goes_away(buffer: ChunkBuffer) 
 
 async def test_storing_goes_on_when_the_consumer_is_cancelled(buffer: ChunkBuffer) -> None:
     source = Source("one ")
-    consumer = asyncio.create_task(take(agent_stream(buffer, "t", "m", source())))
+    consumer = asyncio.create_task(take(buffer.agent_stream("t", "m", source())))
     await until(lambda: kept_for_readers(buffer))
     await take(buffer.resume_stream("t", "m"), 1)
     consumer.cancel()
@@ -490,7 +489,7 @@ async def test_an_end_from_outside_closes_the_source_at_once_even_while_it_is_bl
     buffer: ChunkBuffer, end: Any, gets: list[Any] | None
 ) -> None:
     source = Source("one")
-    pieces = agent_stream(buffer, "t", "m", source())
+    pieces = buffer.agent_stream("t", "m", source())
     assert await anext(pieces) == "one"
     await end(buffer)
     async with asyncio.timeout(0.5):
@@ -507,7 +506,7 @@ async def test_an_end_from_outside_closes_the_source_at_once_even_while_it_is_bl
 async def test_leaving_the_buffer_closes_the_source_and_leaves_the_message_active(make_buffer: Any) -> None:
     source = Source("one")
     async with make_buffer() as buffer:
-        pieces = agent_stream(buffer, "t", "m", source())
+        pieces = buffer.agent_stream("t", "m", source())
         assert await anext(pieces) == "one"
     assert source.closed.is_set()
     with pytest.raises(app.Unavailable):

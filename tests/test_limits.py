@@ -12,7 +12,6 @@ import httpx
 import pytest
 from conftest import TIMEOUT, Service, api_client, append, wait_until
 from resume_stream.app import ChunkBuffer
-from resume_stream.extras.producing import agent_stream
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 from wire import JSON, NDJSON, TEXT, Stream, contents, message_path, problem, serving, shared_service, websocket_address
@@ -368,6 +367,6 @@ async def test_readers_do_not_keep_an_agent_from_its_stream(make_buffer: Callabl
         reader = buffer.resume_stream("t", "run")
         async with contextlib.aclosing(reader):
             assert (await anext(reader)).content == "x"
-            async with contextlib.aclosing(agent_stream(buffer, "agent", "run", source())) as stream:
+            async with contextlib.aclosing(buffer.agent_stream("agent", "run", source())) as stream:
                 assert [piece async for piece in stream] == ["a", "b"]
         assert (await buffer.get_accumulated_content("agent")).content == "ab"

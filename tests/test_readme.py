@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 from conftest import ROOT, TIMEOUT, Service, api_client, append
 from resume_stream import app
+from resume_stream.extras.command_line import default_text
 from upstream import RESPONSES
 from upstream import Upstream as RelayedUpstream
 
@@ -154,7 +155,7 @@ def test_the_reference_has_every_setting_with_its_default_and_every_call() -> No
         for row in rows
         for name, default in zip(re.findall(r"`(\w+)`", row[1]), row[2].split(", "), strict=True)
     }
-    assert said | {"max_db": "0"} == {name: app._setting_text(name) for name in app.SETTINGS}
+    assert said | {"max_db": "0"} == {name: default_text(name) for name in app.SETTINGS}
     calls = (ROOT / "docs" / "calls.md").read_text()
     described = app.create_app().openapi_schema.to_schema()["paths"]
     for method, path in [(method, path) for path, methods in described.items() for method in methods]:

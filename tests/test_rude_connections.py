@@ -23,10 +23,10 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import app
 from resume_stream import app
-from resume_stream.extras import limits, websocket
+from resume_stream.extras import limits, producing, websocket
 limits.HEAD_TIMEOUT, limits.STALLED_AFTER, limits.KEPT_FOR_HEALTH = 0.3, 0.3, 2
 websocket.MOST_SUBSCRIPTIONS = 3
-app._BODY_TIMEOUT = 0.3
+producing.BODY_TIMEOUT = 0.3
 most = int(sys.argv.pop(1))
 if most:
     limits.most_connections = lambda: most

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar
 
 import httpx
 import pytest
@@ -15,15 +15,28 @@ from wire import Stream, contents, data_of, message_path, problem
 
 
 class Alone(Service):
-    """The two files, run where they are, with nothing of this repository to be found."""
-
-    command: ClassVar[list[str]] = [sys.executable, "app.py"]
+    """The two files, run where they are. Without the other files, settings come from the environment."""
 
     def __init__(self, folder: Path, *flags: str) -> None:
-        super().__init__(folder / "chunks.db", *flags, environment={"PYTHONPATH": ""})
+        names = [flag.removeprefix("--").replace("-", "_").upper() for flag in flags[::2]]
+        settings = {f"RESUME_STREAM_{name}": value for name, value in zip(names, flags[1::2], strict=True)}
+        super().__init__(folder / "chunks.db", environment={"PYTHONPATH": "", **settings})
         for name in ("app.py", "schema.sql"):
             shutil.copy(ROOT / name, folder)
         self.cwd = folder
+
+    def spawn(self) -> subprocess.Popen[str]:
+        self.environment |= {"RESUME_STREAM_DB": str(self.db), "RESUME_STREAM_PORT": str(self.port)}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "app.py", "serve"],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=self.whole_environment,
+                cwd=self.cwd,
+            )
+        return self.process
 
 
 @pytest.fixture

@@ -20,8 +20,9 @@ import pytest
 from buffers import attached, history, on_writer, transactions_in
 from conftest import TIMEOUT, Service, append, until
 from resume_stream import app
-from resume_stream.app import ChunkBuffer, Problem, Settings, StartupError, _with_room
+from resume_stream.app import ChunkBuffer, Problem, Settings, StartupError
 from resume_stream.extras import erasure
+from resume_stream.extras.guard import with_room
 
 pytestmark = pytest.mark.anyio
 
@@ -217,7 +218,7 @@ def test_where_there_is_no_room_the_wal_gives_its_own_once(tmp_path: Path, is_en
         connection.execute("pragma journal_mode = wal")
         connection.execute("create table texts (content)")
         with contextlib.nullcontext() if is_enough else pytest.raises(sqlite3.OperationalError, match="full"):
-            _with_room(work, connection)
+            with_room(work, connection)
     assert wal_sizes[0] > 0
     assert wal_sizes[1:] == [0]
 
@@ -310,14 +311,14 @@ async def test_one_refused_append_does_not_spoil_the_others_of_its_transaction(b
 async def test_a_transaction_that_fails_in_its_middle_leaves_nothing_and_does_not_stay_open(
     buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    append = app._Transaction.append
+    append = app.Transaction._append
 
     def fails_after_it(*arguments: Any) -> Any:
         append(*arguments)
         raise sqlite3.OperationalError("disk I/O error")
 
     with monkeypatch.context() as context:
-        context.setattr(app._Transaction, "append", fails_after_it)
+        context.setattr(app.Transaction, "_append", fails_after_it)
         with pytest.raises(app.Unavailable):
             await buffer.add_chunks("t", "m", ["lost"])
     assert (await buffer.add_chunks("t", "m", ["kept"])).seq == 1
@@ -571,7 +572,7 @@ async def test_what_few_threads_are_is_found_among_many_as_soon_as_among_few(
     make_buffer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the steps of SQLite's own machine."""
-    steps, run = 0, app._Database.run
+    steps, run = 0, app.Database.run
 
     def count() -> None:
         nonlocal steps
@@ -597,7 +598,7 @@ async def test_what_few_threads_are_is_found_among_many_as_soon_as_among_few(
                 lambda buffer=buffer: buffer.store.expire(0),
             )
             taken.append([])
-            monkeypatch.setattr(app._Database, "run", counted)
+            monkeypatch.setattr(app.Database, "run", counted)
             for look in looks:
                 steps = 0
                 await look()

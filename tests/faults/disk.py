@@ -296,7 +296,7 @@ async def make_good(db: Path) -> dict[str, str]:
 
 async def survive_damage(folder: Path, *, places: int, seed: int = 1) -> Verdict:
     """It is refused in one line, or served: then no text that SQLite can know to be wrong."""
-    from resume_stream.app import ChunkBuffer, Parts, Settings, StartupError, _app_of
+    from resume_stream.app import ChunkBuffer, Parts, Settings, StartupError
 
     verdict = Verdict("damaged while stopped")
     rng = random.Random(seed)
@@ -311,7 +311,7 @@ async def survive_damage(folder: Path, *, places: int, seed: int = 1) -> Verdict
             try:
                 async with asyncio.timeout(TIMEOUT), ChunkBuffer(Settings(db=str(db), idle_timeout=0.05)) as buffer:
                     sound = integrity_or_error(db)
-                    transport = httpx.ASGITransport(app=_app_of(Parts(buffer)))  # raises what a client must never see
+                    transport = httpx.ASGITransport(app=Parts(buffer).app())  # raises what a client must never see
                     async with httpx.AsyncClient(transport=transport, base_url="http://localhost/api") as client:
                         wrong = await wrong_texts(verdict, client, texts, what)
                     served += not wrong
