@@ -1231,7 +1231,7 @@ class SQLiteStore(GroupCommit):
         ((tables, application_id, version),) = db.execute(
             "select (select count(*) from sqlite_schema), * from pragma_application_id, pragma_user_version"
         )
-        if not tables and not application_id:
+        if not (tables or application_id or 0 < self.path.stat().st_size < 512):
             return False  # new, or a crash cut its making short
         if application_id != self.APPLICATION_ID:
             raise StartupError(

@@ -121,7 +121,7 @@ def with_room(work: Callable[[sqlite3.Connection], T], db: sqlite3.Connection) -
     try:
         return work(db)
     except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_FULL or not checkpoint(db):
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_FULL or not checkpoint(db):
             raise
         return work(db)
 

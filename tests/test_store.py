@@ -21,7 +21,7 @@ from buffers import attached, history, on_writer, transactions_in
 from conftest import TIMEOUT, Service, append, until
 from resume_stream import app
 from resume_stream.app import ChunkBuffer, Problem, Settings, StartupError
-from resume_stream.extras import erasure
+from resume_stream.extras import clock, erasure, guard
 from resume_stream.extras.guard import with_room
 
 pytestmark = pytest.mark.anyio
@@ -353,7 +353,7 @@ async def test_a_full_database_is_a_clear_error_and_takes_appends_again_once_the
                 await buffer.add_chunks(thread_id, "m", ["x" * 5000])
                 stored[thread_id] += 1
 
-        with pytest.raises(app.DatabaseFull, match="max_db") as raised:
+        with pytest.raises(guard.InterruptedDatabaseFull, match="max_db") as raised:
             await fill()
         assert raised.value.status_code == 507
         for thread_id, count in stored.items():
@@ -541,7 +541,7 @@ async def test_text_that_was_cleared_while_other_text_was_being_erased_is_nowher
 async def test_text_that_expired_is_nowhere_in_the_files(
     make_buffer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "_CLOCK_STEP_MS", math.inf)  # its times are made up
+    monkeypatch.setattr(clock, "STEP_MS", math.inf)  # its times are made up
     now, db = time.time_ns() // 1_000_000, tmp_path / "chunks.db"
     monkeypatch.setattr(erasure, "ERASE_ROWS", 50)
     monkeypatch.setattr(app, "now_ms", lambda: now - 7_200_000)
@@ -572,7 +572,7 @@ async def test_what_few_threads_are_is_found_among_many_as_soon_as_among_few(
     make_buffer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the steps of SQLite's own machine."""
-    steps, run = 0, app.Database.run
+    steps, run = 0, guard.InterruptedDatabase.run
 
     def count() -> None:
         nonlocal steps
@@ -598,7 +598,7 @@ async def test_what_few_threads_are_is_found_among_many_as_soon_as_among_few(
                 lambda buffer=buffer: buffer.store.expire(0),
             )
             taken.append([])
-            monkeypatch.setattr(app.Database, "run", counted)
+            monkeypatch.setattr(guard.InterruptedDatabase, "run", counted)
             for look in looks:
                 steps = 0
                 await look()
@@ -610,7 +610,7 @@ async def test_what_few_threads_are_is_found_among_many_as_soon_as_among_few(
 async def test_an_expired_thread_is_gone_for_its_reader_and_a_touched_one_stays(
     make_buffer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "_CLOCK_STEP_MS", math.inf)  # its times are made up
+    monkeypatch.setattr(clock, "STEP_MS", math.inf)  # its times are made up
     async with make_buffer(ttl=1000, cleanup_interval=0.02) as buffer:
         await asyncio.gather(*(buffer.open_message(thread_id, "m") for thread_id in ("t", "touched")))
         reading = await attached(buffer, buffer.resume_stream("t", "m", idle_timeout=10))
