@@ -1,4 +1,4 @@
-"""The commands ``publish`` and ``tail``: a producer and a reader for the shell, on the Python client."""
+"""The commands ``publish`` and ``tail``: a producer and a reader for the shell, built on the Python client."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""``resume-stream copy FROM TO``: every thread from a SQLite file to Redis or back, while the service runs on FROM.
+"""The command ``copy FROM TO``: copy every thread from a SQLite file to Redis or back, while a service runs on FROM.
 
-A thread keeps its generation and its places, so that readers carry on from the cursors that they have.
+A copied thread keeps its generation and its sequence numbers, so the cursors of its readers stay valid.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ import asyncio
 import contextlib
 import sqlite3
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Protocol, cast
 
 import msgspec
@@ -20,15 +19,12 @@ from ..app import (
     Cursor,
     Entry,
     NotFound,
-    Page,
     Problem,
     Settings,
     SQLiteStore,
     StartupError,
-    State,
-    Status,
+    Store,
     StoredChunk,
-    ThreadPage,
     ThreadStatus,
     Told,
     database_problem,
@@ -37,8 +33,8 @@ from ..app import (
     store_for,
 )
 
-Version = tuple[int, int, int, int]  # generation, last place, number of messages, time of the last change (ms)
-PASSES = 5  # after which a source that goes on changing is left as it is
+Version = tuple[int, int, int, int]  # generation, last seq, number of messages, time of the last change (ms)
+PASSES = 5  # over a source that keeps changing
 
 
 def add_commands(commands: Any) -> None:
@@ -48,48 +44,42 @@ def add_commands(commands: Any) -> None:
     command.add_argument("target", help="likewise; a file is to be new, or of an earlier copy")
 
 
-class Source(Protocol):
-    async def threads(self, status: Status | None, limit: int, before: int | None, covered: None) -> ThreadPage: ...
-
-    async def status(self, thread_id: str, limit: int, after: int) -> ThreadStatus: ...
-
-    async def page(self, thread_id: str, message_id: str | None, after: int, limit: int) -> tuple[State, Page]: ...
-
-
 class Target(Protocol):
     async def copied(self) -> dict[str, Version]:
-        """What was copied to it before, and is still there."""
+        """Return the threads that an earlier copy left here and that are unchanged, by their id."""
 
     async def put(self, thread: ThreadStatus, pages: AsyncIterator[list[Entry]]) -> bool:
-        """Have the thread as it is; False where there is a later one of that name, or it has gone on there."""
+        """Store the thread. Return False if the target has a later one of that name, or has added to it."""
 
-    async def drop(self, thread_id: str, generation: int) -> None: ...
+    async def drop(self, thread_id: str, generation: int) -> None:
+        """Delete a copied thread."""
 
 
 async def copy(settings: Settings, flags: dict[str, Any]) -> None:
-    """Raises StartupError."""
+    """Copy what differs until nothing does. Raise StartupError if that fails."""
     origin, destination = flags["source"], flags["target"]
     try:
-        async with read_from(settings, origin) as source, written_to(settings, destination) as target:
+        async with opened(source_at(settings, origin)) as source, target_at(settings, destination) as target:
             for number in range(PASSES):
                 if not await copy_what_differs(source, target):
                     print(f"\n{destination} has all that {origin} has", file=sys.stderr)
                     return
                 print(f"\npass {number + 1} is done", file=sys.stderr)
-    except Problem as problem:
-        raise StartupError(f"it was not copied to its end: {problem.detail}") from problem
-    print(f"{origin} goes on changing; copy it again once its service is stopped", file=sys.stderr)
+    except (Problem, sqlite3.Error) as error:
+        problem = error if isinstance(error, Problem) else database_problem(error)
+        raise StartupError(f"the copy is not complete: {problem.detail}") from error
+    print(f"{origin} keeps changing; copy it again once its service is stopped", file=sys.stderr)
 
 
-async def copy_what_differs(source: Source, target: Target) -> int:
-    """How many threads were copied or dropped."""
-    copied, found, changed = await target.copied(), await listed(source), 0
+async def copy_what_differs(source: Store, target: Target) -> int:
+    """Copy new and changed threads, drop those that are gone, and return how many these were."""
+    copied, found, changed = await target.copied(), await all_threads(source), 0
     for number, thread_id in enumerate(found, 1):
         print(f"\r{number} of {len(found)} threads", end="", file=sys.stderr, flush=True)
         with contextlib.suppress(Gone):
-            thread = await whole(source, thread_id)
+            thread = await with_all_messages(source, thread_id)
             if copied.get(thread_id) != version_of(thread):
-                changed += await target.put(thread, pages(source, thread))
+                changed += await target.put(thread, all_entries(source, thread))
     gone = copied.keys() - set(found)
     for thread_id in gone:
         await target.drop(thread_id, copied[thread_id][0])
@@ -97,7 +87,7 @@ async def copy_what_differs(source: Source, target: Target) -> int:
 
 
 class Gone(Exception):
-    """The thread was cleared while it was read."""
+    """The source cleared the thread during the copy."""
 
 
 def version_of(thread: ThreadStatus) -> Version:
@@ -105,8 +95,8 @@ def version_of(thread: ThreadStatus) -> Version:
     return cast(int, cursor.generation), cursor.seq, thread.message_count, thread.updated_at
 
 
-async def listed(source: Source) -> list[str]:
-    """The ids of all threads, the oldest first."""
+async def all_threads(source: Store) -> list[str]:
+    """Return the ids of all threads, the oldest first."""
     found: list[str] = []
     before: int | None = None
     while True:
@@ -117,8 +107,8 @@ async def listed(source: Source) -> list[str]:
         before = int(page.cursor)
 
 
-async def whole(source: Source, thread_id: str) -> ThreadStatus:
-    """With all of its messages. Raises Gone."""
+async def with_all_messages(source: Store, thread_id: str) -> ThreadStatus:
+    """Raise Gone if there is no such thread."""
     try:
         thread = await source.status(thread_id, 1_000, 0)
         messages, cursor = [*thread.messages], thread.messages_cursor
@@ -131,8 +121,8 @@ async def whole(source: Source, thread_id: str) -> ThreadStatus:
     return msgspec.structs.replace(thread, messages=messages)
 
 
-async def pages(source: Source, thread: ThreadStatus) -> AsyncGenerator[list[Entry], None]:
-    """All entries, up to where the thread was when it was found. Raises Gone."""
+async def all_entries(source: Store, thread: ThreadStatus) -> AsyncGenerator[list[Entry], None]:
+    """Yield the entries up to the cursor of this status. Raise Gone if the thread was cleared since."""
     cursor, seq = Cursor.parse(thread.cursor), 0
     while seq < cursor.seq:
         found, page = await source.page(thread.thread_id, None, seq, PAGE_ROWS)
@@ -147,8 +137,7 @@ def is_file(where: str) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def in_redis(settings: Settings, where: str) -> AsyncIterator[Any]:
-    store = store_for(msgspec.structs.replace(settings, store=where))
+async def opened(store: Store) -> AsyncIterator[Any]:
     await store.open(lambda changes, took: None)
     try:
         yield store
@@ -156,44 +145,30 @@ async def in_redis(settings: Settings, where: str) -> AsyncIterator[Any]:
         await store.close()
 
 
-@contextlib.asynccontextmanager
-async def read_from(settings: Settings, where: str) -> AsyncIterator[Source]:
-    if not is_file(where):
-        async with in_redis(settings, where) as store:
-            yield store
-        return
-    file = FileSource(msgspec.structs.replace(settings, db=where))
-    await file.open(lambda changes, took: None)
-    try:
-        yield file
-    finally:
-        await file.close()
+def source_at(settings: Settings, where: str) -> Store:
+    if is_file(where):
+        return FileSource(msgspec.structs.replace(settings, db=where))
+    return store_for(msgspec.structs.replace(settings, store=where))
 
 
 @contextlib.asynccontextmanager
-async def written_to(settings: Settings, where: str) -> AsyncIterator[Target]:
+async def target_at(settings: Settings, where: str) -> AsyncIterator[Target]:
     if not is_file(where):
-        async with in_redis(settings, where) as store:
+        async with opened(store_for(msgspec.structs.replace(settings, store=where))) as store:
             yield store
         return
     file = SQLiteStore(msgspec.structs.replace(settings, db=where))
-    await file.open(lambda changes, took: None)  # which makes it where it is not there
-    await file.close()
-    with opened_alone(Path(where)) as connection, database_problems():
+    async with opened(file):
+        pass  # this makes the file
+    with sole_owner(file.path), contextlib.closing(sqlite3.connect(file.path, isolation_level=None)) as connection:
+        open_packs(connection)
         if connection.execute("select 1 from threads where thread <> generation").fetchone():
             raise StartupError(f"{where} has threads of its own; name a file that is new, or of an earlier copy")
         yield FileTarget(connection)
 
 
-@contextlib.contextmanager
-def opened_alone(path: Path) -> Iterator[sqlite3.Connection]:
-    with sole_owner(path.resolve()), contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        open_packs(connection)
-        yield connection
-
-
 class FileSource(SQLiteStore):
-    """A SQLite file that a service may be writing to, which is only read."""
+    """A SQLite file, opened for reading only: a service may be writing to it."""
 
     async def open(self, told: Told) -> None:
         if not self.path.exists():
@@ -203,29 +178,11 @@ class FileSource(SQLiteStore):
             raise StartupError(f"{self.path} is not a database of resume-stream")
 
 
-@contextlib.contextmanager
-def database_problems() -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise database_problem(error) from error
-
-
 class FileTarget:
-    """A SQLite file that no service has. Its threads have their generation as their number, as both are to grow."""
+    """A SQLite file that no service uses. The number of a copied thread is its generation: both only grow."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._connection.execute("begin immediate")
-        try:
-            yield
-        except BaseException:
-            self._connection.execute("rollback")
-            raise
-        self._connection.execute("commit")
 
     async def copied(self) -> dict[str, Version]:
         rows = self._connection.execute(
@@ -236,33 +193,24 @@ class FileTarget:
 
     async def put(self, thread: ThreadStatus, pages: AsyncIterator[list[Entry]]) -> bool:
         (generation, last_seq, *_), run = version_of(thread), self._connection.execute
-        with self._transaction():
+        with self._connection:
+            run("begin immediate")
             run("delete from threads where thread_id = ? or thread = ?", (thread.thread_id, generation))
             run(
                 "insert into threads (thread, thread_id, generation, last_seq, created_at, updated_at, touched_at)"
-                " values (?1, ?2, ?3, ?4, ?5, ?6, ?6)",
-                (generation, thread.thread_id, generation, last_seq, thread.created_at, thread.updated_at),
+                " values (?1, ?2, ?1, ?3, ?4, ?5, ?5)",
+                (generation, thread.thread_id, last_seq, thread.created_at, thread.updated_at),
             )
-            numbers = {
-                message.message_id: run(
+            messages = {}
+            for message in thread.messages:
+                number = run(
                     "insert into messages (thread, message_id, status, reason, chunk_count, first_seq, last_seq,"
                     " created_at, updated_at, touched_at) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?9)",
-                    (
-                        generation,
-                        message.message_id,
-                        message.status,
-                        message.reason,
-                        message.chunk_count,
-                        message.first_seq,
-                        message.last_seq,
-                        message.created_at,
-                        message.updated_at,
-                    ),
+                    (generation, *msgspec.structs.astuple(message)),
                 ).lastrowid
-                for message in thread.messages
-            }
+                messages[message.message_id] = number, message.updated_at
             async for entries in pages:
-                self._insert(generation, numbers, entries)
+                self._insert(generation, messages, entries)
             run(
                 "update messages set size = (select coalesce(sum(length(cast(content as blob))), 0) from chunks"
                 " where chunks.thread = messages.thread and chunks.message = messages.message) where thread = ?",
@@ -271,20 +219,17 @@ class FileTarget:
             run("update clock set latest_generation = max(latest_generation, ?)", (generation,))
         return True
 
-    def _insert(self, generation: int, numbers: dict[str, int | None], entries: list[Entry]) -> None:
-        ended = dict(
-            self._connection.execute("select message, updated_at from messages where thread = ?", (generation,))
-        )
-        rows = [
-            (generation, entry.seq, numbers[entry.message_id], entry.event, entry.content, entry.timestamp)
-            if isinstance(entry, StoredChunk)
-            else (generation, entry.seq, numbers[entry.message_id], None, None, ended[numbers[entry.message_id]])
-            for entry in entries
-        ]
+    def _insert(self, generation: int, messages: dict[str, tuple[int | None, int]], entries: list[Entry]) -> None:
+        rows: list[tuple[Any, ...]] = []
+        for entry in entries:
+            number, ended_at = messages[entry.message_id]
+            if isinstance(entry, StoredChunk):
+                rows.append((generation, entry.seq, number, entry.event, entry.content, entry.timestamp))
+            else:
+                rows.append((generation, entry.seq, number, None, None, ended_at))
         self._connection.executemany(
             "insert into chunks (thread, seq, message, event, content, timestamp) values (?, ?, ?, ?, ?, ?)", rows
         )
 
     async def drop(self, thread_id: str, generation: int) -> None:
-        with self._transaction():
-            self._connection.execute("delete from threads where thread = ?", (generation,))
+        self._connection.execute("delete from threads where thread = ?", (generation,))

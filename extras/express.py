@@ -1,7 +1,6 @@
-"""The two hot paths past the framework: common appends, and readers that wait, on the connection itself.
+"""Two express paths past the framework: the connection itself answers common appends, and sends to readers that wait.
 
-What is anything but common is handed on as it came, so that routes, errors, logs and documents
-are Litestar's.
+Every other request takes the ordinary path through uvicorn and Litestar, with its routes, errors, and logs.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ from ..app import (
 
 log = logging.getLogger("resume_stream")
 
-TESTED_UVICORN = ((0, 54), (0, 55))  # from the first on, and before the second
-BODY_TIMEOUT = 1.0  # seconds, after which whoever is slower is left to the ordinary way, which has its limits
-SMALL_BODY = 16 * 1024  # bytes; a larger one is left to the ordinary way
+TESTED_UVICORN = ((0, 54), (0, 55))  # from the first version on, and before the second
+BODY_TIMEOUT = 1.0  # seconds, after which an append goes on along the ordinary path, which limits slow bodies
+SMALL_BODY = 16 * 1024  # bytes; a larger body takes the ordinary path
 NAME = rb"([A-Za-z0-9_:@~-][A-Za-z0-9_.:@~-]{0,199})"
 PATH = re.compile(
     rb"/api/threads/" + NAME + rb"/messages/" + NAME + rb"/chunks"
@@ -54,7 +53,7 @@ UNCOMMON = frozenset({b"origin", b"x-request-id", b"content-encoding", b"transfe
 
 
 def mount(parts: Parts) -> None:
-    """What is over uvicorn's own is bound to its inside, and so to the versions that were tested."""
+    """Use uvicorn's own connections if its version is not tested: those of extras depend on its inside."""
     first, end = TESTED_UVICORN
     if not first <= tuple(map(int, uvicorn.__version__.split(".")[:2])) < end:
         log.warning("uvicorn %s was not tested, so connections are its own: without limits", uvicorn.__version__)
@@ -64,7 +63,7 @@ def mount(parts: Parts) -> None:
 
 
 class Rules:
-    """Which appends are common enough, and who may make them."""
+    """Decides which appends take the express path."""
 
     def __init__(self, parts: Parts) -> None:
         self.settings = parts.buffer.settings
@@ -72,12 +71,12 @@ class Rules:
             f"{name.lower()}: {value}\r\n".encode() for name, value in parts.headers["/api"].items()
         )
         self._gate = Gate(cast(Any, None), self.settings)
-        # Cached are only tokens that are good, and whether one has expired is asked of each grant anew.
+        # The cache holds only valid tokens, and each append checks the expiry of its grant.
         self._grant_of = lru_cache(1024)(parts.grant_of) if parts.grant_of else None
-        self._is_open = not parts.guards or (len(parts.guards) == 1 and self._grant_of is not None)
+        self._knows_guards = not parts.guards or (len(parts.guards) == 1 and self._grant_of is not None)
 
     def admitted(self, headers: list[tuple[bytes, bytes]], thread_id: str) -> Grant | None:
-        """By which grant, if the ordinary way would answer as this one does, as far as the headers tell."""
+        """Return the grant of a common append to this thread, or None if it has to take the ordinary path."""
         found: dict[bytes, bytes] = {}
         for name, value in headers:
             if name in UNCOMMON or (name in ONCE and name in found):
@@ -85,7 +84,7 @@ class Rules:
             found[name] = value
         length = found.get(b"content-length", b"")
         is_common = (
-            self._is_open
+            self._knows_guards
             and found.get(b"content-type") == b"application/json"
             and length.isdigit()
             and 0 < int(length) <= min(SMALL_BODY, self.settings.max_body)
@@ -103,12 +102,12 @@ class Rules:
                 grant.require("write", thread_id)
                 return grant
         except Problem as problem:
-            log.debug("left to the ordinary way: %s", problem.detail)
+            log.debug("left to the ordinary path: %s", problem.detail)
         return None
 
 
 class Taken:
-    """What uvicorn asks of the request that is under way, in the place of its own cycle."""
+    """A request on an express path, in the place of uvicorn's RequestResponseCycle, which costs more."""
 
     __slots__ = ("connection", "disconnected", "keep_alive", "response_complete")
 
@@ -122,9 +121,10 @@ class Taken:
         return self
 
     def set(self) -> None:
-        """uvicorn's way to say that there is something new, as that the client is gone."""
+        """uvicorn calls this when there is news for the request, such as the loss of the connection."""
 
     def end(self, last: bytes) -> None:
+        """Send the last bytes of the answer."""
         self.response_complete = True
         transport = self.connection.transport
         if not (self.disconnected or transport.is_closing()):
@@ -149,17 +149,16 @@ class ExpressAppend(Taken):
         self.scope, self.url = cast(dict[str, Any], connection.scope), connection.url
         self.body = b""
 
-    def wait(self) -> None:
-        """For the rest of the body."""
+    def wait_for_body(self) -> None:
         if self._timer is None:
-            self._timer = self.connection.loop.call_later(BODY_TIMEOUT, self._hand_on_what_is_here)
+            self._timer = self.connection.loop.call_later(BODY_TIMEOUT, self._stop_waiting)
 
-    def _hand_on_what_is_here(self) -> None:
-        self.connection.taking = None
+    def _stop_waiting(self) -> None:
+        self.connection.appending = None
         if not self.disconnected:
             self.hand_on(is_whole=False)
 
-    def ask(self) -> None:
+    def commit(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
         buffer = self.connection.buffer
@@ -169,12 +168,12 @@ class ExpressAppend(Taken):
                 self.thread_id, self.message_id, chunks, index=self.index, complete=self.complete
             )
         except Problem:
-            self.hand_on()  # and be told of it there
+            self.hand_on()  # the ordinary path meets the same problem, and answers it
             return
         if not buffer.stopping and buffer.store.has_room and time.time() < self._grant.expires:
             asyncio.ensure_future(buffer.store.write(append)).add_done_callback(self._answer)
         else:
-            self.hand_on()  # and wait, or be refused, there
+            self.hand_on()  # the ordinary path waits, or refuses
 
     def _answer(self, asked: asyncio.Future[Change]) -> None:
         connection = self.connection
@@ -198,7 +197,7 @@ class ExpressAppend(Taken):
         )
 
     def hand_on(self, is_whole: bool = True) -> None:
-        """To the app, as uvicorn would have at once."""
+        """Start the ordinary path, as uvicorn would have done at once."""
         connection, path, query = self.connection, *self.url.partition(b"?")[::2]
         self.scope |= {"method": "POST", "path": path.decode(), "raw_path": path, "query_string": query}
         cycle = RequestResponseCycle(
@@ -222,7 +221,7 @@ class ExpressAppend(Taken):
 
 
 class Detached(Taken):
-    """A reader on its connection, with no task but while it is behind: a place, and a time."""
+    """A reader that its connection serves. It has a timer, and has a task only while it reads from the store."""
 
     __slots__ = ("_attached", "_end", "_form", "_key", "_loading", "_reader", "_timer")
 
@@ -236,10 +235,10 @@ class Detached(Taken):
         self._attached.__enter__()
 
     def __call__(self) -> None:
-        """Send all there is, as far as the connection takes it."""
+        """Send all there is, as long as the connection takes it."""
         try:
             if self.connection.transport.is_closing():
-                self._detach()  # and its end is about to be told
+                self._detach()
             else:
                 self._go_on()
         except Exception:
@@ -271,21 +270,21 @@ class Detached(Taken):
             self._detach()
 
     def _deliver(self, page: Page) -> None:
-        self._end, shared = page.end, page.shared
-        if shared is None or (wire := shared.get(self._key)) is None:
-            wire = in_a_chunk(page.encoded(self._form))
-            if shared is not None:
-                shared[self._key] = wire
-        self.connection.buffer.tell("sent", page, size_in(wire))
-        if wire:
-            self.connection.transport.write(wire)
+        self._end, frames = page.end, page.encoded(self._form)
+        self.connection.buffer.tell("sent", page, len(frames))
+        if not frames:
+            return
+        shared = {} if page.shared is None else page.shared
+        if (wire := shared.get(self._key)) is None:
+            wire = shared[self._key] = in_a_chunk(frames)
+        self.connection.transport.write(wire)
 
     def _write(self, text: bytes) -> None:
         if text:
             self.connection.transport.write(in_a_chunk(text))
 
     def _wait_until(self, due: float) -> None:
-        """The timer is left as it is where it comes early: then there is another look."""
+        """Call again at this time. A timer that is set for an earlier time stays, as one call more does no harm."""
         if self._timer is not None and self._timer.when() > due:
             self._timer.cancel()
             self._timer = None
@@ -313,7 +312,7 @@ class Detached(Taken):
             self._leave()
 
     def _fail(self) -> None:
-        log.exception("a reader could not be sent what there is")
+        log.exception("sending to a reader failed")
         self._break_off()
 
     def _leave(self) -> None:
@@ -340,34 +339,30 @@ class Detached(Taken):
 
 
 def in_a_chunk(data: bytes) -> bytes:
-    """As a chunk of the body (RFC 9112, 7.1); nothing where there is nothing, as an empty one would end it."""
-    return b"%x\r\n%s\r\n" % (len(data), data) if data else b""
-
-
-def size_in(chunk: bytes) -> int:
-    return int(chunk[: chunk.index(b"\r")], 16) if chunk else 0
+    """Return a chunk of the body (RFC 9112, 7.1). The data is not empty: an empty chunk would end the body."""
+    return b"%x\r\n%s\r\n" % (len(data), data)
 
 
 class Express(HttpToolsProtocol):
-    """A connection of uvicorn that has both express ways."""
+    """A connection of uvicorn with both express paths."""
 
     buffer: ChunkBuffer
     rules: Rules
-    taking: ExpressAppend | None = None
+    appending: ExpressAppend | None = None  # the append whose body is coming in
     detached: Detached | None = None
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.taking is not None:
-            self.taking.wait()
+        if self.appending is not None:
+            self.appending.wait_for_body()
 
     def on_headers_complete(self) -> None:
         match = PATH.fullmatch(self.url)
         if match is not None and (grant := self._admitted(match)) is not None:
-            self.taking = ExpressAppend(self, self.parser.should_keep_alive(), match, grant)
-            self.cycle = cast(Any, self.taking)
+            self.appending = ExpressAppend(self, self.parser.should_keep_alive(), match, grant)
+            self.cycle = cast(Any, self.appending)
             return
-        self.taking = None
+        self.appending = None
         if self.parser.get_http_version() == "1.1":
             cast(Any, self.scope)["extensions"] = {Streamed.TAKES_READER: partial(take_reader, weakref.ref(self))}
         super().on_headers_complete()
@@ -386,17 +381,17 @@ class Express(HttpToolsProtocol):
         return self.rules.admitted(self.headers, match[1].decode()) if is_common else None
 
     def on_body(self, body: bytes) -> None:
-        if self.taking is None:
+        if self.appending is None:
             super().on_body(body)
         else:
-            self.taking.body += body
+            self.appending.body += body
 
     def on_message_complete(self) -> None:
-        if self.taking is None:
+        if self.appending is None:
             super().on_message_complete()
         else:
-            taken, self.taking = self.taking, None
-            taken.ask()
+            append, self.appending = self.appending, None
+            append.commit()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -413,12 +408,12 @@ class Express(HttpToolsProtocol):
     async def take_reader(
         self, scope: dict[str, Any], start: Callable[[], Awaitable[None]], reader: Reader, form: Format
     ) -> bool:
-        """Begin the answer, and send from then on what the reader is to have; False leaves all of it to the app."""
+        """Begin the answer, and serve the reader from then on. Return False to leave the whole answer to the app."""
         cycle = self.cycle
         if cast(Any, cycle.scope) is not scope or cycle.more_body or self.detached is not None:
             return False
         await start()
-        cycle.response_complete = True  # as far as uvicorn has to do with it
+        cycle.response_complete = True  # uvicorn is done with it
         if cycle.disconnected:
             return True
         self.transport.write(in_a_chunk(ServerSentEvents.RETRY))

@@ -1,12 +1,14 @@
-"""What a connection may take before, between and after requests: bytes, time, and a place.
+"""Limits for each connection: the size of its headers, the time it may take, and the number of connections.
 
-On uvicorn's own protocol. The app never sees what is refused here.
+The connection itself refuses, and the app never sees the request.
 """
 
 from __future__ import annotations
 
 import asyncio
 import resource
+from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -14,10 +16,10 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from ..app import Parts
 
 MOST_HEAD = 64 * 1024  # bytes of a request line and its headers (RFC 6585, 5)
-HEAD_TIMEOUT = 10.0  # seconds in which they have to be there
-STALLED_AFTER = 30.0  # seconds without progress after which whoever does not read is let go
-KEPT_DESCRIPTORS = 64  # for files, and for whatever is opened now and then
-KEPT_FOR_HEALTH = 8  # connections
+HEAD_TIMEOUT = 10.0  # seconds for these to arrive
+STALLED_AFTER = 30.0  # seconds without progress, after which a client that does not read loses its connection
+KEPT_DESCRIPTORS = 64  # for files and other uses
+KEPT_FOR_HEALTH = 8  # connections that only /health may take
 
 
 def mount(parts: Parts) -> None:
@@ -25,19 +27,19 @@ def mount(parts: Parts) -> None:
 
 
 def most_connections() -> int:
-    """As many as there are descriptors for, less those that are kept."""
+    """Return the number of file descriptors, less those that are kept."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(soft - KEPT_DESCRIPTORS - KEPT_FOR_HEALTH, KEPT_FOR_HEALTH)
 
 
 class Limited(HttpToolsProtocol):
-    """Refuses heads that are too long or too slow, whoever comes when all places are taken, and who never reads."""
+    """Refuses requests whose head is too long or too slow, connections over the limit, and clients that never read."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._head = 0  # bytes of the request's head so far
         self._has_head = False
-        self._timer: asyncio.TimerHandle | None = None  # for a head to come, or a write to go on
+        self._timer: asyncio.TimerHandle | None = None  # for a head to arrive, or a write to make progress
         self._unwritten = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -49,7 +51,7 @@ class Limited(HttpToolsProtocol):
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._expect_nothing()
+        self._stop_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -58,19 +60,20 @@ class Limited(HttpToolsProtocol):
         super().data_received(data)
         if not self._has_head and self._head and not self.transport.is_closing():
             if self._head > MOST_HEAD:
-                self._refuse(431, f"The headers have over {MOST_HEAD} bytes; send fewer, or shorter ones.")
+                detail = f"The headers have over {MOST_HEAD} bytes; send fewer, or shorter ones."
+                self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, detail)
             elif self._timer is None:
                 self._expect_head()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._has_head:  # what follows a body are trailers, and no headers (RFC 9110, 6.5.1)
+        if not self._has_head:  # after the body come trailers (RFC 9110, 6.5.1)
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._has_head = True
-        self._expect_nothing()
+        self._stop_timer()
         if self._only_health and not self.url.startswith(b"/health/"):
-            self._refuse(503, "All connections are taken; try again later.")
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "All connections are taken; try again later.")
         else:
             super().on_headers_complete()
 
@@ -86,34 +89,35 @@ class Limited(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         self._unwritten = self.transport.get_write_buffer_size()
-        self._expect_nothing()
-        self._timer = self.loop.call_later(STALLED_AFTER, self._look_at_writing)
+        self._set_timer(STALLED_AFTER, self._check_progress)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._expect_nothing()
+        self._stop_timer()
 
-    def _look_at_writing(self) -> None:
+    def _check_progress(self) -> None:
         before, self._unwritten = self._unwritten, self.transport.get_write_buffer_size()
         if self._unwritten < before:
-            self._timer = self.loop.call_later(STALLED_AFTER, self._look_at_writing)
+            self._set_timer(STALLED_AFTER, self._check_progress)
         else:
             self.transport.abort()
 
     def _expect_head(self) -> None:
-        self._expect_nothing()
-        self._timer = self.loop.call_later(HEAD_TIMEOUT, self.transport.abort)
+        self._set_timer(HEAD_TIMEOUT, self.transport.abort)
 
-    def _expect_nothing(self) -> None:
+    def _set_timer(self, seconds: float, call: Callable[[], None]) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, call)
+
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _refuse(self, status: int, detail: str) -> None:
-        """With a problem document (RFC 9457), and the end of the connection."""
-        title = STATUS_LINE[status].split(b" ", 2)[2].strip().decode()
-        body = b'{"status":%d,"title":"%s","detail":"%s"}' % (status, title.encode(), detail.encode())
-        retry = b"retry-after: 1\r\n" if status == 503 else b""
+    def _refuse(self, status: HTTPStatus, detail: str) -> None:
+        """Answer with a problem document (RFC 9457), and close the connection."""
+        body = msgspec.json.encode({"status": status, "title": status.phrase, "detail": detail})
+        retry = b"retry-after: 1\r\n" if status == HTTPStatus.SERVICE_UNAVAILABLE else b""
         self.transport.write(
             b"%scontent-type: application/problem+json\r\ncontent-length: %d\r\n%sconnection: close\r\n\r\n%s"
             % (STATUS_LINE[status], len(body), retry, body)

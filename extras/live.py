@@ -1,6 +1,6 @@
-"""The live end of threads in memory: what is committed is encoded once, and sent to all who follow it from there.
+"""Live pages: the newest pages of each followed thread stay in memory, encoded once for all of its readers.
 
-Without this each of them reads it from the store, which is as right, and slower the more they are.
+Without this extra each reader reads the store, with the same result, but at a cost that grows with their number.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ CHUNK_OVERHEAD = 64  # bytes that an entry takes besides its text
 LIVE_BYTES = 1024**2  # of a thread's newest pages, kept while somebody follows it
 ALL_LIVE_BYTES = 32 * 1024**2  # of all threads
 CALLED_AT_ONCE = 4  # readers of a thread, in one turn of the loop
-MUCH_TO_SEND = LIVE_BYTES // 4  # for which all are called at once, or it would be let go before they are
-JOINED = 4  # what readers at as many different places have before them, kept for those who are at the same
+MUCH_TO_SEND = LIVE_BYTES // 4  # past this all readers are called at once, before the pages are dropped
+RUNS = 4  # runs of pages that a thread keeps: readers are at as many different places
 
 
 def attend(buffer: ChunkBuffer) -> None:
@@ -26,9 +26,9 @@ def attend(buffer: ChunkBuffer) -> None:
 
 
 class LivePage(Page):
-    """A page for all who follow, or several that follow one another (``parts``), encoded once in each format.
+    """A page that all readers share, or several joined ones (``parts``). It is encoded once in each format.
 
-    ``asked`` is when its append was asked for, until somebody has read it.
+    ``asked`` is the time at which the append arrived, until the first reader gets the page.
     """
 
     __slots__ = ("asked", "parts", "shared")
@@ -46,9 +46,14 @@ class LivePage(Page):
         self.asked, self.parts = asked, parts
         self.shared: dict[Any, bytes] = {}
 
+    @classmethod
+    def joined(cls, parts: Sequence[LivePage]) -> LivePage:
+        last, entries = parts[-1], [entry for part in parts for entry in part.entries]
+        return cls(last.generation, last.last_seq, entries, 0, last.asked, parts)
+
     @property
     def cost(self) -> int:
-        """About how many bytes it takes."""
+        """The approximate size in bytes."""
         return self.size + CHUNK_OVERHEAD * len(self.entries)
 
     def encoded(self, form: Format) -> bytes:
@@ -56,6 +61,23 @@ class LivePage(Page):
             parts = [part.encoded(form) for part in self.parts]
             known = self.shared[form] = b"".join(parts) if parts else form.frames(self)
         return known
+
+
+class Run:
+    """Live pages that follow one another, joined once for all readers of the thread, or of one message."""
+
+    def __init__(self, pages: Sequence[LivePage]) -> None:
+        self.last_seq = pages[-1].last_seq
+        self._pages: dict[str | None, list[LivePage]] = {None: [*pages]}  # by message, and of all messages
+        for page in pages:
+            self._pages.setdefault(page.entries[0].message_id, []).append(page)
+
+    def page(self, message_id: str | None) -> LivePage | None:
+        """Return the page for readers of this message (None: of the thread), or None if it has nothing new."""
+        pages = self._pages.get(message_id, [])
+        if len(pages) > 1:
+            pages[:] = [LivePage.joined([*pages])]
+        return pages[0] if pages else None
 
 
 def entries_of(change: Change) -> list[Entry]:
@@ -71,29 +93,20 @@ def entries_of(change: Change) -> list[Entry]:
     return entries
 
 
-def page_for(message_id: str | None, pages: Sequence[LivePage]) -> LivePage | None:
-    """What readers of one message, or of all, need of pages that follow one another; None where that is nothing."""
-    parts = [page for page in pages if message_id in (None, page.entries[0].message_id)]
-    if len(parts) < 2:
-        return parts[0] if parts else None
-    last, entries = parts[-1], [entry for part in parts for entry in part.entries]
-    return LivePage(last.generation, last.last_seq, entries, 0, last.asked, parts)
-
-
 class LiveTail(Tail):
-    """Has the newest pages of a thread at hand."""
+    """A tail that keeps the newest pages of its thread."""
 
     all: ClassVar[weakref.WeakSet[LiveTail]] = weakref.WeakSet()
-    all_kept: ClassVar[int] = 0  # about how many bytes the pages of all take
+    all_kept: ClassVar[int] = 0  # approximate bytes of the pages of all tails
 
     def __init__(self) -> None:
         super().__init__()
-        self._pages: dict[int, LivePage] = {}  # by the place of their first entry
-        self._kept = 0  # bytes of them
-        self._joined: dict[tuple[int, str | None], tuple[int, Page | None]] = {}  # since the newest page came
+        self._pages: dict[int, LivePage] = {}  # by their first sequence number
+        self._kept = 0  # approximate bytes of these
+        self._runs: dict[int, Run] = {}  # up to the newest page, by the sequence number before their first
         self._loads: dict[tuple[int, str | None], asyncio.Task[tuple[State, Page]]] = {}
         self._woken: deque[Callable[[], None]] = deque()
-        self._to_send = 0  # about how many bytes came since the last of them was called
+        self._to_send = 0  # approximate bytes that came since all readers were called
         self.all.add(self)
 
     async def load(self, store: Store, place: Place, seq: int) -> tuple[State, Page]:
@@ -113,11 +126,11 @@ class LiveTail(Tail):
         super().doubt()
 
     def keep(self, change: Change, asked: float | None) -> None:
-        """The newest stays, whatever its size: all who follow are about to be sent it."""
+        """Keep the new page, whatever its size: all readers are about to get it."""
         if not (entries := entries_of(change)):
             return
         page = LivePage(change.state.generation, change.state.last_seq, entries, change.size, asked)
-        self._joined.clear()
+        self._runs.clear()
         self._pages[entries[0].seq] = page
         self._to_send += page.cost
         self._weigh(page.cost)
@@ -128,20 +141,21 @@ class LiveTail(Tail):
                 tail.forget()
 
     def after(self, seq: int, message_id: str | None) -> tuple[int, Page | None] | None:
-        """All that is here, joined once for all who have as much."""
-        if (known := self._joined.get((seq, message_id))) is None and seq + 1 in self._pages:
+        if (run := self._runs.get(seq)) is None:
             pages, last_seq = [], seq
             while page := self._pages.get(last_seq + 1):
                 pages.append(page)
                 last_seq = page.last_seq
-            if len(self._joined) >= JOINED:
-                self._joined.clear()
-            known = self._joined[seq, message_id] = (last_seq, page_for(message_id, pages))
-        return known
+            if not pages:
+                return None
+            if len(self._runs) >= RUNS:
+                self._runs.clear()
+            run = self._runs[seq] = Run(pages)
+        return run.last_seq, run.page(message_id)
 
     def forget(self) -> None:
         self._pages.clear()
-        self._joined.clear()
+        self._runs.clear()
         self._weigh(-self._kept)
 
     def _weigh(self, cost: int) -> None:
@@ -149,7 +163,7 @@ class LiveTail(Tail):
         LiveTail.all_kept += cost
 
     def wake(self) -> None:
-        """Call all who wait, a few in a turn of the loop: what producers send in between then goes out with it."""
+        """Call all waiting readers, a few in each turn of the loop, so that they also get what arrives meanwhile."""
         is_calling = bool(self._woken)
         self._woken.extend(self.waiting)
         self.waiting.clear()
@@ -163,5 +177,5 @@ class LiveTail(Tail):
         if self._woken:
             asyncio.get_running_loop().call_soon(self._call_some)
         else:
-            self._joined.clear()
+            self._runs.clear()
             self._to_send = 0

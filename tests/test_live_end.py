@@ -12,6 +12,7 @@ import pytest
 from buffers import CommitsAtOnce, PageReads, Reading, detach, follow
 from conftest import until
 from resume_stream.app import ChunkBuffer, create_app
+from resume_stream.extras import live
 from wire import NDJSON, message_path
 
 pytestmark = pytest.mark.anyio
@@ -76,3 +77,23 @@ async def test_an_upload_reaches_many_readers_in_tasks_from_memory(
     await upload(buffer, pieces)
     assert await asyncio.gather(*readings) == [expected(pieces)] * READERS
     assert reads.count == 0
+
+
+async def test_readers_of_many_messages_share_the_pages_of_each(
+    buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the order in which they came. Each message has two pages here, which are joined."""
+    messages = [f"m{number}" for number in range(64)]
+    for message in messages:
+        await buffer.add_chunks("t", message, ["a"])
+    places = [await buffer.locate("t", message) for message in messages]
+    wires = [detach(buffer, place) for place in places * 3]
+    await until(lambda: all(wire.pieces for wire in wires), "all have what there is")
+    joined, join = list[Any](), live.LivePage.joined
+    monkeypatch.setattr(live.LivePage, "joined", lambda parts: joined.append(parts) or join(parts))
+    appends = [(message, complete) for complete in (False, True) for message in messages]
+    await asyncio.gather(*(buffer.add_chunks("t", message, ["b"], complete=end) for message, end in appends))
+    got = [await wire.lines() for wire in wires]
+    assert got[: len(messages)] * 3 == got
+    assert [text for _, text in got[0]] == ["a", "b", "b", "completed"]
+    assert len(joined) == len(messages)

@@ -22,7 +22,6 @@ IMPATIENT = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import app
-from resume_stream import app
 from resume_stream.extras import limits, producing, websocket
 limits.HEAD_TIMEOUT, limits.STALLED_AFTER, limits.KEPT_FOR_HEALTH = 0.3, 0.3, 2
 websocket.MOST_SUBSCRIPTIONS = 3
