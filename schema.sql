@@ -1,4 +1,4 @@
--- resume-stream keeps its threads here. Look inside while the service runs:
+-- The database of resume-stream. Look inside while the service runs:
 --
 --   sqlite3 -readonly resume-stream.db 'select * from transcript'
 --
@@ -7,25 +7,25 @@
 pragma application_id = 0x72737472; -- "rstr"
 pragma user_version = 3;
 
--- One row. A thread's generation is drawn from here, so that it is higher than
--- every earlier one, whatever the clock does and whatever was deleted. In a copy
--- that may be put back, all threads get a new one before it is served.
+-- One row. It makes each thread's generation higher than every earlier one,
+-- whatever the clock does and whatever was deleted. In a copy, all threads get
+-- new generations before the service serves it.
 create table clock (
     latest_generation integer not null,
     is_copy           integer not null,
-    owed              integer not null -- 1: something was cleared, and has left traces
+    owed              integer not null -- 1: cleared text has left traces to erase
 ) strict;
 
 insert into clock values (0, 0, 0);
 
 create table threads (
-    thread      integer primary key autoincrement, -- never used twice
-    thread_id   text unique,                       -- null: cleared, and being erased
+    thread      integer primary key autoincrement, -- never reused
+    thread_id   text unique,                       -- null: cleared, to be erased
     generation  integer not null unique,
     last_seq    integer not null default 0,
     created_at  integer not null,
     updated_at  integer not null,
-    touched_at  integer not null default 0         -- updated_at, or earlier: the beginning of a minute
+    touched_at  integer not null default 0         -- updated_at, rounded down to the minute
 ) strict;
 
 create table messages (
@@ -37,17 +37,17 @@ create table messages (
     chunk_count integer not null default 0,
     size        integer not null default 0,        -- bytes of text, in UTF-8
     first_seq   integer,
-    last_seq    integer,                           -- once it has ended: the place of its end
+    last_seq    integer,                           -- once ended: the place of its end
     created_at  integer not null,
     updated_at  integer not null,
-    touched_at  integer not null default 0,        -- likewise
+    touched_at  integer not null default 0,        -- as in threads
     unique (thread, message_id)
 ) strict;
 
 create index messages_by_status on messages (status, thread);
 
--- What has not been touched for long is found by these. They change once a
--- minute for what is appended to, and not with every chunk.
+-- Indexes by age. Appends to a thread or message change them once a minute, not
+-- with every chunk.
 create index threads_by_age on threads (touched_at) where thread_id is not null;
 create index active_messages_by_age on messages (touched_at) where status = 'active';
 
@@ -56,26 +56,26 @@ create table chunks (
     seq         integer not null,
     message     integer not null references messages,
     event       text,
-    content     text,                              -- null: here the message ends
+    content     text,                              -- null: the end of the message
     timestamp   integer not null,
     primary key (thread, seq)
 ) strict, without rowid;
 
--- Chunks and ends of messages that have ended, compressed by the service: those
--- of the places first_seq to last_seq, as the JSON array of their [message,
--- event, content, timestamp]. The view "entries" opens them.
+-- Chunks and ends of ended messages, compressed by the service. A pack has the
+-- places first_seq to last_seq as a JSON array of [message, event, content,
+-- timestamp]. The view "entries" opens packs.
 create table packs (
     thread      integer not null references threads,
     first_seq   integer not null,
     last_seq    integer not null,
     size        integer not null,                  -- bytes of the JSON text
-    data        blob not null,                     -- zlib, as sqlar_uncompress opens it
+    data        blob not null,                     -- zlib, for sqlar_uncompress
     primary key (thread, last_seq)
 ) strict;
 
--- All chunks and ends, packed or not. Who wants those of a few places asks for
--- them by "first" and "last" too, which are those of the pack: seq between 5 and
--- 9 and last >= 5 and first <= 9, so that no other pack is opened.
+-- All chunks and ends, packed or not. "first" and "last" are the ends of the row's
+-- pack. To read a few places without opening other packs, ask for both: seq
+-- between 5 and 9 and last >= 5 and first <= 9.
 create view entries as
 select thread, seq, message, event, content, timestamp, seq as first, seq as last
 from chunks
@@ -91,7 +91,7 @@ select
     packs.last_seq
 from packs cross join json_each(sqlar_uncompress(packs.data, packs.size)) as entry;
 
--- A pack is not written in: whoever changes an entry unpacks those around it.
+-- Packs never change: an update of an entry unpacks its pack.
 create trigger entry_is_changed instead of update on entries
 begin
     insert or ignore into chunks (thread, seq, message, event, content, timestamp)
@@ -113,8 +113,8 @@ begin
     update clock set owed = 1;
 end;
 
--- Deleting a thread deletes all of it. (Foreign keys would do this only where
--- they are switched on, which in the sqlite3 shell they are not.)
+-- Deleting a thread deletes all of it. (Foreign keys would do this only if they
+-- are on; in the sqlite3 shell they are off.)
 create trigger thread_is_deleted after delete on threads
 begin
     delete from chunks where thread = old.thread;
@@ -122,9 +122,8 @@ begin
     delete from messages where thread = old.thread;
 end;
 
--- Nothing of a message stays that is deleted, as its number may be used again.
--- (Where its chunks were, the sequence has places that nobody fills.) What else
--- was in its packs is unpacked.
+-- Deleting a message deletes all of it, because its number may be reused. Its
+-- places in the sequence stay empty. Other messages in its packs are unpacked.
 create trigger message_is_deleted after delete on messages
 begin
     delete from chunks
@@ -138,7 +137,7 @@ begin
     where thread = old.thread and last_seq >= old.first_seq and first_seq <= old.last_seq;
 end;
 
--- The end of a message takes a place in the sequence, whoever ends it.
+-- Each end of a message takes a place in the sequence, whoever ends it.
 create trigger message_ends after update of status on messages
 when old.status = 'active' and new.status <> 'active'
 begin
@@ -164,8 +163,8 @@ begin
     select raise(abort, 'this message has ended, and an end is final');
 end;
 
--- What a thread amounts to: active while any of its messages is, otherwise as
--- the message that ended last.
+-- Each thread with its totals. A thread is active while any of its messages is;
+-- then it has the status of the message that ended last.
 create view thread_summary as
 select
     threads.thread,
@@ -183,7 +182,7 @@ select
 from threads
 where threads.thread_id is not null;
 
--- For people: every thread, the one touched last first.
+-- For people: every thread, latest first.
 create view overview as
 select
     thread_id as thread,

@@ -1,1 +1,1 @@
-"""What resume-stream costs, side by side with its peers and its limits: ``python -m bench``."""
+"""Measure what resume-stream costs beside its peers and its limits: ``python -m bench``."""

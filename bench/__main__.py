@@ -51,9 +51,9 @@ ROWS: dict[str, Callable[[Plan], Row]] = {
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m bench", description="Measure resume-stream beside its peers.")
-    parser.add_argument("--only", metavar="NAME[,NAME]", help=f"some of {', '.join(ROWS)}")
+    parser.add_argument("--only", metavar="NAME[,NAME]", help=f"measure only some of {', '.join(ROWS)}")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each measurement (default: 5)")
-    parser.add_argument("--quick", action="store_true", help="one short round, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="one short round, to see that everything works")
     parser.add_argument("--dir", type=Path, default=Path(), help="a folder on a real disk (default: this one)")
     parser.add_argument(
         "--out", type=Path, help="where to write (default: bench/ for a whole run, build/bench/ for less)"
@@ -71,7 +71,7 @@ def arguments() -> argparse.Namespace:
 
 
 def measured(name: str, plan: Plan) -> Row:
-    """The row, or why there is none."""
+    """Return the row, or a row that says why there is none."""
     began = time.monotonic()
     print(f"{name} …", end=" ", file=sys.stderr, flush=True)
     try:
@@ -80,7 +80,7 @@ def measured(name: str, plan: Plan) -> Row:
         row = Row(name, "", failure=f"not measured: {unavailable}")
     except BenchError as error:
         row = Row(name, "", failure=f"FAILED: {' '.join(str(error).split())[:300]}")
-    except Exception as error:  # the other rows are worth having all the same
+    except Exception as error:  # keep the other rows
         traceback.print_exc()
         row = Row(name, "", failure=f"FAILED: {error!r}")
     print(f"{row.failure or 'done'} ({time.monotonic() - began:.0f} s)", file=sys.stderr)
@@ -95,7 +95,7 @@ def main() -> int:
     options = arguments()
     signal.signal(signal.SIGTERM, end)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))  # servers inherit it: a file a reader
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))  # servers inherit it; each reader is a file
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=options.dir))).resolve()

@@ -1,5 +1,5 @@
--- Posts one body to `count` paths in turn, whose `@` is 1, 2, 3 …; says what came of it in JSON.
--- With "hunt" as the fourth argument it stops at the first answer that is not 2xx, and shows it.
+-- Posts one body to `count` paths in turn, with 1, 2, 3 … for their `@`, and prints the result as JSON.
+-- With "hunt" as the fourth argument, it stops at the first answer that is not 2xx and prints it.
 local requests, turn = {}, 0
 
 function init(args)

@@ -1,4 +1,4 @@
-"""The same work without a service: sqlite3 in this process, on the same schema. The limit."""
+"""The limit: sqlite3 does the same work in this process, on the same schema, without a service."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class BareTable:
         self._connection.close()
 
     def commit(self, texts: Sequence[str]) -> None:
-        """Append in one transaction, with the writes that an append takes."""
+        """Append in one transaction, with the writes of a real append."""
         now = time.time_ns() // 1_000_000
         first_seq = self._last_seq + 1
         self._last_seq += len(texts)
@@ -60,7 +60,7 @@ class BareTable:
         self._connection.execute("commit")
 
     def rows_per_second(self, group: int, seconds: float) -> float:
-        """Rows a second in transactions of ``group`` rows."""
+        """Return the rows committed a second, in transactions of ``group`` rows."""
         texts = [TOKEN] * group
         began, rows = time.monotonic(), 0
         while (took := time.monotonic() - began) < seconds:
@@ -70,7 +70,7 @@ class BareTable:
 
 
 def frames_of(path: Path, count: int) -> float:
-    """Seconds to read the first thread's chunks from a database and make SSE frames of them."""
+    """Read the first thread's chunks, make SSE frames of them, and return the seconds that takes."""
     with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
         connection.execute("select count(*) from sqlite_schema").fetchone()
         began = time.monotonic()

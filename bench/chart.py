@@ -1,4 +1,4 @@
-"""The chart: bars as SVG, readable on light and on dark, with no script and no font of its own."""
+"""The charts: bars in SVG, for light and dark pages, without scripts or fonts."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from html import escape
 
 from .results import LOAD, Figure, Line, Row, Samples, Stack, shown
 
-WIDTH, LABEL, BAR = 860, 330, 330  # pixels: all, the names, the longest bar
+WIDTH, LABEL, BAR = 860, 330, 330  # pixels: the picture, the names, the longest bar
 BAR_HEIGHT, STEP, GAP = 14, 20, 16
-NAME, WHOLE = 90, 700  # of a stacked bar: its name, and the longest
-ROOM = 30  # that a number takes
-COLOURS = ("#57606a", "#8250df", "#bc4c00", "#cf222e", "#1f6feb", "#1a7f37")  # of layers, from the bottom up
+NAME, WHOLE = 90, 700  # pixels: the name of a stacked bar, the longest stacked bar
+ROOM = 30  # pixels of a number
+COLOURS = ("#57606a", "#8250df", "#bc4c00", "#cf222e", "#1f6feb", "#1a7f37")  # of the layers, from the bottom up
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #24292f; }
 .title { font-weight: 600; }
@@ -24,9 +24,9 @@ text { font: 12px system-ui, sans-serif; fill: #24292f; }
 
 
 def chart(rows: Sequence[Row]) -> str:
-    """Bars of each charted line, but the load's own ceilings, which dwarf them.
+    """Draw the bars of each charted line. Bars of one line share a scale that begins at zero.
 
-    Those of one line share a scale, and begin at nothing.
+    The load's own ceilings are left out: they dwarf the other bars.
     """
     parts: list[str] = []
     y = 8
@@ -38,7 +38,7 @@ def chart(rows: Sequence[Row]) -> str:
 
 
 def layers_chart(stacks: Sequence[Stack]) -> str:
-    """A bar for each version, of a part for each layer; those of one stack share a scale, and begin at nothing."""
+    """Draw a bar for each version with a part for each layer. Bars of one stack share a scale that begins at zero."""
     names = list(dict.fromkeys(name for stack in stacks for bar in stack.bars.values() for name in bar))
     colours = dict(zip(names, COLOURS, strict=False))
     parts: list[str] = []
@@ -96,7 +96,7 @@ def _line(parts: list[str], y: int, row: Row, line: Line) -> int:
 
 
 def _bar(parts: list[str], y: int, figure: Samples, scale: float, kind: str) -> None:
-    """A bar to the median, and a stroke from the least to the most."""
+    """Draw a bar up to the median, and a stroke from the least to the most."""
     middle = y + BAR_HEIGHT / 2 + 1
     low, high = LABEL + min(figure.values) * scale, LABEL + max(figure.values) * scale
     width = max(figure.median * scale, 1)

@@ -1,4 +1,4 @@
-"""Processes of this code that take part in the load, with a pipe to each."""
+"""Child processes that generate load, with a pipe to each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .results import BenchError
 
 @contextlib.contextmanager
 def child(work: Callable[..., None], *arguments: Any) -> Iterator[Connection]:
-    """``work(pipe, *arguments)`` in a process that is gone at the end of the block."""
+    """Run ``work(pipe, *arguments)`` in a process, and end the process with the block."""
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=_work, args=(work, theirs, arguments), daemon=True)
     process.start()
@@ -37,7 +37,7 @@ def _work(work: Callable[..., None], pipe: Connection, arguments: tuple[Any, ...
 
 
 def told(pipe: Connection, what: str, patience: float = TIMEOUT) -> Any:
-    """What the child says. Raises BenchError where it failed, or says nothing."""
+    """Return the child's next message. Raise BenchError if it failed or is silent."""
     if not pipe.poll(patience):
         raise BenchError(f"{what}: nothing for {patience:.0f} s")
     said = pipe.recv()

@@ -1,4 +1,4 @@
-"""The library in a process of its own: many threads in a file, and what is done to all of them."""
+"""The library in its own process: measure work over many threads in one file."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .children import child, told
 from .load import TOKEN
 from .servers import ROOT
 
-PATIENCE = 600.0  # seconds for what is done to a hundred thousand threads
+PATIENCE = 600.0  # seconds for work over a hundred thousand threads
 AT_ONCE = 500  # threads in one commit
-ACTIVE = 100  # of so many threads one has an active message
-GOES = 50
+ACTIVE = 100  # one of so many threads has an active message
+GOES = 50  # tries of each measurement
 LISTED = 10  # threads in a list
 PACE = 0.001  # seconds from one append to the next
 LONG_AGO = 0  # ms since 1970
@@ -43,7 +43,7 @@ def load_library() -> Any:
 
 
 def filled(path: Path, threads: int) -> None:
-    """Make a database of so many threads, of one chunk each."""
+    """Make a database of so many threads with one chunk each."""
     with child(_fill, path, threads) as pipe:
         told(pipe, "filling a database", PATIENCE)
 
@@ -66,7 +66,7 @@ def _fill(pipe: Connection, path: Path, threads: int) -> None:
 
 
 def upkeep(template: Path, path: Path, number: int) -> dict[str, float]:
-    """What each of ``measured`` takes with the threads of a database, of which it takes a copy."""
+    """Run ``measured`` on a copy of a database and return its figures."""
     shutil.copy(template, path)
     with child(_measure, path) as pipe:
         found: dict[str, float] = told(pipe, "looking after many threads", PATIENCE)
@@ -79,7 +79,7 @@ def _measure(pipe: Connection, path: Path) -> None:
 
 
 async def measured(library: Any, path: Path) -> dict[str, float]:
-    """Milliseconds: of lists and scans, the median of some goes; of expiry, what a thread takes, and the stalls."""
+    """Return milliseconds: the medians of lists and scans, the expiry of a thread, and the longest appends."""
     settings = library.Settings(db=str(path), synchronous="NORMAL", producer_timeout=0.0)
     store = library.store_for(settings)
     async with library.ChunkBuffer(settings, store) as buffer:
@@ -117,7 +117,7 @@ async def median_of(call: Callable[[], Awaitable[Any]]) -> float:
 
 
 async def expire_all(store: Any) -> None:
-    """All that nobody touches from now on, to its last trace."""
+    """Expire every thread that is untouched from now on, and erase all traces."""
     now = time.time_ns() // 1_000_000
     while await store.expire(now):
         pass
@@ -126,7 +126,7 @@ async def expire_all(store: Any) -> None:
 
 
 async def longest_append_during(buffer: Any, work: Awaitable[Any]) -> float:
-    """Milliseconds of the slowest append to one more thread, for as long as the work goes on."""
+    """Append to one more thread during the work, and return the milliseconds of the slowest append."""
     await buffer.add_chunks("busy", "run", [TOKEN])
     working, longest = asyncio.ensure_future(work), 0.0
     while not working.done():

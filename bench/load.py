@@ -1,6 +1,6 @@
-"""The load generator: wrk, keep-alive clients, uploads and SSE readers over plain sockets.
+"""The load generator: wrk, keep-alive clients, uploads, and SSE readers over plain sockets.
 
-Every answer's status is looked at: anything but 2xx raises BenchError with the body.
+It checks the status of every answer: anything but 2xx raises BenchError with the body.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any, Self
 from .results import BenchError
 from .servers import DURABLE_STREAMS_API, PACKAGE, Server, program
 
-TIMEOUT = 60.0  # seconds without a byte, after which a row fails
+TIMEOUT = 60.0  # seconds without a byte until a row fails
 RECEIVE = 256 * 1024
-MARK = b"~"  # once in each chunk's content and nowhere else, so that counting it counts chunks
+MARK = b"~"  # occurs once in each chunk's content and nowhere else, to count chunks by
 TOKEN = " tok~"  # the size of a token
 CHUNK = f'{{"content":"{TOKEN}"}}'.encode()
 
@@ -44,7 +44,7 @@ def check_status(answer: bytes, what: str) -> None:
 
 
 class Connection:
-    """A TCP connection that a selector takes."""
+    """A TCP connection for use with a selector."""
 
     def __init__(self, port: int) -> None:
         self.socket = connect(port)
@@ -60,7 +60,7 @@ class Connection:
 
 
 class Client(Connection):
-    """One keep-alive connection with one request under way at a time."""
+    """A keep-alive connection that makes one request at a time."""
 
     def __init__(self, port: int) -> None:
         super().__init__(port)
@@ -71,7 +71,7 @@ class Client(Connection):
         self.socket.sendall(request)
 
     def receive(self) -> bytes | None:
-        """The answer's body once it is whole, else None."""
+        """Read once, and return the answer's body if it is whole, else None."""
         if not (piece := self.socket.recv(RECEIVE)):
             raise BenchError(f"the server closed the connection after {self._buffer[:100]!r}")
         self._buffer += piece
@@ -97,7 +97,7 @@ class Client(Connection):
 
 
 def _dechunked(body: bytes) -> bytes | None:
-    """The content of a chunked body, or None if its end is not there yet."""
+    """Return the content of a chunked body, or None if its end has not arrived."""
     content, place = b"", 0
     while (end := body.find(b"\r\n", place)) >= 0:
         size = int(body[place:end], 16)
@@ -109,7 +109,7 @@ def _dechunked(body: bytes) -> bytes | None:
 
 
 def call(port: int, method: str, path: str, body: Any = None, extra: str = "") -> Any:
-    """One request with JSON, for what is not measured; the answer's JSON, or None."""
+    """Make a request with JSON outside of the measurement, and return the answer's JSON, or None."""
     encoded = b"" if body is None else json.dumps(body).encode()
     with Client(port) as client:
         answer = client.exchange(request_bytes(method, path, encoded, extra=extra))
@@ -117,7 +117,7 @@ def call(port: int, method: str, path: str, body: Any = None, extra: str = "") -
 
 
 def create(server: Server, name: str) -> None:
-    """Make a thread, stream or channel, where a server wants that before the first append."""
+    """Make a thread, stream, or channel, if the server wants that before the first append."""
     if server.api.create:
         kind = f"Content-Type: {server.api.create_type}\r\n" if server.api.create_type else ""
         call(server.port, "PUT", server.api.create.replace("@", name), extra=kind)
@@ -133,7 +133,7 @@ def stream_request(server: Server, name: str, after: str = "") -> bytes:
 
 
 def stored_chunks(server: Server, name: str) -> int:
-    """How many chunks a server says that it holds; this service, Durable Streams, or Redis."""
+    """Return how many chunks the server says it has: this service, Durable Streams, or Redis."""
     if server.store is not None:
         import redis
 
@@ -149,7 +149,7 @@ def stored_chunks(server: Server, name: str) -> int:
 
 @dataclass(frozen=True)
 class Load:
-    """What wrk did: requests answered with success, in how many seconds, and how many were refused."""
+    """The work of wrk: successful requests, the seconds they took, and refused requests."""
 
     requests: int
     seconds: float
@@ -157,14 +157,14 @@ class Load:
 
 
 def wrk(server: Server, names: str, connections: int, seconds: float) -> Load:
-    """Append a chunk at a time to as many threads as connections, ``names`` with 1, 2, 3 …
+    """Append one chunk at a time over each connection to a thread of its own: ``names`` with 1, 2, 3 …
 
-    Raises Unavailable, BenchError.
+    Raise Unavailable or BenchError.
     """
     arguments = [server.api.append.replace("@", f"{names}@"), str(connections), CHUNK.decode()]
     result = _run_wrk(server.port, arguments, connections, f"{seconds:.0f}s")
     found = json.loads(result.partition("RESULT ")[2])
-    # Durable Streams refuses some now and then, of which some are held all the same.
+    # Durable Streams sometimes refuses appends, and stores some of those.
     if found["bad_status"] and server.api is not DURABLE_STREAMS_API:
         shown = _run_wrk(server.port, [*arguments, "hunt"], connections, "1s").partition("BAD ")[2].partition("\n")[0]
         raise BenchError(f"{found['bad_status']} answers to {names}… were not 2xx, one of them: {shown[:500]}")
@@ -186,12 +186,12 @@ def _run_wrk(port: int, arguments: Sequence[str], connections: int, duration: st
 
 
 def ndjson_lines(count: int) -> bytes:
-    """So many chunks, a line each, each line a piece of its own (chunked encoding)."""
+    """Return so many chunks, one a line, each line as its own piece in chunked encoding."""
     return (b"%x\r\n%s\n\r\n" % (len(CHUNK) + 1, CHUNK)) * count
 
 
 def upload(server: Server, thread: str, count: int) -> None:
-    """Stream so many token-sized chunks to a new thread as NDJSON, as fast as they are taken."""
+    """Stream so many token-sized chunks to a new thread as NDJSON, as fast as the server takes them."""
     block = 1000
     lines = ndjson_lines(block)
     kind = "Content-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n"
@@ -207,7 +207,7 @@ def upload(server: Server, thread: str, count: int) -> None:
 
 
 def uploads(server: Server, threads: Sequence[str], count: int) -> float:
-    """Chunks a second of as many uploads at a time, of ``count`` chunks each."""
+    """Upload ``count`` chunks to each thread, all at once, and return the chunks a second."""
     with ThreadPoolExecutor(len(threads)) as pool:
         began = time.monotonic()
         list(pool.map(lambda thread: upload(server, thread, count), threads))
@@ -215,7 +215,7 @@ def uploads(server: Server, threads: Sequence[str], count: int) -> float:
 
 
 def post_many(port: int, request: bytes, count: int, connections: int) -> None:
-    """Send a request so many times; each connection awaits an answer before it sends again."""
+    """Send a request so many times. Each connection awaits an answer before it sends again."""
     clients = [Client(port) for _ in range(min(connections, count))]
     selector = selectors.DefaultSelector()
     try:
@@ -245,7 +245,7 @@ def post_many(port: int, request: bytes, count: int, connections: int) -> None:
 
 
 class Stream(Connection):
-    """An SSE stream, once its headers are there; ``began`` is when its request was sent."""
+    """An SSE stream whose headers have arrived. ``began`` is when its request was sent."""
 
     def __init__(self, port: int, request: bytes) -> None:
         super().__init__(port)
@@ -265,7 +265,7 @@ class Stream(Connection):
 
 
 def seconds_to_last(port: int, request: bytes, chunks: int) -> float:
-    """From sending the request to the arrival of so many chunks, and not one more."""
+    """Return the seconds from sending a request to the arrival of exactly so many chunks."""
     with Stream(port, request) as stream:
         count = stream.received.count(MARK)
         while count < chunks:

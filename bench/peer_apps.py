@@ -1,7 +1,7 @@
-"""Litestar handlers to stand beside the service: ``python -m bench.peer_apps PORT [REDIS_PORT]``.
+"""Litestar handlers to compare with the service: ``python -m bench.peer_apps PORT [REDIS_PORT]``.
 
-Same route, same body, an answer of the same size, same uvicorn settings. One stores nothing; with
-REDIS_PORT the other appends to a Redis stream.
+They have the service's route, body, answer size, and uvicorn settings. Without REDIS_PORT the handler
+stores nothing; with it, the handler appends to a Redis stream.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def storing_in_redis(port: int) -> Any:
 
 
 def serve(app: Any, port: int, **settings: Any) -> None:
-    """By uvicorn, as the service is: without what would only cost."""
+    """Serve the app with the service's uvicorn settings."""
     uvicorn.run(
         app,
         host="127.0.0.1",

@@ -1,7 +1,7 @@
-"""Servers that go only so far up the stack: ``python -m bench.peer_layers PORT LAYER``.
+"""Servers that use only the lower layers of the stack: ``python -m bench.peer_layers PORT LAYER``.
 
-Each answers an append with as many bytes as the service, sends a frame of the service's size to
-every reader who waits, and stores nothing.
+Each answers an append with as many bytes as the service, sends every waiting reader a frame of the
+service's size, and stores nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STREAMING = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-enc
 
 
 class Crowd:
-    """Readers, each with a future while it waits."""
+    """Waiting readers, each with a future."""
 
     def __init__(self) -> None:
         self._waiting: list[asyncio.Future[None]] = []
@@ -54,7 +54,7 @@ CROWD = Crowd()
 
 
 class Sockets(asyncio.Protocol):
-    """Reads and writes, and takes every read to be a request."""
+    """Read and write, and take every read for a request."""
 
     readers: set[asyncio.WriteTransport] = set()  # noqa: RUF012
 
@@ -78,7 +78,7 @@ class Sockets(asyncio.Protocol):
 
 
 class Parsed(Sockets):
-    """Parses each request, as uvicorn does, and does nothing with it."""
+    """Parse each request as uvicorn does, and ignore the result."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -101,7 +101,7 @@ class Parsed(Sockets):
 
 
 async def asgi(scope: Any, receive: Callable[[], Any], send: Callable[[Any], Any]) -> None:
-    """An app on uvicorn with no framework."""
+    """An app on uvicorn without a framework."""
     if scope["method"] == "GET":
         headers = [(b"content-type", b"text/event-stream")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})

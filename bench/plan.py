@@ -1,4 +1,4 @@
-"""How much to measure in this run, and where; and what takes part in a row."""
+"""The extent and the folder of a run, and the servers of a row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(frozen=True)
 class Plan:
-    """``folder`` is the run's own, on a real disk."""
+    """The extent of a run. ``folder`` belongs to the run and is on a real disk."""
 
     rounds: int
     quick: bool
@@ -31,12 +31,12 @@ class Plan:
         return quick if self.quick else full
 
     def seconds(self, number: int) -> float:
-        """How long a rate is measured in this round; the warm-up round is short."""
+        """Return how long this round measures a rate. The warm-up round is short."""
         return 1.0 if self.quick or number == 0 else 2.0
 
 
 class Stage(contextlib.ExitStack):
-    """The servers of a row by what the table calls them, and those that could not be started."""
+    """The servers of a row by their names in the table, and those that could not start."""
 
     def __init__(self, plan: Plan, row: str) -> None:
         super().__init__()
@@ -52,5 +52,5 @@ class Stage(contextlib.ExitStack):
             self.missing[name] = Missing(str(unavailable))
 
     def sample(self, measures: dict[str, Callable[[int], float]]) -> dict[str, Figure]:
-        """What each measure gave, by its name, next to what is missing."""
+        """Take the measures in rounds, and return their figures and the missing ones by name."""
         return {**self.missing, **sampled(self.plan.rounds, measures)}

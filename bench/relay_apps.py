@@ -1,9 +1,9 @@
-"""What a relay stands between, and a relay that stores nothing: ``python -m bench.relay_apps PORT [UPSTREAM_PORT]``.
+"""An upstream, or a relay that stores nothing: ``python -m bench.relay_apps PORT [UPSTREAM_PORT]``.
 
-Without an upstream it is one: ``GET /COUNT`` streams so many events as fast as it can, ``GET /COUNT/MS/LATER``
-one in so many milliseconds, from so many after it was asked on. An event is the size of a provider's, and has the
-time at which it was written (the clock is one for the machine). With an upstream it is a Litestar handler that
-passes its answers on with httpx.
+Without UPSTREAM_PORT this is an upstream. ``GET /COUNT`` streams so many events as fast as it can;
+``GET /COUNT/MS/LATER`` waits LATER ms and then streams an event every MS ms. Events are as large as a
+provider's and carry the time at which they were written (the machine has one clock). With UPSTREAM_PORT
+this is a Litestar handler that passes the upstream's answers on with httpx.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from litestar.response import Stream
 from .peer_apps import serve
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-AT_ONCE = 16  # events that an upstream in a hurry writes before it looks at its connection
+AT_ONCE = 16  # events that a fast upstream writes before it waits for its connection
 
 
 def event(number: int) -> bytes:
-    """About as long as those of recorded answers are (240 bytes)."""
+    """Return an event about as long as those of recorded answers (240 bytes)."""
     choice = {"index": 0, "delta": {"content": " tok"}, "logprobs": None, "finish_reason": None}
     data = {
         "id": "chatcmpl-D8Z5oo6uDh67AD85p73ksdT1KxhE0",

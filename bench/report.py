@@ -1,4 +1,4 @@
-"""What a run leaves: ``RESULTS.md`` and ``results.svg``."""
+"""Write the report of a run: ``RESULTS.md``, ``results.svg``, and ``layers.svg``."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def machine(folder: Path) -> str:
 
 
 def filesystem_of(folder: Path) -> str:
-    """The type of the file system that holds the folder."""
+    """Return the type of the file system that has the folder."""
     path = str(folder.resolve())
     mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
     holding = [(point, kind) for point, kind in mounts if Path(path).is_relative_to(point)]
@@ -77,7 +77,7 @@ def versions() -> str:
 
 
 def first_version(command: Sequence[str]) -> str:
-    """The first number with a point in it that a program says of itself; empty where there is none."""
+    """Return the first number with a point in a program's output, or nothing."""
     try:
         said = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
@@ -87,11 +87,11 @@ def first_version(command: Sequence[str]) -> str:
 
 
 def conditions(plan: Plan, seconds: float) -> str:
-    rounds = "1 short round (`--quick`): good for a look, not to rely on" if plan.quick else f"{plan.rounds} rounds"
+    rounds = "1 short round (`--quick`), too short to rely on" if plan.quick else f"{plan.rounds} rounds"
     return (
         f"Measured on {time.strftime('%Y-%m-%d')} in {seconds / 60:.1f} minutes with `python -m bench`, {rounds}."
         " Figures are medians, with the least and the most in parentheses; a share is the median of the rounds' own"
-        " shares. In each round everything in a row is measured in turn; a first round warms up and is discarded. All"
+        " shares. Each round measures everything in a row in turn; a first round warms up and is discarded. All"
         " servers and the load run on this machine and share its cores."
     )
 
@@ -114,11 +114,11 @@ def _table_line(line: Line) -> str:
 
 def hows(rows: Sequence[Row]) -> list[str]:
     told = [f"- **{row.title}.** {row.how}" for row in rows if row.how]
-    return ["## What each row measures, and how", "\n".join(told)] if told else []
+    return ["## What each row measures", "\n".join(told)] if told else []
 
 
 def unreached(rows: Sequence[Row]) -> list[str]:
-    """Which aims were missed and by how much, from the data alone."""
+    """Say which aims were missed and by how much."""
     judged = [(row, line, aim) for row in rows for line in row.lines for aim in line.aims]
     missed = [
         f"- {row.title}, {line.title}: the aim is {aim.text}; measured {aim.outcome}."
@@ -126,11 +126,11 @@ def unreached(rows: Sequence[Row]) -> list[str]:
         if aim.reached is False
     ]
     unknown = [
-        f"- {row.title}, {line.title}: cannot be told, as {aim.outcome}."
+        f"- {row.title}, {line.title}: unknown, because {aim.outcome}."
         for row, line, aim in judged
         if aim.reached is None
     ]
     failed = [f"- {row.title}: {row.failure}." for row in rows if row.failure]
     reached = sum(aim.reached is True for _, _, aim in judged)
     count = f"{reached} of {len(judged)} aims were reached in this run."
-    return ["## Where an aim is not reached", count, "\n".join(missed + unknown + failed)]
+    return ["## Missed aims", count, "\n".join(missed + unknown + failed)]

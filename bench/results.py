@@ -1,4 +1,4 @@
-"""What was measured: samples of rounds, the lines and rows of the table, and the aims."""
+"""Results: samples of rounds, lines and rows of the table, and aims."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 OLD = "version 0.1"
-LOAD = "the load's own"  # how names of what the load generator itself can do begin
+LOAD = "the load's own"  # begins the names of the load generator's own figures
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 
 class BenchError(Exception):
-    """A row cannot be believed: a wrong answer, a lost chunk, a server that died."""
+    """A row is not credible: a wrong answer, a lost chunk, a dead server."""
 
 
 class Unavailable(Exception):
-    """Something to measure with, or a peer, is not there; the message says what."""
+    """A tool or a peer is missing. The message names it."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Missing:
-    """A figure that this machine cannot give."""
+    """A figure that this machine cannot measure."""
 
     why: str
 
@@ -52,7 +52,7 @@ Figure = Samples | Missing
 
 @dataclass(frozen=True)
 class Aim:
-    """What was aimed at, what came of it, and whether that is reached; None: it cannot be told."""
+    """An aim, its outcome, and whether it is reached (None: unknown)."""
 
     text: str
     outcome: str
@@ -61,7 +61,7 @@ class Aim:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table: this service's figure, and what stands beside it, in one unit."""
+    """A line of the table: this service's figure and the figures beside it, in one unit."""
 
     title: str
     unit: str
@@ -73,7 +73,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Stack:
-    """What something costs by layer: for each of its bars the layers' own parts, in one unit."""
+    """A cost by layer: the layers' parts of each bar, in one unit."""
 
     title: str
     unit: str
@@ -82,7 +82,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the benchmark: its lines, how they were measured, a sentence for the summary, and its layers."""
+    """A row of the benchmark: its lines, how they are measured, a sentence for the summary, and its stacks."""
 
     title: str
     how: str
@@ -93,7 +93,7 @@ class Row:
 
 
 def shown(value: float) -> str:
-    """Three significant digits, with commas in thousands."""
+    """Return the value with three significant digits and commas in thousands."""
     if abs(value) >= 1000:
         digits = len(str(int(abs(value)))) - 3
         return f"{round(value, -digits):,.0f}"
@@ -103,12 +103,12 @@ def shown(value: float) -> str:
 
 
 def ratio(ours: Samples, other: Samples) -> float:
-    """The median of the ratios of each round, so that what slows a whole round cancels out."""
+    """Return the median of each round's ratio: what slows a whole round cancels out."""
     return statistics.median(a / b for a, b in zip(ours.values, other.values, strict=True))
 
 
 def measured_share(ours: Figure, other: Figure) -> str:
-    """In per cent, for a sentence."""
+    """Return the ratio in per cent, for a sentence."""
     if isinstance(ours, Missing) or isinstance(other, Missing):
         return "an unknown share"
     return f"{ratio(ours, other):.0%}"
@@ -146,16 +146,16 @@ def no_more_than_before(ours: Figure, old: Figure) -> Aim:
 
 
 def one_after_another(first: Figure, second: Figure) -> Figure:
-    """The rate of doing both in turn, from the rates of each."""
+    """Return the rate of doing both in turn, from the rate of each."""
     if isinstance(first, Missing) or isinstance(second, Missing):
         return Missing("one of the two was not measured")
     return Samples(tuple(1 / (1 / a + 1 / b) for a, b in zip(first.values, second.values, strict=True)))
 
 
 def interleave(rounds: int, measures: Mapping[K, Callable[[int], T]]) -> dict[K, list[T]]:
-    """Measure each in turn, round after round, so that the machine's moods meet all alike.
+    """Take every measure in turn, round after round, so that the machine's moods affect all alike.
 
-    Each round begins with another one. Round 0 warms up and is discarded. Raises BenchError.
+    Each round begins with another measure. Round 0 warms up and is discarded. Raise BenchError.
     """
     names = list(measures)
     taken: dict[K, list[T]] = {name: [] for name in names}
@@ -172,5 +172,5 @@ def interleave(rounds: int, measures: Mapping[K, Callable[[int], T]]) -> dict[K,
 
 
 def sampled(rounds: int, measures: Mapping[K, Callable[[int], float]]) -> dict[K, Figure]:
-    """``interleave`` for measures of one value."""
+    """Do the same for measures of one value."""
     return {name: Samples(tuple(values)) for name, values in interleave(rounds, measures).items()}

@@ -1,5 +1,5 @@
 // Serve resumable-stream over HTTP, with server-sent events: node resumable_stream.mjs FOLDER_OF_NODE_MODULES
-// A PUT makes a stream, a POST gives it a chunk, and whoever GETs it is a resumed reader. REDIS_URL says where.
+// PUT makes a stream, POST adds a chunk, and GET resumes it. REDIS_URL is its Redis.
 import { createServer } from "node:http";
 import { createRequire } from "node:module";
 
@@ -17,7 +17,7 @@ async function textOf(request) {
 async function make(name) {
   const begin = (controller) => sources.set(name, controller);
   const stream = await context.createNewResumableStream(name, () => new ReadableStream({ start: begin }));
-  await stream.cancel(); // nobody reads here; it goes on for those who resume
+  await stream.cancel(); // nobody reads here; the stream continues for readers that resume
 }
 
 async function follow(name, response) {

@@ -1,4 +1,4 @@
-"""The row of many live readers: how many deliveries a second."""
+"""The row of many live readers: deliveries a second."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ PRODUCERS = 8
 SINGLES = f"{PRODUCERS} producers of single chunks"
 CEILING = f"{LOAD} ceiling (the same readers, a bare socket)"
 UPLOAD_CEILING = f"{LOAD} ceiling (large writes)"
-BLOCK = 8  # frames in a write of the bare socket
+BLOCK = 8  # frames in one write of the bare socket
 LARGE_BLOCK = 2000
-SHARES = {100: 1.5, 1000: 5.0}  # of what nchan delivers to so many readers
+SHARES = {100: 1.5, 1000: 5.0}  # aims, as shares of nchan's deliveries to so many readers
 FRAME = b"id: 1763829000123-42\ndata: %s\n\n"
 DATA = b'{"content":"%s","timestamp":1763829000456,"messageId":"run","seq":42}' % TOKEN.encode()
 
 
 def read_streams(pipe: Connection, port: int, request: bytes, readers: int, frames: int) -> None:
-    """Say when all readers are there, and then when the last of them had its last frame."""
+    """Tell when all readers are connected, and then when the last of them had its last frame."""
     connections = [connect(port) for _ in range(readers)]
     waiting = select.epoll()
     counts, receive = {}, {}
@@ -78,7 +78,7 @@ def read_streams(pipe: Connection, port: int, request: bytes, readers: int, fram
 
 
 def blast(pipe: Connection, listener: socket.socket, readers: int, block: int) -> None:
-    """Write frames to all who connect, with nothing else to do."""
+    """Write frames to all connections, and do nothing else."""
     connections = [listener.accept()[0] for _ in range(readers)]
     for connection in connections:
         connection.recv(65536)
@@ -90,7 +90,7 @@ def blast(pipe: Connection, listener: socket.socket, readers: int, block: int) -
 
 
 def deliveries(port: int, request: bytes, readers: int, frames: int, publish: Callable[[], object]) -> float:
-    """Deliveries a second, from the first send to the last reader's last frame."""
+    """Return the deliveries a second, from the first send to the last reader's last frame."""
     with child(read_streams, port, request, readers, frames) as pipe:
         told(pipe, "subscribing")
         time.sleep(0.2)
@@ -106,7 +106,7 @@ def publish_singly(server: Server, name: str, frames: int) -> None:
 
 
 def ceiling(block: int, readers: int, name: str, frames: int) -> float:
-    """What the reading process can count when it is fed by a process that only writes."""
+    """Return the deliveries a second from a process that only writes."""
     with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
         server = Server(listener.getsockname()[1], 0)
         with child(blast, listener, readers, block) as blaster:
@@ -115,7 +115,7 @@ def ceiling(block: int, readers: int, name: str, frames: int) -> float:
 
 
 class Crowd:
-    """A number of readers; the warm-up finds how many frames make a round of the right length."""
+    """A number of readers. The warm-up finds how many frames make a round of the right length."""
 
     def __init__(self, plan: Plan, readers: int, block: int, deliver: Callable[[int, str, int], float]) -> None:
         self._seconds = 1.0 if plan.quick else 1.5
@@ -153,7 +153,7 @@ def measures(plan: Plan, servers: dict[str, Server], readers: int) -> dict[str, 
 
 
 def fan_out(plan: Plan) -> Row:
-    """Deliveries a second to many readers of one thread."""
+    """Measure deliveries to many readers of one thread."""
     figures: dict[int, dict[str, Figure]] = {}
     with Stage(plan, "fan-out") as stage:
         stage.start(OURS, service)
@@ -176,11 +176,11 @@ def fan_out(plan: Plan) -> Row:
     return Row(
         "Deliveries to many readers of one thread",
         f"All readers follow one thread over SSE, synchronous=FULL; one process counts the frames of all of them with"
-        f" epoll. {PRODUCERS} producers post single chunks, each awaiting its answer, in the same way to every server;"
-        " from the first send to the last reader's last frame, and every reader must get every frame once. nchan has"
-        " one worker, keeps its messages in memory, and is given data of the size of this service's frames. The chunks"
-        " of an NDJSON upload are committed and sent many at a time, for which nchan has no counterpart, so its single"
-        f" messages stand there. The ceilings are the same readers fed by a process that only writes, {BLOCK} and"
+        f" epoll. {PRODUCERS} producers post single chunks to every server in the same way, each awaiting its answer."
+        " Time runs from the first send to the last reader's last frame; every reader must get every frame once. nchan"
+        " has one worker, keeps its messages in memory, and gets data of the size of this service's frames. The chunks"
+        " of an NDJSON upload are committed and sent many at a time. nchan has no counterpart, so its single messages"
+        f" stand there. The ceilings are the same readers fed by a process that only writes, {BLOCK} and"
         f" {LARGE_BLOCK:,} frames at a time.",
         [
             line(readers, *how)
@@ -190,7 +190,7 @@ def fan_out(plan: Plan) -> Row:
                 (UPLOAD, 1.0, UPLOAD, OLD_UPLOAD, NCHAN_NAME, UPLOAD_CEILING),
             )
         ],
-        f"**Fan-out:** {most[OURS]} deliveries/s to {crowd:,} SSE readers of one thread, from {SINGLES},"
-        f" {measured_share(most[OURS], most[NCHAN_NAME])} of nchan's, which stores nothing on disk; {most[UPLOAD]} from"
+        f"**Fan-out:** {most[OURS]} deliveries/s to {crowd:,} SSE readers of one thread, from {SINGLES}:"
+        f" {measured_share(most[OURS], most[NCHAN_NAME])} of nchan's, which stores nothing on disk. {most[UPLOAD]} from"
         " one NDJSON upload.",
     )

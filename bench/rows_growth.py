@@ -1,4 +1,4 @@
-"""The row of many threads: what must not grow with their number."""
+"""The row of many threads: work that must not grow with their number."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MEASURES = {
 
 
 def growth(plan: Plan) -> Row:
-    """What is done to few and to many threads."""
+    """Measure work over few and many threads."""
     counts = [1_000, plan.scaled(10_000, 5_000), plan.scaled(100_000, 20_000)]
     few, some, many = (f"{count:,} threads" for count in counts)
     folder = plan.place("growth")
@@ -46,12 +46,11 @@ def growth(plan: Plan) -> Row:
     calm, stirred = samples("longest append", many), samples("longest append in expiry", many)
     more = Samples(tuple(max(0.0, b - a) for a, b in zip(calm.values, stirred.values, strict=True)))
     return Row(
-        "What is done to many threads",
-        f"The library in a process of its own, synchronous=NORMAL, on a copy of a database of so many threads with a"
-        f" chunk each, of which one in {ACTIVE} is active; the median of {GOES} goes a round. Lists are of up to"
-        f" {LISTED} threads. Then all of them expire: from the first look for them until no trace is left, for each"
-        " thread; meanwhile one more thread is appended to, with 1 ms between two appends, and the longest of these is"
-        " set beside the longest within 2 s without.",
+        "Work over many threads",
+        f"The library in its own process, synchronous=NORMAL, on a copy of a database of so many threads with one chunk"
+        f" each, one in {ACTIVE} of them active; the median of {GOES} tries a round. Lists have up to {LISTED} threads."
+        " Then all threads expire: from the first look for them until no trace is left, per thread. Meanwhile one more"
+        " thread gets appends, 1 ms apart; the longest of them stands beside the longest within 2 s without expiry.",
         [
             *(line(name, title) for name, title in MEASURES.items()),
             Line(

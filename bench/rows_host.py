@@ -39,11 +39,11 @@ from .servers import ROOT, Server, free_port, old_binary, old_service, old_tree,
 MB = 1_000_000
 KIB = 1024
 READERS = 1000
-HELD_ROUNDS = 2  # as opening ten thousand streams takes long
+HELD_ROUNDS = 2  # opening ten thousand streams takes long
 
 
 def resident(pid: int) -> int:
-    """Bytes of a process that are in memory."""
+    """Return the resident bytes of a process."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -56,7 +56,7 @@ Service = Callable[[Path], contextlib.AbstractContextManager[Server]]
 
 
 def services() -> tuple[dict[str, Service], dict[str, Missing]]:
-    """This version and the old one; and why there is no old one."""
+    """Return this version and the old one, and the reason if the old one is missing."""
     try:
         old_tree()
     except Unavailable as unavailable:
@@ -65,7 +65,7 @@ def services() -> tuple[dict[str, Service], dict[str, Missing]]:
 
 
 def memory_of_readers(plan: Plan, name: str, start: Service, number: int) -> tuple[float, float]:
-    """Bytes of a service that has just started, and of each reader that waits."""
+    """Return the bytes of a fresh service and of each waiting reader."""
     with start(plan.place(f"readers-{name}-{number}")) as server, contextlib.ExitStack() as stack:
         call(server.port, "GET", "/health/ready")
         create(server, "idle")
@@ -80,7 +80,7 @@ def memory_of_readers(plan: Plan, name: str, start: Service, number: int) -> tup
 
 
 def size_of_chunks(plan: Plan, count: int, name: str, start: Service, number: int) -> tuple[float, float]:
-    """Bytes of memory once so many chunks are appended, and of the file for each, all checkpointed."""
+    """Return the bytes of memory after so many chunks, and the bytes of the checkpointed file for each."""
     folder = plan.place(f"chunks-{name}-{number}")
     with start(folder) as server:
         upload(server, "long", count)
@@ -94,7 +94,7 @@ def size_of_chunks(plan: Plan, count: int, name: str, start: Service, number: in
 
 
 def footprint(plan: Plan) -> Row:
-    """Memory and disk."""
+    """Measure memory and disk."""
     count = plan.scaled(1_000_000, 100_000)
     found, missing = services()
     measures = {("readers", name): partial(memory_of_readers, plan, name, start) for name, start in found.items()}
@@ -124,10 +124,10 @@ def footprint(plan: Plan) -> Row:
     idle, reader, _, chunk = (line.ours for line in lines)
     return Row(
         "Memory and disk",
-        f"Resident memory from /proc, of a fresh process each round: after its first answers; with {READERS:,} SSE"
-        f" readers of one thread that wait, less that; and right after an NDJSON upload of {count:,} chunks. Disk is"
-        f" the database file of these chunks ({text} bytes of text each) once the service has stopped, and with it"
-        " checkpointed.",
+        f"Resident memory from /proc, of a fresh process each round: after its first answers; with {READERS:,} waiting"
+        f" SSE readers of one thread, minus that; and right after an NDJSON upload of {count:,} chunks. Disk is the"
+        f" database file of these chunks ({text} bytes of text each) after the service has checkpointed it and"
+        " stopped.",
         lines,
         f"**Footprint:** {idle} MB of memory idle, {reader} KiB for each waiting reader, {chunk} bytes on disk for"
         f" each chunk of {text} bytes of text.",
@@ -135,8 +135,8 @@ def footprint(plan: Plan) -> Row:
 
 
 def first_arrival(server: Server, streams: Sequence[Stream]) -> float:
-    """Milliseconds from an append to one of many threads until its one reader has it."""
-    at = len(streams) // 2 // ACTIVE * ACTIVE  # whose message is active
+    """Return the milliseconds from an append to one of many threads until its one reader has it."""
+    at = len(streams) // 2 // ACTIVE * ACTIVE  # a thread with an active message
     with Client(server.port) as client:
         began = time.monotonic()
         client.send(append_request(server, thread_name(at), CHUNK))
@@ -146,7 +146,7 @@ def first_arrival(server: Server, streams: Sequence[Stream]) -> float:
 
 
 def longest_append(server: Server, database: Path, changes: bool, seconds: float) -> float:
-    """Milliseconds of the slowest of many appends in a row, with another process's changes among them or without."""
+    """Return the milliseconds of the slowest of many appends, with or without another process's changes."""
     longest, until, change_at = 0.0, time.monotonic() + seconds, time.monotonic()
     with Client(server.port) as client, contextlib.closing(sqlite3.connect(database, isolation_level=None)) as other:
         while (began := time.monotonic()) < until:
@@ -159,7 +159,7 @@ def longest_append(server: Server, database: Path, changes: bool, seconds: float
 
 
 def many_readers(plan: Plan, template: Path, readers: int, number: int) -> tuple[float, float, float, float]:
-    """KiB of each reader, ms until one of them has a chunk, and the longest append without and with changes."""
+    """Return KiB per reader, ms until one has a chunk, and the longest append without and with changes."""
     folder = plan.place(f"many-{number}")
     database = folder / "chunks.db"
     shutil.copy(template, database)
@@ -181,7 +181,7 @@ def many_readers(plan: Plan, template: Path, readers: int, number: int) -> tuple
 
 
 def held(plan: Plan) -> Row:
-    """Many idle readers, a thread each."""
+    """Measure many idle readers, a thread each."""
     readers = plan.scaled(10_000, 1_000)
     if (most := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < readers + 100:
         raise Unavailable(f"{readers:,} readers need as many open files, and {most:,} are allowed (ulimit -Hn)")
@@ -191,11 +191,11 @@ def held(plan: Plan) -> Row:
     each, arrival, calm, stirred = (Samples(values) for values in zip(*taken, strict=True))
     return Row(
         f"{readers:,} idle readers, a thread each",
-        f"Of a fresh process each round, of which there are at most {HELD_ROUNDS}, on a database that has these"
-        " threads: resident memory once each of them has an SSE reader that waits, less what there was before; then the"
-        " longest of appends in a row, over one connection to one more thread, with synchronous=FULL; the same while"
-        " another process changes the file four times a second, so that all that is followed is looked at anew; and"
-        " the time from an append to one of the threads until its reader has it.",
+        f"A fresh process each round (at most {HELD_ROUNDS} rounds), on a database that has these threads. First,"
+        " resident memory once each thread has a waiting SSE reader, minus the memory before. Then the longest of"
+        " consecutive appends over one connection to one more thread, synchronous=FULL; and the same while another"
+        " process changes the file four times a second, so that the service looks at every followed thread again."
+        " Last, the time from an append to one of the threads until its reader has it.",
         [
             Line("memory for each", "KiB", each, {}, [under(12, "KiB", each)]),
             Line("from an append to its reader", "ms", arrival),
@@ -205,7 +205,7 @@ def held(plan: Plan) -> Row:
 
 
 def first_answer(plan: Plan, command: Sequence[str | Path], number: int) -> float:
-    """Milliseconds from starting a service to its first answer."""
+    """Return the milliseconds from starting a service to its first answer."""
     with tempfile.TemporaryDirectory(dir=plan.folder) as place:
         folder, port = Path(place), free_port()
         began = time.monotonic()
@@ -221,7 +221,7 @@ def imports(number: int) -> float:
 
 
 def binaries() -> tuple[dict[str, Path], dict[str, Missing]]:
-    """Of this version and of the old one; and why one is missing."""
+    """Return the binaries of this version and the old one, and the reasons for missing ones."""
     ours = Path(os.environ.get("BINARY", ROOT / "dist" / "resume-stream")).resolve()
     if not ours.is_file():
         missing = Missing("there is no dist/resume-stream; deploy/build_binary.py makes it")
@@ -233,7 +233,7 @@ def binaries() -> tuple[dict[str, Path], dict[str, Missing]]:
 
 
 def cold_start(plan: Plan) -> Row:
-    """From the start of the process to its first answer."""
+    """Measure the time from the start of the process to its first answer."""
     found, missing = binaries()
     commands: dict[tuple[str, str], list[str | Path]] = {(BINARY, name): [path] for name, path in found.items()}
     commands[SCRIPT, OURS] = [sys.executable, ROOT / "app.py"]
@@ -256,8 +256,8 @@ def cold_start(plan: Plan) -> Row:
 
     return Row(
         "Cold start to the first answer",
-        "From starting the process, on a database that is not there yet, to the answer of /health/live, asked for"
-        " every 2 ms until it accepts a connection. The page cache is warm. The import is the least that any service"
+        "From starting the process, on a database that does not exist yet, to the answer of /health/live, tried every"
+        " 2 ms until the process accepts a connection. The page cache is warm. The import is the least that any service"
         f" on this stack takes. The binary of {OLD} is built by its own deploy/build_binary.py, with the versions that"
         " it asks for.",
         [line(BINARY), line(SCRIPT), Line("size of the single binary", "MB", size(OURS), {OLD: size(OLD)})],

@@ -1,4 +1,4 @@
-"""The row of one live reader: how soon a chunk arrives."""
+"""The row of one live reader: the time until a chunk arrives."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ POLL = 0.1  # seconds from one poll to the next
 
 @dataclass
 class Times:
-    """Milliseconds of one round, a chunk each: until its reader had it, and until its append was answered."""
+    """The milliseconds of each chunk of a round, until its reader had it and until its append was answered."""
 
     delivery: list[float] = field(default_factory=list)
     answer: list[float] = field(default_factory=list)
 
 
 def numbered(number: int) -> str:
-    """The text of a chunk that cannot be taken for another."""
+    """Return a text that only this chunk has."""
     return f"n{number:06d}{MARK.decode()}"
 
 
@@ -55,14 +55,14 @@ def paced(count: int) -> Iterator[int]:
 
 
 def settled(stream: Stream) -> Stream:
-    """The stream once it has been quiet for a while: its reader waits for what is new."""
+    """Read the stream until it is quiet, and return it: its reader now waits for new chunks."""
     while select.select([stream], [], [], 0.2)[0]:
         stream.receive()
     return stream
 
 
 def time_deliveries(server: Server, names: str, count: int, number: int) -> Times:
-    """One chunk under way at a time, from just before its send() until recv() gave that very chunk."""
+    """Time one chunk after another, from just before its send() until recv() returned that very chunk."""
     name = f"{names}-{number}"
     create(server, name)
     times = Times()
@@ -96,7 +96,7 @@ def time_deliveries(server: Server, names: str, count: int, number: int) -> Time
 
 
 def time_polls(server: Server, names: str, count: int, number: int) -> Times:
-    """Until a reader that asks for what is new every 100 ms has each chunk."""
+    """Time each chunk until a reader that polls every 100 ms has it."""
     name = f"{names}-{number}"
     create(server, name)
     times, sent, next_poll = Times(), [], time.monotonic()
@@ -120,7 +120,7 @@ def time_polls(server: Server, names: str, count: int, number: int) -> Times:
 
 
 def relay(pipe: Connection) -> None:
-    """Pass what a producer sends on to a reader, and answer it: the least that a delivery can take."""
+    """Pass a producer's bytes on to a reader, and answer the producer: the least that a delivery can take."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         pipe.send(listener.getsockname()[1])
         create_first, _ = listener.accept()
@@ -156,7 +156,7 @@ def percentile(values: list[float], percent: int) -> float:
 
 
 def latency(plan: Plan) -> Row:
-    """From an append to its reader."""
+    """Measure the time from an append to its reader."""
     count = plan.scaled(400, 100)
     with Stage(plan, "latency") as stage:
         stage.start(OURS, service)
@@ -176,12 +176,12 @@ def latency(plan: Plan) -> Row:
     return Row(
         "Latency from append to SSE reader",
         f"One producer, one reader, no other load, synchronous=FULL, {count} single appends a round, {PACE * 1000:g} ms"
-        " apart. One process has both connections and one monotonic clock; each chunk is numbered, and its time goes"
-        " from just before its send() to the recv() that brought that number. The relay is a process that passes a"
-        " producer's bytes on to a reader: no delivery can be quicker, and the run fails if one seems to be. The poll"
-        " asks for `/chunks?after=` every 100 ms.",
+        " apart. One process has both connections and one monotonic clock. Each chunk is numbered; its time runs from"
+        " just before its send() to the recv() that brought its number. The relay is a process that passes a producer's"
+        " bytes on to a reader: no delivery can be faster, and the run fails if one seems to be. The poll asks for"
+        " `/chunks?after=` every 100 ms.",
         lines,
-        f"**Latency:** a chunk is with its reader {lines[0].ours} ms (p50) after its append was sent, commit with"
+        f"**Latency:** a reader has a chunk {lines[0].ours} ms (p50) after the producer sent it, commit with"
         f" synchronous=FULL included; p99 {lines[1].ours} ms.",
     )
 

@@ -1,4 +1,4 @@
-"""The row of layers: where the processor's time for an append and for a delivery goes."""
+"""The row of layers: where the processor time of an append and of a delivery goes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .results import OLD, BenchError, Figure, Line, Row, Samples, Stack, Unavail
 from .servers import Api, Server, old_service, peer, program, service
 
 OURS = "resume-stream"
-LAYERS = {  # each with those before it, by what bench.peer_layers calls it
+LAYERS = {  # by their names in bench.peer_layers; each includes those before it
     "sockets": "sockets and event loop",
     "parsed": "HTTP parser",
     "asgi": "uvicorn",
@@ -29,7 +29,7 @@ PRODUCERS = 32
 
 @dataclass(frozen=True)
 class Cost:
-    """Microseconds of processor time for one operation, of the thread with the event loop and of the others."""
+    """Microseconds of processor time of one operation, in the event loop's thread and in the others."""
 
     loop: float
     others: float = 0.0
@@ -40,7 +40,7 @@ class Cost:
 
 
 def processor_time(pid: int) -> Cost:
-    """What a process's threads have had so far, in microseconds. Raises Unavailable."""
+    """Return the processor time of a process's threads so far, in microseconds. Raise Unavailable."""
     spent = {}
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
@@ -51,7 +51,7 @@ def processor_time(pid: int) -> Cost:
 
 
 def cost(server: Server, work: Callable[[], int]) -> Cost:
-    """Of each of the operations that the work has done, whose number it gives."""
+    """Do the work, and return the cost of each of its operations. The work returns their number."""
     before = processor_time(server.pid)
     count = work()
     after = processor_time(server.pid)
@@ -63,7 +63,7 @@ def cost_of_append(plan: Plan, server: Server, number: int) -> Cost:
 
 
 def cost_of_delivery(server: Server, readers: int, chunks: int, number: int) -> Cost:
-    """One chunk at a time, and the next only once all readers have it: a write for each."""
+    """Send one chunk at a time, the next once all readers have it: a write for each reader."""
     name = f"layer-{number}"
     create(server, name)
     with contextlib.ExitStack() as stack:
@@ -88,7 +88,7 @@ def cost_of_delivery(server: Server, readers: int, chunks: int, number: int) -> 
 
 
 def parts(totals: list[float], service: Samples, others: Samples) -> dict[str, float]:
-    """What each layer adds to those before it, if anything; the last are the service's own, and make up the whole."""
+    """Return what each layer adds to those before it. The last two parts are the service's own."""
     names = [*list(LAYERS.values())[: len(totals)], ON_THE_LOOP, OTHER_THREADS]
     ends = [*totals, service.median - others.median, service.median]
     found, start = {}, 0.0
@@ -99,7 +99,7 @@ def parts(totals: list[float], service: Samples, others: Samples) -> dict[str, f
 
 
 def layers(plan: Plan) -> Row:
-    """Processor time by layer, before and after."""
+    """Measure processor time by layer, of the old version and of this one."""
     program("wrk")
     readers, chunks = plan.scaled(1_000, 200), plan.scaled(30, 10)
     costs: dict[str, dict[str, list[Cost]]] = {}
@@ -135,14 +135,14 @@ def layers(plan: Plan) -> Row:
 
     return Row(
         "Processor time by layer",
-        f"What all threads of a server have had (schedstat), for each append and for each delivery. Appends are wrk's"
+        f"The processor time of all threads of a server (schedstat), for each append and each delivery. wrk appends"
         f" over {PRODUCERS} connections, synchronous=FULL. Deliveries are of one chunk at a time to {readers:,} SSE"
-        " readers, the next only once all have it, so that each is a write of its own. Beside it are servers that go"
-        " only so far up the stack, store nothing, and answer and send as many bytes: a protocol of uvloop that takes"
-        " each read for a request, the same with httptools, an ASGI app on uvicorn, and a Litestar app on that, which"
-        " also decodes and encodes the JSON. In the chart a layer is what it adds to those before it, and this service"
-        " what is left; the kernel's work for a call is in the layer that makes it. The service now answers appends"
-        " behind the parser, and writes deliveries to the socket: the layers in between are not passed at all.",
+        " readers, the next only once all have it, so each is a write of its own. Beside the service stand servers that"
+        " use only the lower layers of the stack, store nothing, and answer and send as many bytes: a uvloop protocol"
+        " that takes each read for a request, the same with httptools, an ASGI app on uvicorn, and a Litestar app on"
+        " that, which also decodes and encodes the JSON. In the chart, a layer is what it adds to those before it, and"
+        " this service is the rest; the kernel's work for a call counts for the layer that makes the call. The service"
+        " answers appends right behind the parser and writes deliveries to the socket: it skips the layers between.",
         [line(append), line(delivery)],
         stacks=[stack(append), stack(delivery)],
     )

@@ -1,4 +1,4 @@
-"""Rows of what has ended and is packed: its size, its readers, and who waits while it is packed."""
+"""Rows of packed messages: their size, their readers, and appends during packing."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from .servers import Server, service
 
 OFF = ("--packing", "false")
 AT_ONCE = ("--cleanup-interval", "1s")
-APPEND = 10  # chunks, which have a time of their own
+APPEND = 10  # chunks in an append, which share a timestamp
 MESSAGE_BYTES = 64 * 1024**2
-CHUNK_BYTES = 1_000  # of the large message
-PAUSE = 0.002  # seconds between two appends of the one who waits
+CHUNK_BYTES = 1_000  # in the large message
+PAUSE = 0.002  # seconds between two appends during packing
 
 
 def tokens(count: int) -> list[str]:
-    """Texts of 5 bytes, drawn from 2,000 as words are: the second comes half as often as the first, and so on."""
+    """Return texts of 5 bytes, drawn from 2,000 like words: the second is half as frequent as the first, and so on."""
     source = random.Random(count)
     words = [f" {''.join(source.choices('etaoinshrdlu', k=3))}{MARK.decode()}" for _ in range(2_000)]
     return source.choices(words, [1 / place for place in range(1, len(words) + 1)], k=count)
 
 
 def store(server: Server, thread: str, texts: Sequence[str], at_a_time: int = APPEND) -> None:
-    """Append them to a new message, and complete it."""
+    """Append the texts to a new message, and complete it."""
     with Client(server.port) as client:
         for start in range(0, len(texts), at_a_time):
             chunks = [{"content": text} for text in texts[start : start + at_a_time]]
@@ -47,7 +47,7 @@ def complete(server: Server, thread: str) -> None:
 
 
 def is_packed(database: Path, thread: str) -> bool:
-    """But for a few chunks at its end."""
+    """Return True if all but a few chunks at the thread's end are packed."""
     with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
         (left,) = connection.execute(
             "select count(*) from (select 1 from chunks join threads using (thread) where thread_id = ? limit 64)",
@@ -65,7 +65,7 @@ def wait_until_packed(folder: Path, thread: str) -> None:
 
 
 def bytes_for_each(plan: Plan, name: str, texts: Sequence[str], is_packing: bool) -> Samples:
-    """Of the database file, once the service has stopped."""
+    """Return the bytes of the database file for each text, after the service has stopped."""
     folder = plan.place(f"{name}-{is_packing}")
     with service(folder, (*(AT_ONCE if is_packing else OFF), "--synchronous", "NORMAL")) as server:
         store(server, "ended", texts)
@@ -77,7 +77,7 @@ def bytes_for_each(plan: Plan, name: str, texts: Sequence[str], is_packing: bool
 
 
 def recordings(count: int) -> dict[str, list[str]]:
-    """So many lines or more of each file in the folder RECORDINGS, over and over, by its name."""
+    """Return so many lines or more of each file in the folder RECORDINGS, repeated, by the file's name."""
     found = {}
     for path in sorted(Path(os.environ.get("RECORDINGS", os.devnull)).glob("*.jsonl")):
         lines = path.read_text().splitlines()
@@ -120,7 +120,7 @@ def catch_up(plan: Plan) -> Line:
 
 
 def longest_wait(client: Client, request: bytes, until: float) -> float:
-    """Milliseconds that the slowest of one append after another took, until the clock shows ``until``."""
+    """Append until the clock shows ``until``, and return the milliseconds of the slowest append."""
     longest = 0.0
     while (began := time.monotonic()) < until:
         client.exchange(request)
@@ -130,7 +130,7 @@ def longest_wait(client: Client, request: bytes, until: float) -> float:
 
 
 def waits(plan: Plan, number: int) -> tuple[float, float]:
-    """The longest that an append takes while a large message is packed, and in as long a time without."""
+    """Return the longest append while a large message is packed, and for as long without packing."""
     folder = plan.place(f"waits-{number}")
     text = "".join(tokens(MESSAGE_BYTES // 5))
     texts = [text[start : start + CHUNK_BYTES] for start in range(0, len(text), CHUNK_BYTES)]
@@ -157,20 +157,20 @@ def wait_of_appends(plan: Plan) -> Line:
 
 
 def packs(plan: Plan) -> Row:
-    """What has ended, packed."""
+    """Measure packed messages."""
     lines = [*sizes(plan), catch_up(plan), wait_of_appends(plan)]
     if not recordings(1):
         lines.append(Line("disk for each chunk of recorded streams", "bytes", Missing("RECORDINGS names no folder")))
     tokens_line = lines[0]
     return Row(
         "Packed at rest",
-        f"Disk is the database file of one completed message once the service has stopped, stored {APPEND} chunks an"
-        " append, with and without packing; tokens are drawn from 2,000 of 5 bytes as often as words are, recorded"
-        " streams are the files in the folder RECORDINGS, a line a chunk, over and over up to 20,000 chunks (which are"
-        " further apart than what compresses them can see). Catch-up is as above. The longest append is that of a"
-        " producer that appends a chunk every few ms to a thread of its own, synchronous=FULL, while a message of 64"
-        " MiB in chunks of 1,000 bytes is packed, beside as long a time without.",
+        f"Disk is the database file of one completed message after the service has stopped, with and without packing;"
+        f" the message was stored {APPEND} chunks an append. Tokens are drawn from 2,000 of 5 bytes with the"
+        " frequencies of words. Recorded streams are the files in the folder RECORDINGS, one line a chunk, repeated up"
+        " to 20,000 chunks (the repetitions are further apart than the compressor sees). Catch-up is as above. The"
+        " longest append is that of a producer that appends a chunk every few ms to its own thread, synchronous=FULL,"
+        " while a message of 64 MiB in chunks of 1,000 bytes is packed, beside as long a time without packing.",
         lines,
-        f"**At rest:** {tokens_line.ours} bytes on disk for each chunk of 5 bytes once its message has ended and is"
-        f" packed, {tokens_line.beside[UNPACKED]} before.",
+        f"**At rest:** {tokens_line.ours} bytes on disk for each chunk of 5 bytes in a packed message,"
+        f" {tokens_line.beside[UNPACKED]} before packing.",
     )

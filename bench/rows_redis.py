@@ -1,4 +1,4 @@
-"""Rows of the second store: Redis Streams beside the SQLite file, in one process and in three."""
+"""Rows of the second store: Redis Streams beside the SQLite file, with one process and with three."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ PEER = "resumable-stream (npm), same Redis"
 CONNECTIONS = (1, 32, 128)
 READERS = (100, 1000)
 HOW = (
-    " One Redis with `appendfsync always` serves all of a row, each a database of its own; SQLite is with"
-    " synchronous=FULL. The processes, nginx, Redis and the load share the cores of this machine, so that three"
-    " processes can do more than one only as far as cores are left."
+    " One Redis with `appendfsync always` serves all of a row, with a database for each server; SQLite has"
+    " synchronous=FULL. The processes, nginx, Redis, and the load share this machine's cores, so three processes can"
+    " do more than one only if cores are left."
 )
 
 
@@ -49,7 +49,7 @@ def line_of(title: str, unit: str, figures: dict[str, Figure], charted: bool = F
 
 
 def redis_appends(plan: Plan) -> Row:
-    """Single appends a second."""
+    """Measure single appends."""
     figures: dict[int, dict[str, Figure]] = {}
     with Stage(plan, "redis-appends") as stage:
         start_all(stage)
@@ -60,7 +60,7 @@ def redis_appends(plan: Plan) -> Row:
     most = figures[CONNECTIONS[-1]]
     return Row(
         "Single appends acknowledged, on Redis",
-        "As the row of single appends, over as many connections as are said, to as many threads." + HOW,
+        "As in the row of single appends, over the given number of connections, to as many threads." + HOW,
         [
             line_of(f"{count} connection{'s' if count > 1 else ''}", "appends/s", figures[count])
             for count in CONNECTIONS
@@ -73,7 +73,7 @@ def redis_appends(plan: Plan) -> Row:
 
 
 def redis_latency(plan: Plan) -> Row:
-    """From an append to its reader."""
+    """Measure the time from an append to its reader."""
     count = plan.scaled(400, 100)
     with Stage(plan, "redis-latency") as stage:
         start_all(stage, with_peer=True)
@@ -93,9 +93,9 @@ def redis_latency(plan: Plan) -> Row:
     half, nearly_all = figures(50), figures(99)
     return Row(
         "Latency from append to SSE reader, on Redis",
-        f"As the row of latency: one producer, one reader, {count} single appends a round, {PACE * 1000:g} ms apart;"
-        " behind nginx the two are with processes as it comes. resumable-stream stores nothing: its producer's process"
-        " keeps the text, and Redis passes it on." + HOW,
+        f"As in the row of latency: one producer, one reader, {count} single appends a round, {PACE * 1000:g} ms"
+        " apart; behind nginx, each of the two is with any process. resumable-stream stores nothing: its producer's"
+        " process keeps the text, and Redis passes it on." + HOW,
         [line_of("p50", "ms", half), line_of("p99", "ms", nearly_all)],
         f"**Redis, latency:** {half[ONE]} ms (p50) with one process, {half[THREE]} ms with three behind nginx;"
         f" {half[SQLITE]} ms with the SQLite file.",
@@ -103,7 +103,7 @@ def redis_latency(plan: Plan) -> Row:
 
 
 def redis_fan_out(plan: Plan) -> Row:
-    """Deliveries a second to many readers of one thread."""
+    """Measure deliveries to many readers of one thread."""
     singly: dict[int, dict[str, Figure]] = {}
     with Stage(plan, "redis-fan-out") as stage:
         start_all(stage, with_peer=True)
@@ -117,8 +117,8 @@ def redis_fan_out(plan: Plan) -> Row:
     most = singly[READERS[-1]]
     return Row(
         "Deliveries to many readers of one thread, on Redis",
-        f"As the row of deliveries, from {PRODUCERS} producers of single chunks. resumable-stream sends each chunk"
-        " through Redis once for each reader, where here it goes once to each process that has readers." + HOW,
+        f"As in the row of deliveries, from {PRODUCERS} producers of single chunks. resumable-stream sends each chunk"
+        " through Redis once for each reader; this service sends it once to each process that has readers." + HOW,
         [line_of(f"{n:,} readers", "deliveries/s", figures) for n, figures in singly.items()],
         f"**Redis, fan-out:** {most[ONE]} deliveries/s to {READERS[-1]:,} readers with one process,"
         f" {measured_share(most[ONE], most[PEER])} of resumable-stream's on the same Redis; {most[THREE]} with three"

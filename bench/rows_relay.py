@@ -1,4 +1,4 @@
-"""The row of the relay: what it costs to have each event of an upstream committed before it is seen."""
+"""The row of the relay: the cost of committing each event of an upstream before a reader sees it."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ Start = Callable[[Path], contextlib.AbstractContextManager[Server]]
 
 @dataclass
 class Read:
-    """One answer: when its request was sent, and how old each event was when it came (ms)."""
+    """One answer: when its request was sent, and the age of each event on arrival (ms)."""
 
     sent: float
-    raw: bytearray = field(default_factory=bytearray)  # not looked at yet
-    seen: bytearray = field(default_factory=bytearray)  # of the body, less whole events
+    raw: bytearray = field(default_factory=bytearray)  # not parsed yet
+    seen: bytearray = field(default_factory=bytearray)  # the body's last, incomplete event
     ages: list[float] = field(default_factory=list)
     first: float = 0.0  # ms from the request to the first event
     events: int = 0
@@ -70,7 +70,7 @@ class Read:
         self.ages += [(now - float(at)) * 1000 for at in written]
 
     def _unchunk(self) -> None:
-        """Servers cut a body elsewhere than their upstreams did."""
+        """Undo the chunked encoding. Servers cut a body elsewhere than their upstreams did."""
         place = 0
         while (end := self.raw.find(b"\r\n", place)) >= 0:
             size = int(self.raw[place:end], 16)
@@ -83,7 +83,7 @@ class Read:
 
 
 def read(port: int, paths: Sequence[str], started: Callable[[], None] | None = None) -> list[Read]:
-    """Answers at once, to their ends; ``started`` is called once all of them have begun."""
+    """Read answers at once, to their ends. Call ``started`` when all of them have begun."""
     with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
         reads = []
         for path in paths:
@@ -115,7 +115,7 @@ def checked(reads: Sequence[Read], count: int) -> Sequence[Read]:
 
 
 def rate(server: Server, prefix: str, count: int, number: int) -> float:
-    """Events a second of one answer whose upstream is in a hurry."""
+    """Return the events a second of one answer from a fast upstream."""
     began = time.monotonic()
     checked(read(server.port, [f"{prefix}/{count}"]), count)
     return count / (time.monotonic() - began)
@@ -124,7 +124,7 @@ def rate(server: Server, prefix: str, count: int, number: int) -> float:
 @dataclass(frozen=True)
 class Taken:
     first: float  # ms, the median of some requests
-    p50: float  # ms that an event was old
+    p50: float  # ms, the age of an event
     p99: float
 
 
@@ -139,11 +139,11 @@ def ages(server: Server, prefix: str, count: int, number: int) -> Taken:
 class Crowd:
     p50: float
     p99: float
-    memory: float  # KiB for each answer, once all have begun
+    memory: float  # KiB for each answer when all have begun
 
 
 def crowd(start: Start, prefix: str, folder: Path, count: int, number: int) -> Crowd:
-    """Many answers at once, as models write them, of a server that has just started."""
+    """Read many answers at once, at the pace of models, from a fresh server."""
     with start(folder / f"crowd-{number}") as server:
         checked(read(server.port, [f"{prefix}/{count}"]), count)
         before, during = resident(server.pid), list[int]()
@@ -154,7 +154,7 @@ def crowd(start: Start, prefix: str, folder: Path, count: int, number: int) -> C
 
 
 def relay(plan: Plan) -> Row:
-    """The relay."""
+    """Measure the relay."""
     burst, paced, many = plan.scaled(50_000, 5_000), plan.scaled(500, 100), plan.scaled(100, 20)
     with Stage(plan, "relay") as stage:
         upstream = stage.enter_context(peer(stage.folder / "upstream", "relay_apps"))
@@ -199,12 +199,12 @@ def relay(plan: Plan) -> Row:
     share = at_least(0.6, rates[OURS], rates[HTTPX], HTTPX)
     return Row(
         "The relay",
-        f"One upstream streams events of about 240 bytes, each with the time at which it was written. The rate is of"
-        f" one answer of {burst:,} events that come as fast as they are taken; latency of {paced:,} events {PACE} ms"
-        f" apart, in five answers, less what a reader of the upstream itself sees; and {MANY} answers at once are of"
-        f" {many} events {MANY_PACE} ms apart, not in step. Here every event is committed with synchronous=FULL before"
-        " it is passed on; nothing is stored by what stands beside it. Memory is what a server has more once all"
-        " answers have begun.",
+        f"One upstream streams events of about 240 bytes, each with the time at which it was written. The rate is that"
+        f" of one answer of {burst:,} events, as fast as they are taken. Latency is that of {paced:,} events {PACE} ms"
+        f" apart, in five answers, minus what a reader of the upstream itself sees. Each of {MANY} answers at once has"
+        f" {many} events {MANY_PACE} ms apart, not in step. resume-stream commits every event with synchronous=FULL"
+        " before it passes the event on; the servers beside it store nothing. Memory is what a server has gained when"
+        " all answers have begun.",
         [
             line("relayed events/s, one answer", "events/s", rates, share),
             line("added to an event, p50", "ms", p50, under(2, "ms", p50[OURS])),
@@ -214,7 +214,7 @@ def relay(plan: Plan) -> Row:
             line(f"{MANY} answers at once: age of an event, p99", "ms", many_p99),
             line("memory for each of these answers", "KiB", memory),
         ],
-        f"**Relay:** {rates[OURS]} events/s of one upstream's answer are committed and passed on,"
-        f" {measured_share(rates[OURS], rates[HTTPX])} of what a handler passes on with httpx that stores nothing;"
-        f" {p50[OURS]} ms (p50) are added to an event, synchronous=FULL included.",
+        f"**Relay:** it commits and passes on {rates[OURS]} events/s of one upstream's answer,"
+        f" {measured_share(rates[OURS], rates[HTTPX])} of what a handler with httpx passes on that stores nothing. It"
+        f" adds {p50[OURS]} ms (p50) to an event, synchronous=FULL included.",
     )

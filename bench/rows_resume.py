@@ -1,4 +1,4 @@
-"""Rows of readers who come back: a whole history, its last bit, and by the text they have."""
+"""Rows of readers that resume: from the start, near the end, and by the text they have."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from .servers import Server, durable_streams, old_service, service
 BARE = "the same rows read with bare sqlite3 and encoded"
 DURABLE = "Durable Streams, files"
 OURS = "resume-stream"
-LAST = 10  # chunks that a reader near the end does not have yet
+LAST = 10  # chunks that a reader near the end lacks
 
 
 def median_ms(goes: int, measure: Callable[[], float], number: int = 0) -> float:
-    """The median of several goes of one round, in ms."""
+    """Return the median of several tries of one round, in ms."""
     return statistics.median(measure() for _ in range(goes)) * 1000
 
 
 def catch_up(plan: Plan) -> Row:
-    """A whole history over SSE."""
+    """Measure a whole history over SSE."""
     count, goes = plan.scaled(10_000, 2_000), 5
     title = f"{count:,} chunks"
     with Stage(plan, "catch-up") as stage:
@@ -60,15 +60,15 @@ def catch_up(plan: Plan) -> Row:
     aims = [at_most_times(2, ours, bare, BARE), no_more_than_before(ours, figures[OLD])]
     return Row(
         "Catch-up of a whole history over SSE",
-        f"From sending the request, on a new connection, to the last byte of {count:,} token-sized chunks that are all"
-        f" stored; the median of {goes} goes a round. Bare is a loop in this process that reads the same rows from"
-        " the same file with sqlite3 and makes SSE frames of them with msgspec, and sends them nowhere.",
+        f"From sending the request, on a new connection, to the last byte of {count:,} stored, token-sized chunks; the"
+        f" median of {goes} tries a round. Bare is a loop in this process that reads the same rows from the same file"
+        " with sqlite3, makes SSE frames of them with msgspec, and sends them nowhere.",
         [Line(title, "ms", ours, beside, aims, True)],
     )
 
 
 def near_the_end(plan: Plan) -> Row:
-    """The last chunks of a short and of a long thread."""
+    """Measure the last chunks of a short and of a long thread."""
     short, long, goes = 1_000, plan.scaled(1_000_000, 100_000), 100
     with Stage(plan, "near-the-end") as stage:
         stage.start(OURS, service)
@@ -91,13 +91,13 @@ def near_the_end(plan: Plan) -> Row:
     return Row(
         "Resume near the end, by cursor",
         f"From sending the request with `after=`, on a new connection, to the last of {LAST} chunks; the median of"
-        f" {goes} goes a round. The aim is that the length of the thread does not matter.",
+        f" {goes} tries a round. The length of the thread should not matter.",
         [Line(f"the last {LAST} of {long:,} chunks", "ms", many, beside, aims)],
     )
 
 
 def known_content(plan: Plan) -> Row:
-    """Resume by the text that the reader has."""
+    """Measure resuming by the text that the reader has."""
     sizes, goes = {"10 kB": 10_000, "100 kB": 100_000, "1 MB": 1_000_000}, 9
     with Stage(plan, "known-content") as stage:
         stage.start(OURS, service)
@@ -124,16 +124,16 @@ def known_content(plan: Plan) -> Row:
 
     return Row(
         "Resume by known_content",
-        "POST /api/resume-stream with all the text but the last chunk's, which is then what comes: from sending the"
+        "POST /api/resume-stream with all of the text but the last chunk's, which then arrives: from sending the"
         f" request, on a new connection, to that chunk. The text is stored in chunks of 5 characters; the median of"
-        f" {goes} goes a round. Linear in the text means that ten times the text takes ten times as long; 12 is allowed"
+        f" {goes} tries a round. Linear in the text means that ten times the text takes ten times as long; 12 allows"
         " for noise.",
         [line(text) for text in sizes],
     )
 
 
 def known_text_request(server: Server, thread: str, size: int) -> bytes:
-    """Store so much text and one chunk more; the request of a reader that has the text."""
+    """Store so much text and one more chunk, and return the request of a reader that has the text."""
     words = [f"{number % 10_000:04d} " for number in range(size // 5)]
     path = server.api.append.replace("@", thread)
     for start in range(0, len(words), 10_000):

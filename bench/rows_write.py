@@ -1,4 +1,4 @@
-"""Rows of producers: single appends, and streamed uploads."""
+"""Rows of producers: single appends and streamed uploads."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ DURABLE = "Durable Streams, files"
 WRK_CEILING = f"{LOAD} ceiling (wrk, nginx)"
 OURS = "resume-stream"
 MODES = ("FULL", "NORMAL")
-UPLOADS = (1, 8)  # at a time
+UPLOADS = (1, 8)  # at once
 RARELY_POLLED = "FULL, and poll_interval=600s"
 CONNECTIONS = (1, 8, 32)
-SHARES = {  # of what the handler answers
+SHARES = {  # aims, as shares of the handler's answers
     ("FULL", 1): 0.35,
     ("FULL", 8): 0.85,
     ("FULL", 32): 1.3,
@@ -45,7 +45,7 @@ COMMIT_AND_WIRE = "bare sqlite3's commit, and then nginx's answer"
 
 
 def append_singly(plan: Plan, server: Server, connections: int, is_storing: bool, number: int) -> float:
-    """Appends a second, to new threads; all that was acknowledged must then be held."""
+    """Return the appends a second to new threads. The server must then hold all that it acknowledged."""
     names = f"append-{connections}-{number}-"
     threads = [f"{names}{thread}" for thread in range(1, connections + 1)]
     for thread in threads if is_storing and server.store is None else ():
@@ -53,7 +53,7 @@ def append_singly(plan: Plan, server: Server, connections: int, is_storing: bool
     load = wrk(server, names, connections, plan.seconds(number))
     if is_storing:
         held = sum(stored_chunks(server, thread) for thread in threads)
-        # Of the appends that were under way at the end there may be more than were acknowledged.
+        # An append under way at the end may be stored but not acknowledged.
         if not load.requests <= held <= load.requests + load.refused + connections:
             raise BenchError(f"{load.requests} appends were acknowledged, and {held} are held")
     return load.requests / load.seconds
@@ -64,7 +64,7 @@ def commit_singly(plan: Plan, table: BareTable, number: int) -> float:
 
 
 def appends(plan: Plan) -> Row:
-    """Single appends a second."""
+    """Measure single appends."""
     program("wrk")
     with Stage(plan, "appends") as stage:
         for mode in MODES:
@@ -111,27 +111,27 @@ def appends(plan: Plan) -> Row:
     most = figures["FULL", CONNECTIONS[-1]]
     return Row(
         "Single appends acknowledged",
-        f"wrk (one thread) posts `{CHUNK.decode()}` over 1, 8 and 32 keep-alive connections, to as many threads. After"
-        " each round the chunks that the server holds are counted, and must be those that were acknowledged."
-        f" {OLD.capitalize()}, here and in the other rows, is taken from this project's history, and runs under the"
-        " same Python with the same packages. The handler is Litestar's under the same uvicorn settings: it reads and"
-        " decodes the same body, stores nothing, and answers 201 with as many bytes. Redis is the same handler with an"
-        " XADD, one pool of connections, and `appendfsync always`; Durable Streams is its Node server with the file"
-        " store, a stream for each thread, and what it refuses now and then is not counted; both sync each append in"
-        " the lines of NORMAL too. Bare sqlite3 commits one row at a time with the writes of an append, in one"
-        " process, with no HTTP; with the wire's round trip added it is the rate of one such commit, and then one"
-        " answer of nginx over one connection, for each append, both as measured in the same round. With a long"
-        " poll_interval nothing but the producers themselves decides what"
-        " a commit takes. The load's ceiling is the same wrk against nginx that answers 201 at once.",
+        f"wrk (one thread) posts `{CHUNK.decode()}` over 1, 8, and 32 keep-alive connections, to as many threads. After"
+        " each round, the chunks that the server holds are counted, and must be the acknowledged ones."
+        f" {OLD.capitalize()}, here and in the other rows, comes from this project's history and runs under the same"
+        " Python with the same packages. The handler is a Litestar handler under the same uvicorn settings: it reads"
+        " and decodes the same body, stores nothing, and answers 201 with as many bytes. Redis is the same handler with"
+        " an XADD, one connection pool, and `appendfsync always`. Durable Streams is its Node server with the file"
+        " store and a stream for each thread; appends that it refuses are not counted. Both sync each append in the"
+        " lines of NORMAL too. Bare sqlite3 commits one row at a time, with the writes of an append, in one process"
+        " without HTTP. With the wire's round trip added, it is the rate of one such commit followed by one answer of"
+        " nginx over one connection, both as measured in the same round. With a long poll_interval, only the producers"
+        " themselves decide which appends a commit gathers. The load's ceiling is the same wrk against an nginx that"
+        " answers 201 at once.",
         [line(mode, count) for mode in MODES for count in CONNECTIONS],
-        f"**Appends:** {most} single appends/s are committed and acknowledged over 32 connections with"
-        f" synchronous=FULL, {measured_share(most, figures[HANDLER, CONNECTIONS[-1]])} of what a Litestar handler that"
-        " stores nothing answers.",
+        f"**Appends:** it commits and acknowledges {most} single appends/s over 32 connections with synchronous=FULL,"
+        f" {measured_share(most, figures[HANDLER, CONNECTIONS[-1]])} of what a Litestar handler answers that stores"
+        " nothing.",
     )
 
 
 def swallow(listener: socket.socket, count: int) -> None:
-    """Take one upload of so many chunks, and throw it away."""
+    """Read one upload of so many chunks and discard it."""
     connection, _ = listener.accept()
     with connection:
         tail = b""
@@ -142,7 +142,7 @@ def swallow(listener: socket.socket, count: int) -> None:
 
 
 def upload_to_nothing(count: int, number: int) -> float:
-    """Chunks a second that the load itself can send."""
+    """Return the chunks a second that the load itself can send."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=swallow, args=(listener, count), daemon=True)
         thread.start()
@@ -152,7 +152,7 @@ def upload_to_nothing(count: int, number: int) -> float:
 
 
 def streamed(plan: Plan) -> Row:
-    """Chunks a second of NDJSON uploads."""
+    """Measure NDJSON uploads."""
     count, group = plan.scaled(200_000, 50_000), 512
     bare, ceiling = f"bare sqlite3, {group} rows a commit", f"{LOAD} ceiling (a socket that throws it away)"
     with Stage(plan, "streamed") as stage:
@@ -190,11 +190,11 @@ def streamed(plan: Plan) -> Row:
     one = figures[OURS, 1]
     return Row(
         "Streamed chunks committed",
-        f"{count:,} token-sized chunks in all as NDJSON, synchronous=FULL, each line a"
-        " piece of its own in chunked encoding, sent as fast as it is taken; from connecting to the last answer. Bare"
-        " sqlite3 writes the same rows into the same schema and updates thread and message in each commit, in one"
-        " process, with no HTTP and no JSON.",
+        f"{count:,} token-sized chunks in all as NDJSON, synchronous=FULL, each line as its own piece in chunked"
+        " encoding, sent as fast as the server takes them; from connecting to the last answer. Bare sqlite3 writes the"
+        " same rows into the same schema and updates thread and message in each commit, in one process without HTTP"
+        " and JSON.",
         [line(at_a_time) for at_a_time in UPLOADS],
-        f"**Streams:** {one} token-sized chunks/s are committed from one NDJSON upload with synchronous=FULL,"
+        f"**Streams:** it commits {one} token-sized chunks/s from one NDJSON upload with synchronous=FULL,"
         f" {measured_share(one, figures[bare, 1])} of {bare}.",
     )

@@ -1,4 +1,4 @@
-"""Servers to measure, each a process of its own on 127.0.0.1, ended by its own pid."""
+"""Servers to measure, each in its own process on 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from .results import BenchError, Unavailable
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "resume-stream-bench"
-OLD_COMMIT = "95ac55e4218facc73080f1a25a9ddae0969a7eea"  # of this project's own history: version 0.1
+OLD_COMMIT = "95ac55e4218facc73080f1a25a9ddae0969a7eea"  # version 0.1, in this project's history
 DURABLE_STREAMS = ("@durable-streams/server", "0.3.7")
 RESUMABLE_STREAM = ("resumable-stream", "2.2.13")
-NODE_REDIS = ("redis", "6.3.1")  # the client that the latter takes
+NODE_REDIS = ("redis", "6.3.1")  # the client that resumable-stream uses
 NCHAN_PLACES = ("/usr/lib/nginx/modules", "/usr/lib64/nginx/modules", "/usr/share/nginx/modules")
 START_TIMEOUT = 30.0  # seconds
 
 
 @dataclass(frozen=True)
 class Api:
-    """How to talk to a kind of server; ``@`` in a path is the name of a thread, stream or channel."""
+    """The paths of a kind of server. ``@`` stands for the name of a thread, stream, or channel."""
 
     append: str
     stream: str = ""
@@ -50,7 +50,7 @@ NCHAN = Api("/pub/@", "/sub/@")
 
 @dataclass(frozen=True)
 class Server:
-    """A running server; ``store`` is where it stores, if that is another server."""
+    """A running server. ``store`` is the port of the server that stores for it, if there is one."""
 
     port: int
     pid: int
@@ -67,10 +67,10 @@ def free_port() -> int:
 def running(
     command: Sequence[str | Path], folder: Path, port: int | None = None, api: Api = SERVICE, **variables: str
 ) -> Iterator[Server]:
-    """The command as a server, once it accepts connections.
+    """Start the command and yield it once it accepts connections.
 
-    With no ``port`` it says in its first lines on stdout where it listens. A session of its own,
-    so that Ctrl-C reaches this process alone, which then ends what it has started.
+    Without ``port``, the first lines of its output say where it listens. It has its own session, so that
+    Ctrl-C reaches only this process, which then ends the server.
     """
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log"
@@ -111,14 +111,14 @@ def _listening(process: subprocess.Popen[bytes], port: int | None, log: Path) ->
 
 
 def program(name: str) -> str:
-    """The path of a program. Raises Unavailable."""
+    """Return the path of a program. Raise Unavailable."""
     if (path := shutil.which(name)) is None:
         raise Unavailable(f"{name} is not installed")
     return path
 
 
 def service(folder: Path, flags: Sequence[str] = (), tree: Path = ROOT) -> contextlib.AbstractContextManager[Server]:
-    """resume-stream as it comes, except that no stream ends while the benchmark looks elsewhere."""
+    """Start resume-stream with its defaults, except that no stream and no message times out."""
     patience = ("--idle-timeout", "0", "--producer-timeout", "0")
     database = folder / "chunks.db"
     return running(
@@ -127,12 +127,12 @@ def service(folder: Path, flags: Sequence[str] = (), tree: Path = ROOT) -> conte
 
 
 def old_service(folder: Path, flags: Sequence[str] = ()) -> contextlib.AbstractContextManager[Server]:
-    """Version 0.1 under the same Python, with the same packages. Raises Unavailable."""
+    """Start version 0.1 under the same Python, with the same packages. Raise Unavailable."""
     return service(folder, flags, old_tree())
 
 
 def old_tree() -> Path:
-    """Version 0.1, once taken from the history into the cache. Raises Unavailable."""
+    """Return the folder of version 0.1, taken from the history into the cache. Raise Unavailable."""
     tree = CACHE / f"resume-stream-{OLD_COMMIT[:7]}"
     if tree.exists():
         return tree
@@ -148,7 +148,7 @@ def old_tree() -> Path:
 
 
 def old_binary() -> Path:
-    """The single binary of version 0.1, once built by its own deploy/build_binary.py. Raises Unavailable."""
+    """Return the single binary of version 0.1, built by its own script. Raise Unavailable."""
     tree = old_tree()
     binary = tree / "dist" / "resume-stream"
     if not binary.exists():
@@ -162,13 +162,13 @@ def old_binary() -> Path:
 def peer(
     folder: Path, module: str, arguments: Sequence[str | int] = (), api: Api = SERVICE
 ) -> contextlib.AbstractContextManager[Server]:
-    """What ``python -m bench.MODULE PORT …`` serves."""
+    """Start ``python -m bench.MODULE PORT …``."""
     port = free_port()
     return running([sys.executable, "-m", f"bench.{module}", *map(str, (port, *arguments))], folder, port, api)
 
 
 def redis(folder: Path) -> contextlib.AbstractContextManager[Server]:
-    """A Redis that has on disk what it acknowledges. Raises Unavailable."""
+    """Start a Redis that syncs to the disk before it acknowledges. Raise Unavailable."""
     try:
         import redis  # noqa: F401
     except ImportError as error:
@@ -181,14 +181,14 @@ def redis(folder: Path) -> contextlib.AbstractContextManager[Server]:
 
 @contextlib.contextmanager
 def handler_with_redis(folder: Path) -> Iterator[Server]:
-    """A Litestar handler in front of Redis Streams. Raises Unavailable."""
+    """Start a Litestar handler in front of Redis Streams. Raise Unavailable."""
     with redis(folder) as store, peer(folder / "handler", "peer_apps", [store.port]) as server:
         yield dataclasses.replace(server, store=store.port)
 
 
 @contextlib.contextmanager
 def behind_nginx(folder: Path, count: int, flags: Sequence[str]) -> Iterator[Server]:
-    """So many processes of resume-stream, which nginx asks in turn. Raises Unavailable."""
+    """Start so many processes of resume-stream behind nginx. Raise Unavailable."""
     with contextlib.ExitStack() as exits:
         processes = [exits.enter_context(service(folder / f"process-{number}", flags)) for number in range(count)]
         upstream = " ".join(f"server 127.0.0.1:{process.port};" for process in processes)
@@ -197,7 +197,7 @@ def behind_nginx(folder: Path, count: int, flags: Sequence[str]) -> Iterator[Ser
 
 
 def durable_streams(folder: Path, *, in_memory: bool = False) -> contextlib.AbstractContextManager[Server]:
-    """The Node server of Durable Streams with its file store, or the one in memory. Raises Unavailable."""
+    """Start the Node server of Durable Streams, with its file store or in memory. Raise Unavailable."""
     node = program("node")
     install(DURABLE_STREAMS)
     data = folder / "data"
@@ -207,7 +207,7 @@ def durable_streams(folder: Path, *, in_memory: bool = False) -> contextlib.Abst
 
 
 def resumable_stream(folder: Path, store: Server) -> contextlib.AbstractContextManager[Server]:
-    """The Node library resumable-stream in a server of our own. Raises Unavailable."""
+    """Start the Node library resumable-stream in a server written for it. Raise Unavailable."""
     node = program("node")
     install(RESUMABLE_STREAM, NODE_REDIS)
     address = f"redis://127.0.0.1:{store.port}"
@@ -216,13 +216,13 @@ def resumable_stream(folder: Path, store: Server) -> contextlib.AbstractContextM
 
 
 def installed_version(name: str) -> str:
-    """Of an npm package in the cache; empty where there is none."""
+    """Return the version of an npm package in the cache, or nothing."""
     manifest = CACHE / "node_modules" / name / "package.json"
     return str(json.loads(manifest.read_text())["version"]) if manifest.exists() else ""
 
 
 def install(*packages: tuple[str, str]) -> None:
-    """Once, into a cache outside of the repository. Raises Unavailable."""
+    """Install npm packages into a cache outside of the repository. Raise Unavailable."""
     wanted = [f"{name}@{version}" for name, version in packages if installed_version(name) != version]
     if not wanted:
         return
@@ -282,7 +282,7 @@ NCHAN_LOCATIONS = r"""
 def nginx(
     folder: Path, locations: str = ANSWERS_201, http: str = "", load_module: str = "", api: Api = SERVICE
 ) -> contextlib.AbstractContextManager[Server]:
-    """nginx with one worker. Raises Unavailable."""
+    """Start nginx with one worker. Raise Unavailable."""
     path = program("nginx")
     port = free_port()
     folder = folder.resolve()
@@ -295,7 +295,7 @@ def nginx(
 
 
 def nchan(folder: Path) -> contextlib.AbstractContextManager[Server]:
-    """nginx with nchan, which holds its messages in memory. Raises Unavailable."""
+    """Start nginx with nchan, which keeps its messages in memory. Raise Unavailable."""
     places = [Path(place) / "ngx_nchan_module.so" for place in NCHAN_PLACES]
     module = next((place for place in places if place.exists()), None)
     if module is None:

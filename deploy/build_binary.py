@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Build the service as one file, ``dist/resume-stream``, which needs no Python where it runs::
+"""Build the service as one file, ``dist/resume-stream``, which runs without Python::
 
     python3.11 deploy/build_binary.py
 
-It makes an environment of its own in ``build/`` and installs nothing elsewhere. What it needs is
-Python 3.11 or later with venv and libpython3.so, binutils, and a package index: on Debian
-``apt-get install python3-venv libpython3.11 binutils``. The binary runs on the architecture it was
-built on, where glibc is as old as there or newer.
+The script makes its own environment in ``build/`` and installs nothing elsewhere. It needs Python
+3.11 or later with venv and libpython3.so, binutils, and a package index: on Debian
+``apt-get install python3-venv libpython3.11 binutils``. The binary runs on the architecture of the
+build machine, with the same glibc or a newer one.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "binary"
 DIST = ROOT / "dist"
 PYINSTALLER = "pyinstaller>=6.16,<7"
-# Nothing is compressed: 2.6 times the size, and a fifth sooner there, as all of it is unpacked at each start.
+# No compression: the file is 2.6 times as large and starts in four fifths of the time, as each start unpacks it all.
 COMPRESSION_LEVEL = {"PYINSTALLER_ZLIB_COMPRESSION_LEVEL": "0"}
 
 SWAGGER_FILES = ("swagger-ui.css", "swagger-ui-bundle.js", "swagger-ui-standalone-preset.js")
 
-# What is imported somewhere below, and never by the service. A module that is missed here makes
-# the binary larger; one too many fails tests/deploy/test_binary.py.
+# Modules that dependencies import and the service never uses. A missing name here makes the binary
+# larger; a wrong one fails tests/deploy/test_binary.py.
 EXCLUDED = (
     *("faker", "polyfactory", "rich", "rich_click", "litestar.cli", "litestar.testing", "litestar_htmx"),
     *("jinja2", "packaging", "swagger_ui.core", "swagger_ui.utils"),
     *("pygments", "setuptools", "pkg_resources", "mypy", "pytest", "tkinter", "readline", "lzma", "bz2"),
 )
 
-# Named only in strings: by uvicorn's "auto" settings, by find_spec, and by app.py, which looks for its extras.
+# Modules imported by name: by uvicorn's "auto" settings, by find_spec, and by app.py, which looks for its extras.
 HIDDEN = (
     *(f"resume_stream.extras.{path.stem}" for path in sorted((ROOT / "extras").glob("*.py"))),
     "resume_stream.client.connection",
@@ -53,7 +53,7 @@ def run(*command: str | Path) -> None:
 
 
 def environment() -> Path:
-    """A virtual environment with the service's dependencies and PyInstaller; the path of its Python."""
+    """Make a virtual environment with the dependencies and PyInstaller, and return the path of its Python."""
     folder = BUILD / "venv"
     python = folder / "bin" / "python"
     if not python.exists():
@@ -65,7 +65,7 @@ def environment() -> Path:
 
 
 def package() -> Path:
-    """The package as the wheel has it, and a script that starts it, in a folder of their own; the script."""
+    """Copy the package as the wheel has it, add a script that starts it, and return the script."""
     folder = BUILD / "package"
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("extras", "client"):
@@ -78,7 +78,7 @@ def package() -> Path:
 
 
 def build(python: Path, layout: str) -> Path:
-    """Run PyInstaller; the path of the binary."""
+    """Run PyInstaller and return the path of the binary."""
     script = package()
     target = DIST if layout == "onefile" else DIST / "onedir"
     swagger = next(folder for folder in python.parent.parent.glob("lib/python*/site-packages/swagger_ui/static"))
@@ -102,7 +102,7 @@ def main() -> None:
         const="onedir",
         default="onefile",
         dest="layout",
-        help="a folder, dist/onedir/resume-stream, in place of one file: starts faster, and unpacks nothing",
+        help="build a folder, dist/onedir/resume-stream, not one file: it starts faster and unpacks nothing",
     )
     binary = build(environment(), parser.parse_args().layout)
     print(f"{binary.relative_to(ROOT)}: {binary.stat().st_size / 1e6:.1f} MB")

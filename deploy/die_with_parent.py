@@ -1,7 +1,7 @@
-"""Runs first in the onefile binary: ends with the process that unpacked it.
+"""End the service of the onefile binary when the process that unpacked it dies.
 
-That process is the one that a person or a supervisor sees. It passes signals on, but SIGKILL it
-cannot, and the service would be left running, with the port and the database.
+People and supervisors see only that process. It passes signals on, but it cannot pass on SIGKILL,
+which would leave the service running, with the port and the database.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import threading
 
 def watch(parent: int) -> None:
     select.select([parent], [], [])
-    shutil.rmtree(sys._MEIPASS, ignore_errors=True)  # where the binary was unpacked
+    shutil.rmtree(sys._MEIPASS, ignore_errors=True)  # the folder of the unpacked binary
     os.kill(os.getpid(), signal.SIGKILL)
 
 

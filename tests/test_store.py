@@ -353,7 +353,7 @@ async def test_a_full_database_is_a_clear_error_and_takes_appends_again_once_the
                 await buffer.add_chunks(thread_id, "m", ["x" * 5000])
                 stored[thread_id] += 1
 
-        with pytest.raises(guard.InterruptedDatabaseFull, match="max_db") as raised:
+        with pytest.raises(app.DatabaseFull, match="max_db") as raised:
             await fill()
         assert raised.value.status_code == 507
         for thread_id, count in stored.items():
