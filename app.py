@@ -328,15 +328,12 @@ class Page:
 
 
 class Format(Protocol):
-    """How a stream says things on one kind of wire."""
+    """How a stream says things on one kind of wire. What it has no word for is empty."""
 
     tells_all: bool  # False: the body is broken off instead of saying what this wire has no word for
 
-    def frames(self, page: Page) -> bytes:
-        """Return the page's entries, encoded."""
-
-    def signal(self, signal: Signal, problem: Problem | None = None) -> bytes:
-        """Return the signal, encoded; empty if this wire has no word for it."""
+    def frames(self, page: Page) -> bytes: ...
+    def signal(self, signal: Signal, problem: Problem | None = None) -> bytes: ...
 
 
 class State(Record, frozen=True):
@@ -1035,10 +1032,7 @@ class Transaction:
         return Change(write.thread_id, "", found, self.now, cleared=True)
 
     def _stored(self, append: Append, found: Row) -> list[int]:
-        """Return the places of the first chunks of the append that are stored already.
-
-        Raise Conflict if ``index`` leaves a gap, or if another chunk is stored in a chunk's place.
-        """
+        """Return the places of the chunks that are stored already. Raise Conflict for a gap or another chunk."""
         index = cast(int, append.index)
         if index > found.chunk_count:
             raise Conflict.ended(append.message_id, found) if found.ended else Conflict.gap(append, found)
@@ -1131,11 +1125,10 @@ class Database(aiosqlite.Connection):
 
 @contextlib.contextmanager
 def sole_owner(path: Path) -> Iterator[int]:
-    """Lock the file itself (flock(2)) and yield its descriptor. Raise StartupError if it is locked.
+    """Lock the file itself (flock(2)), made if need be, and yield its descriptor. Raise StartupError if it is locked.
 
-    A missing file is made, and removed if it is still empty at the end. SQLite's locks are of another kind; a process
-    loses them when it closes any descriptor on the file (https://www.sqlite.org/howtocorrupt.html, 2.2), so this
-    one is closed last.
+    A process loses SQLite's own locks when it closes any descriptor on the file
+    (https://www.sqlite.org/howtocorrupt.html, 2.2), so this one is closed last.
     """
     existed = path.exists()
     try:
@@ -1149,7 +1142,7 @@ def sole_owner(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         if not existed and os.fstat(descriptor).st_size == 0:
-            path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)  # a start that fails leaves nothing behind
         os.close(descriptor)
 
 
@@ -2001,10 +1994,7 @@ class ChunkBuffer:
         known_content: str | None = None,
         follow: bool = False,
     ) -> Place:
-        """Return the place from which a reader with this cursor, this text, or nothing reads on.
-
-        Raise BadRequest. Without ``follow`` raise NotFound if there is no such thread or message.
-        """
+        """Return the place from which a reader with this cursor, text, or nothing reads on. Raise NotFound."""
         _check_ids(thread_id, message_id)
         if known_content is not None:
             utf8_size(known_content)
@@ -2768,14 +2758,14 @@ async def _serve(settings: Settings) -> None:
         await _Server(config, parts).serve(sockets or None)
 
 
-def settings_from(environment: Mapping[str, str], flags: Mapping[str, str] | None = None) -> Settings:
+def settings_from(environment: Mapping[str, str], flags: Mapping[str, str]) -> Settings:
     """Return the settings of these environment variables and flags; a flag wins. Raise StartupError."""
     values, source = {}, "settings"
     try:
         for name in SETTINGS:
             flag, variable = f"--{name.replace('_', '-')}", f"RESUME_STREAM_{name.upper()}"
-            if name in (flags or {}) or variable in environment:
-                source, text = (flag, flags[name]) if flags and name in flags else (variable, environment[variable])
+            if name in flags or variable in environment:
+                source, text = (flag, flags[name]) if name in flags else (variable, environment[variable])
                 value = _checked_setting(name, text, is_text=True)
                 values[name] = getattr(Settings(**{name: value}), name)  # alone, so that an error names its source
         return Settings(**values)
@@ -2801,7 +2791,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return int(command_line.run(arguments, _seams("add_commands", _EXTRAS)))
         if arguments != ["serve"]:
             raise StartupError("say 'serve', and set RESUME_STREAM_… variables; flags take extras/command_line.py")
-        serve(settings_from(os.environ))
+        serve(settings_from(os.environ, {}))
     except StartupError as error:
         print(f"resume-stream: {error}", file=sys.stderr)
         return 1

@@ -25,6 +25,8 @@ class WatchfulStore(Store, Protocol):
 def attend(buffer: ChunkBuffer) -> None:
     opened = buffer.store
     store = cast(WatchfulStore, WatchfulFile(opened) if isinstance(opened, SQLiteStore) else opened)
+    if not hasattr(store, "watch"):
+        return  # somebody's own store, which no other process changes
     buffer.watch = store.watch
     buffer.begin(watch_forever(buffer, store))
 
