@@ -176,7 +176,7 @@ async def on_writer(buffer: ChunkBuffer, work: Callable[[sqlite3.Connection], An
 def kept_for_readers(buffer: ChunkBuffer) -> list[Any]:
     """All that a buffer holds for the sake of those who read now, or watch for an end."""
     store = store_of(buffer)
-    return [*buffer._tails, *store._watched]
+    return [*buffer._tails, *getattr(store, "_listener", store)._watched]
 
 
 class Polls:
