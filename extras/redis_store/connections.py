@@ -1,4 +1,4 @@
-"""The connections of a process to Redis, and the problems that their failures are."""
+"""The connections of a process to Redis, and the problems that their failures become."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class OutcomeUnknown(Unavailable, status=503, kind="Unavailable", headers={"Retr
 
 
 def redis_problem(error: Exception) -> Problem:
-    """Return the problem for a command that failed and did nothing."""
+    """Return the problem for a command that failed and changed nothing."""
     if isinstance(error, exceptions.OutOfMemoryError):
         return DatabaseFull("Redis' memory is full (maxmemory); free some and retry.")
     if isinstance(error, exceptions.ReadOnlyError):
@@ -113,7 +113,7 @@ class WriteConnection:
 
 
 class Connections:
-    """The connections of a process to one Redis: a pool for reads, one for writes, and others on demand."""
+    """A pool for reads, one connection for writes, and others on demand."""
 
     def __init__(self, address: str) -> None:
         retry = Retry(ExponentialBackoff(cap=RETRY_PAUSE, base=RETRY_PAUSE / 8), 3, (exceptions.ConnectionError,))
@@ -122,15 +122,15 @@ class Connections:
             self._pool = ConnectionPool.from_url(address, protocol=2, retry=retry, **timeouts)
         except ValueError as error:
             raise StartupError(f"--store is no address of a Redis ({error})") from error
-        self.client = Redis(connection_pool=self._pool)
+        self.client: Any = Redis(connection_pool=self._pool)
         self.writes = WriteConnection(self.connection)
-        # Channels are of all databases of a Redis, so their names begin with the number of ours.
+        # All databases of a Redis share its channels, so the prefix has the number of the database.
         self.channels = f"{PREFIX}{self._pool.connection_kwargs.get('db') or 0}:"
         self.is_closed = False
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def connection(self) -> AbstractConnection:
-        """Return a connection of its own, which tries nothing again."""
+        """Return a connection outside the pool, which tries nothing a second time."""
         connection: AbstractConnection = cast(Any, self._pool).make_connection()
         connection.retry = Retry(NoBackoff(), 0)
         return connection
@@ -145,7 +145,7 @@ class Connections:
         await self._pool.disconnect()
 
     async def ask(self, *command: Any) -> Any:
-        return await cast(Any, self.client).execute_command(*command)
+        return await self.client.execute_command(*command)
 
     async def run(self, script: Script, thread_id: str, arguments: Any, *more_keys: str) -> Any:
         command = script.command(self.channels, thread_id, arguments, *more_keys)
@@ -155,12 +155,15 @@ class Connections:
             return await self.ask("EVAL", script.source, *command[2:])
 
     async def apart(self, work: Coroutine[Any, Any, T], done: Callable[[Any], None] = lambda task: None) -> T:
-        """Do the work in a task of its own, which goes on if the caller is cancelled: a cancelled call of redis-py
-        may lose its connection, or swallow the cancellation. Raise Stopping if ``close`` cancels the task."""
+        """Do the work in a task of its own, which goes on if the caller is cancelled.
+
+        A cancelled call of redis-py may lose its connection, or swallow the cancellation. Raise Stopping if ``close``
+        cancels the task.
+        """
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # perhaps nobody is left to see it
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # the caller may be gone
         task.add_done_callback(done)
         try:
             return await asyncio.shield(task)

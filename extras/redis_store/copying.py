@@ -9,7 +9,7 @@ from typing import Any, cast
 import msgspec
 
 from ...app import Cursor, Entry, StoredChunk, ThreadStatus, now_ms
-from .connections import Connections, redis_problems
+from .connections import Connections
 from .records import MessageRecord, ThreadRecord, decode_thread
 from .scripts import ADOPT, COPIED, MARK_EVERY, thread_keys
 
@@ -18,7 +18,7 @@ STAGED_FOR = 3600  # seconds that a half copied thread is kept
 
 async def copied(redis: Connections) -> dict[str, tuple[int, int, int, int]]:
     """Return the copied threads that still exist: generation, last place, number of messages, last change (ms)."""
-    listed: dict[bytes, bytes] = await cast(Any, redis.client).hgetall(COPIED)
+    listed: dict[bytes, bytes] = await redis.client.hgetall(COPIED)
     found = {}
     for name, generation in listed.items():
         thread_id = name.decode()
@@ -29,10 +29,7 @@ async def copied(redis: Connections) -> dict[str, tuple[int, int, int, int]]:
 
 
 async def put(redis: Connections, thread: ThreadStatus, pages: AsyncIterator[list[Entry]], ttl: int) -> bool:
-    """Store the thread as it is elsewhere. Return False if it has expired, or goes on here. Raise Problem.
-
-    ``ttl`` is ms.
-    """
+    """Store the thread as it is in another store. Return False if it has expired, or has gone on here."""
     expires = thread.updated_at + ttl
     if expires <= now_ms():
         return False
@@ -46,16 +43,15 @@ async def put(redis: Connections, thread: ThreadStatus, pages: AsyncIterator[lis
         "ttl": ttl,
         "active": {m.message_id: m.updated_at for m in thread.messages if m.status == "active"},
     }
-    with redis_problems():
-        sizes = await _stage_entries(redis, staged, thread, pages)
-        await _stage_records(redis, staged, thread, sizes)
-        return bool(await redis.run(ADOPT, thread.thread_id, adoption, *staged, COPIED))
+    sizes = await _stage_entries(redis, staged, thread, pages)
+    await _stage_records(redis, staged, thread, sizes)
+    return bool(await redis.run(ADOPT, thread.thread_id, adoption, *staged, COPIED))
 
 
 async def _stage_entries(
     redis: Connections, staged: Sequence[str], thread: ThreadStatus, pages: AsyncIterator[list[Entry]]
 ) -> Counter[str]:
-    """Return the bytes of each message's text."""
+    """Write the entries and the marks, and return the size of each message's text in bytes."""
     _, stream, _, marks = staged
     generation = Cursor.parse(thread.cursor).generation
     messages = {message.message_id: (number, message) for number, message in enumerate(thread.messages, 1)}
@@ -76,7 +72,7 @@ async def _stage_entries(
                 else:
                     fields += [message.updated_at, "s", entry.status]
                     fields += () if entry.reason is None else ("r", entry.reason)
-                cast(Any, pipeline).execute_command("XADD", stream, f"{generation}-{entry.seq}", *fields)
+                pipeline.execute_command("XADD", stream, f"{generation}-{entry.seq}", *fields)
             for key in (stream, marks):
                 pipeline.expire(key, STAGED_FOR)
             await pipeline.execute()
@@ -88,19 +84,11 @@ async def _stage_records(redis: Connections, staged: Sequence[str], thread: Thre
     async with redis.client.pipeline(transaction=False) as pipeline:
         pipeline.hset(state, "", msgspec.json.encode(_record_of(thread, sizes.total())))
         for number, message in enumerate(thread.messages, 1):
-            record = MessageRecord(
-                number,
-                message.status,
-                message.chunk_count,
-                sizes[message.message_id],
-                message.created_at,
-                message.updated_at,
-                message.reason,
-                message.first_seq,
-                message.last_seq,
-            )
-            pipeline.hset(state, message.message_id, msgspec.json.encode(record))
-            pipeline.rpush(names, message.message_id)
+            fields = msgspec.structs.asdict(message)
+            message_id = fields.pop("message_id")
+            record = MessageRecord(number=number, size=sizes[message_id], **fields)
+            pipeline.hset(state, message_id, msgspec.json.encode(record))
+            pipeline.rpush(names, message_id)
         for key in staged:
             pipeline.expire(key, STAGED_FOR)
         await pipeline.execute()

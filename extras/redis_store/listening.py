@@ -26,7 +26,7 @@ SILENT_FOR = 2.0  # seconds after which the connection counts as lost
 
 
 class Subscription:
-    """A connection that is subscribed to the channels of some threads. It sets ``heard`` when there are replies."""
+    """A connection that is subscribed to the channels of threads. It sets ``heard`` when there are replies."""
 
     def __init__(self, redis: Connections, heard: asyncio.Event) -> None:
         self._redis, self._heard = redis, heard
@@ -39,7 +39,7 @@ class Subscription:
     async def open(self) -> None:
         connection = self._redis.connection()
         await cast(Any, connection).connect()
-        if self._is_closed:  # whoever asked was cancelled
+        if self._is_closed:  # the caller was cancelled
             await connection.disconnect(nowait=True)
             return
         self._connection = connection
@@ -85,16 +85,16 @@ class Subscription:
 
 
 class Listener:
-    """Tells of the changes that other processes make to the watched threads.
+    """Tells of the changes that other processes make to the watched threads, and finds the expired ones.
 
-    A process also hears its own publications, and knows them by their source.
+    A process also hears its own publications, and ignores them by their source.
     """
 
     def __init__(self, redis: Connections, tell: Callable[[Sequence[Change]], None]) -> None:
         self._redis, self._tell = redis, tell
         self._watched: AbstractSet[str] = frozenset()
-        self._unsure: set[str] = set()  # threads that may have changed unheard
-        self._gone: dict[str, int] = {}  # the generations up to which watched threads are known to be gone
+        self._unsure: set[str] = set()  # may have changed unheard
+        self._gone: dict[str, int] = {}  # the latest generation of a watched thread that was cleared
         self._stirred = asyncio.Event()  # set when there is something to do
         self.source = secrets.token_hex(8)
         self.connected_since: float = math.inf  # ms
@@ -105,20 +105,20 @@ class Listener:
         self._stirred.set()
 
     def doubt(self, thread_ids: AbstractSet[str]) -> None:
-        """Take a commit without an answer for another process's: it may still happen, and is heard then."""
+        """Treat commits that had no answer as another process's: if they happen after all, they are heard."""
         self.source = secrets.token_hex(8)
         self._unsure |= thread_ids
         self._stirred.set()
 
     def note_gone(self, change: Change) -> None:
-        """Ignore what is heard of this generation from now on, as publications may come late."""
+        """Ignore what is heard of this generation from now on: publications come late."""
         if change.thread_id in self._watched:
             self._gone[change.thread_id] = max(self._gone.get(change.thread_id, 0), change.state.generation)
 
     async def changed_elsewhere(self) -> AsyncGenerator[AbstractSet[str], None]:
         """Yield threads that may have changed unheard: before a subscription began, or while there was none."""
         while True:
-            if self._unsure:  # something went wrong
+            if self._unsure:  # after a failure
                 await asyncio.sleep(RETRY_PAUSE)
             subscription = Subscription(self._redis, self._stirred)
             try:
@@ -126,7 +126,7 @@ class Listener:
                     async for unsure in unheard:
                         yield unsure
             except FAILURES as error:
-                log.warning("Redis is not heard (%s); trying again", error)
+                log.warning("lost the connection on which Redis publishes changes (%s); trying again", error)
                 self.connected_since = math.inf
                 self._unsure |= self._watched
             finally:
@@ -151,7 +151,7 @@ class Listener:
             if unsure:
                 try:
                     yield unsure
-                except GeneratorExit:  # the threads were not looked at
+                except GeneratorExit:  # the caller has not looked at them
                     self._unsure |= unsure
                     raise
             with contextlib.suppress(TimeoutError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -27,7 +27,7 @@ from ...app import (
 )
 from .connections import Connections, redis_problems
 from .records import decode_message, decode_thread, entry_of, state_of
-from .scripts import LIST, READ, SCANNED, SHARED_KEYS, thread_keys
+from .scripts import LIST, READ, SCANNED, THREADS, thread_keys
 
 T = TypeVar("T")
 
@@ -39,12 +39,11 @@ PageKey = tuple[str, str | None, int, int]
 
 
 class ThreadReads:
-    """The part of a store that reads (see Store)."""
+    """The reads of a store (see Store)."""
 
     def __init__(self, redis: Connections) -> None:
         self.redis = redis
         self._pages: dict[PageKey, asyncio.Future[tuple[State, Page] | None]] = {}
-
         self._turns = asyncio.Semaphore(LIGHT_READS), asyncio.Semaphore(HEAVY_READS)
         self._is_stopping = False
 
@@ -52,7 +51,7 @@ class ThreadReads:
         self._is_stopping = True
 
     async def read(self, work: Callable[[], Coroutine[Any, Any, T]], heavy: bool = False) -> T:
-        """Do the work when its turn comes. Heavy work does not hold up other work. Raise Problem."""
+        """Do the work when its turn comes. Heavy work does not hold up light work. Raise Problem."""
         turn = self._turns[heavy]
         await turn.acquire()
         if self.redis.is_closed or (heavy and self._is_stopping):
@@ -71,14 +70,17 @@ class ThreadReads:
     # Pages
 
     async def page(self, thread_id: str, message_id: str | None, after: int, limit: int) -> tuple[State, Page]:
-        """Readers that ask for the same page before Redis is asked share it, and so encode it once."""
+        """Return the state and a page.
+
+        Readers that ask for the same page before Redis is asked share it, and so it is encoded once.
+        """
         key = (thread_id, message_id, after, limit)
         while (asked := self._pages.get(key)) is not None:
             if (shared := await asyncio.shield(asked)) is not None:
                 return shared
         asked = self._pages[key] = asyncio.get_running_loop().create_future()
-        asked.add_done_callback(asyncio.Future.exception)  # perhaps nobody shares it
-        answer: tuple[State, Page] | None = None  # so that another asks if this one is cancelled
+        asked.add_done_callback(asyncio.Future.exception)  # nobody may be there to see it
+        answer: tuple[State, Page] | None = None  # None if this reader is cancelled: another one asks then
         try:
             answer = await self.read(lambda: self._shared_page(key))
         except Exception as error:
@@ -96,8 +98,7 @@ class ThreadReads:
         return await self._page(*key)
 
     async def _page(self, thread_id: str, message_id: str | None, after: int, limit: int) -> tuple[State, Page]:
-        """The entries of a message may be so far apart that one run of the script finds none."""
-        while True:
+        while True:  # a message's entries may be so far apart that one run of the script finds none
             found, at, raw = await self._read(thread_id, message_id, after, limit)
             entries = [entry_of(entry) for entry in raw]
             last_seq = found.last_seq if message_id is None else found.last or 0
@@ -151,7 +152,7 @@ class ThreadReads:
             after = at
 
     async def _after_bytes(self, begin: Place, after: int, offset: int) -> Place:
-        """Return the place that is so many bytes of text behind another. Raise NotFound."""
+        """Return the place ``offset`` bytes of text behind ``after``. Raise NotFound."""
         while True:
             _, page = await self._page(begin.thread_id, begin.message_id, after, PAGE_ROWS)
             if page.generation != begin.generation or not page.entries:
@@ -193,13 +194,13 @@ class ThreadReads:
         found: list[tuple[int, ThreadSummary]] = []
         highest = "+inf" if before is None else f"({before}"
         while len(found) <= limit:
-            listed: list[tuple[bytes, float]] = await cast(Any, self.redis.client).zrevrangebyscore(
-                SHARED_KEYS[1], highest, "-inf", 0, THREADS_AT_ONCE, withscores=True
+            listed: list[tuple[bytes, float]] = await self.redis.client.zrevrangebyscore(
+                THREADS, highest, "-inf", 0, THREADS_AT_ONCE, withscores=True
             )
             ids = [name.decode() for name, _ in listed]
             async with self.redis.client.pipeline(transaction=False) as pipeline:
                 for thread_id in ids:
-                    cast(Any, pipeline).execute_command("HGET", thread_keys(thread_id)[0], "")
+                    pipeline.execute_command("HGET", thread_keys(thread_id)[0], "")
                 records = await pipeline.execute()
             for thread_id, (_, generation), record in zip(ids, listed, records, strict=True):
                 if record and is_covered(thread_id, covered):  # without a record it has just expired

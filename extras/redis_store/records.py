@@ -1,9 +1,9 @@
-"""What the scripts take and return, and what that means to the service: states, entries, changes and problems."""
+"""What the scripts take and return, and its translation to states, entries, changes and problems."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
@@ -13,6 +13,7 @@ from ...app import (
     Chunk,
     Clear,
     Conflict,
+    End,
     Entry,
     MessageEnd,
     MessageStatus,
@@ -37,7 +38,10 @@ from ...app import (
 
 
 class ThreadRecord(Record, frozen=True):
-    """A thread in its hash; only the generation of one that has expired. ``ended`` is how its last message ended."""
+    """A thread in its hash. ``ended`` is the status of the message that ended last.
+
+    A thread that is gone may have nothing but its generation.
+    """
 
     generation: int
     last_seq: int = 0
@@ -77,16 +81,9 @@ class MessageRecord(Record, frozen=True, omit_defaults=True):
     last_seq: int | None = None
 
     def summary(self, message_id: str) -> MessageStatus:
-        return MessageStatus(
-            message_id,
-            self.status,
-            self.reason,
-            self.chunk_count,
-            self.first_seq,
-            self.last_seq,
-            self.created_at,
-            self.updated_at,
-        )
+        fields = msgspec.structs.asdict(self)
+        del fields["number"], fields["size"]
+        return MessageStatus(message_id, **fields)
 
 
 class Operation(Record, frozen=True):
@@ -95,7 +92,7 @@ class Operation(Record, frozen=True):
     kind: str
     thread_id: str
     message_id: str = ""
-    source: str = ""  # the process that asks for it
+    source: str = ""  # names the process that writes
     ttl: int = 0  # ms
     max_message: int = 0
     chunks: Sequence[Chunk] = ()
@@ -147,17 +144,15 @@ def entry_of(raw: Any) -> Entry:
     return MessageEnd(message_id, fields[5].decode(), reason=extra, seq=seq)
 
 
+KINDS = {Append: "append", Open: "open", End: "finish", Clear: "clear"}
+
+
 def operation_of(write: Write, **common: Any) -> Operation:
-    if isinstance(write, Append):
-        return Operation("append", **msgspec.structs.asdict(write), **common)
-    if isinstance(write, Open):
-        return Operation("open", write.thread_id, write.message_id, **common)
+    fields = msgspec.structs.asdict(write)
+    untouched_since = fields.pop("untouched_since", None)
     # An age instead of a time, so that only Redis' clock counts.
-    idle = None if write.untouched_since is None else now_ms() - write.untouched_since
-    if isinstance(write, Clear):
-        return Operation("clear", write.thread_id, idle=idle, **common)
-    names = write.thread_id, write.message_id
-    return Operation("finish", *names, status=write.status, reason=write.reason, idle=idle, **common)
+    idle = None if untouched_since is None else now_ms() - untouched_since
+    return Operation(KINDS[type(write)], **fields, idle=idle, **common)
 
 
 REFUSALS: dict[str, Callable[[Operation, State, int], Problem]] = {
@@ -183,9 +178,6 @@ def outcome_of(operation: Operation, answer: Answer) -> Change | Problem:
     state, names = state_of(thread, message), (operation.thread_id, operation.message_id)
     if outcome in REFUSALS:
         return REFUSALS[outcome](operation, state, number)
-    if outcome == "again":
-        count = cast(int, operation.index) + len(operation.chunks)
-        return Change(*names, msgspec.structs.replace(state, last=number, chunk_count=count), now)
     if outcome == "appended":
         size = sum(operation.sizes[number:])
         return Change(*names, state, now, operation.chunks[number:], size, ended=operation.complete)

@@ -16,6 +16,7 @@ SCANNED = 2048  # entries that one run of READ looks at
 PUBLISHED_BYTES = 256 * 1024  # a larger append is published without its text, and listeners read it
 
 SHARED_KEYS = tuple(PREFIX + name for name in ("clock", "threads", "expiries", "active"))
+_, THREADS, _, ACTIVE = SHARED_KEYS
 
 encode = msgspec.msgpack.Encoder().encode
 
@@ -24,7 +25,7 @@ def thread_keys(thread_id: str, kind: str = "") -> list[str]:
     return [f"{PREFIX}{{{thread_id}}}:{kind}{name}" for name in ("state", "entries", "messages", "marks")]
 
 
-# A script gets its arguments as one MessagePack map, and the prefix of the channels.
+# A script takes its arguments as one MessagePack map, and then the prefix of the channels.
 COMMON = (
     f"""
 local MARK_EVERY, SCANNED, PUBLISHED_BYTES, CHUNK_WEIGHT = {MARK_EVERY}, {SCANNED}, {PUBLISHED_BYTES}, {CHUNK_WEIGHT}
@@ -50,7 +51,7 @@ local function seq_of(entry)
     return tonumber(string.match(entry[1], '-(%d+)$'))
 end
 
--- Publish an answer and the packed operation that it answers, as an array of the two.
+-- Publish an array of an answer and the packed operation that it answers.
 local function publish(thread_id, answer, operation)
     redis.call('PUBLISH', ARGV[2] .. thread_id, '\146' .. cmsgpack.pack(answer) .. operation)
 end
@@ -143,7 +144,7 @@ local function finish(status, reason)
     thread.active, thread.ended = thread.active - 1, status
 end
 
--- Return the places of the chunks that are stored already, and the index of a chunk that differs from the stored one.
+-- Return the places of the chunks that are stored already, and the index of the first that differs from the stored one.
 local function compare()
     local places, wanted = {}, math.min(#op.chunks, message.chunkCount - op.index)
     local block = math.floor(op.index / MARK_EVERY)
@@ -186,7 +187,10 @@ function kinds.append()
     if op.index and op.index < had then places, differs = compare() end
     if differs then return answer('differs', differs) end
     local count = op.index and op.index + #op.chunks or had
-    if #places > 0 and #places == #op.chunks and not op.complete then return answer('again', places[#places]) end
+    if #places > 0 and #places == #op.chunks and not op.complete then
+        message.lastSeq, message.chunkCount = places[#places], count -- as the first answer said
+        return answer('same')
+    end
     if ended then
         local is_retry = op.complete and (op.index or #op.chunks == 0)
         local is_same = is_retry and message.status == 'completed' and message.chunkCount == count
@@ -212,10 +216,9 @@ function kinds.append()
 end
 
 function kinds.finish()
-    if not thread then return answer('no thread') end
     if not message then
-        redis.call('ZREM', ACTIVE, member)
-        return answer('no message')
+        redis.call('ZREM', ACTIVE, member) -- its thread may have expired while it was active
+        return answer(thread and 'no message' or 'no thread')
     end
     if message.status == op.status then return answer('same') end
     if message.status ~= 'active' then return answer('ended') end
@@ -238,9 +241,7 @@ return kinds[op.kind]()
 """
 
 WRITE = Script(_WRITE)
-CLEAR = Script(
-    _WRITE.replace("#!lua", "#!lua flags=allow-oom")
-)  # it frees memory, so it has to run while memory is full
+CLEAR = Script(_WRITE.replace("#!lua", "#!lua flags=allow-oom"))  # it frees memory, and so runs while that is full
 
 # Return the records of the thread and the message, the place that was reached, and the entries (or only their text).
 READ = Script(r"""#!lua flags=no-writes
@@ -277,8 +278,8 @@ IDLE = Script(r"""#!lua flags=no-writes
 return redis.call('ZRANGEBYSCORE', ACTIVE, '-inf', now - op.idle, 'LIMIT', 0, 1000)
 """)
 
-# Drop expired threads from the shared keys, tell their readers, and return how many there were. A message is left
-# in rs:active only if its thread expired while it was active, which is rare: a few random looks find it in time.
+# Remove expired threads from the shared keys, tell their readers, and return the number of threads. A message stays
+# in rs:active if its thread expires while it is active. That is rare, so a few random looks find it in time.
 REAP = Script(r"""#!lua flags=allow-oom
 local count = 0
 for _, thread_id in ipairs(redis.call('ZRANGEBYSCORE', EXPIRIES, '-inf', now, 'LIMIT', 0, 100)) do
@@ -303,8 +304,8 @@ end
 return count
 """)
 
-# Rename the staged keys of a copied thread to its own keys. Return 0 if the thread here is a later one, or has
-# gone on since it was copied.
+# Rename the staged keys of a copied thread to the keys of a thread. Return 0 if the thread here is a later one, or
+# has gone on since it was copied.
 ADOPT = Script(r"""#!lua
 local staged, COPIED = {KEYS[9], KEYS[10], KEYS[11], KEYS[12]}, KEYS[13]
 thread = record('')

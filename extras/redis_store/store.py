@@ -1,4 +1,4 @@
-"""The store: what it asks of Redis at the start, its writes, and its upkeep."""
+"""The store: the check of Redis at the start, writes, and upkeep."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .connections import Connections, OutcomeUnknown, redis_problem, redis_probl
 from .listening import Listener
 from .reading import ThreadReads
 from .records import Operation, operation_of, outcome_of
-from .scripts import CLEAR, COPIED, IDLE, PREFIX, SHARED_KEYS, WRITE
+from .scripts import ACTIVE, CLEAR, COPIED, IDLE, PREFIX, WRITE
 
 log = logging.getLogger("resume_stream")
 
@@ -66,18 +66,18 @@ class RedisStore(ThreadReads, GroupCommit):
         await self.redis.close()
 
     async def _check(self) -> None:
-        """Refuse a Redis that will not do, and warn of promises that it cannot keep. Raise StartupError."""
+        """Check that this Redis can be used, and log the promises that it cannot keep. Raise StartupError."""
         redis = self.redis.client
         info = await redis.info()
         version = str(info["redis_version"])
         if int(version.partition(".")[0]) < REDIS_VERSION:
-            raise StartupError(f"this is Redis {version}; it takes Redis {REDIS_VERSION}, Valkey 8, or later")
+            raise StartupError(f"this is Redis {version}; --store takes Redis {REDIS_VERSION}, Valkey 8, or later")
         if info.get("redis_mode") == "cluster":
-            raise StartupError("this Redis is a cluster, which --store does not take; name one that stands alone")
+            raise StartupError("this Redis is a cluster; --store takes one that stands alone")
         try:
             found: dict[Any, Any] = await redis.config_get("maxmemory-policy", "appendonly", "appendfsync")
         except exceptions.ResponseError as error:
-            log.warning("Redis does not tell its settings (%s), so nobody knows what it promises", error)
+            log.warning("Redis does not tell its settings (%s), so its promises are unknown", error)
             found = {}
         replicas = int(info.get("connected_slaves", 0))
         for what in broken_promises(found, replicas, self._settings.synchronous):
@@ -120,13 +120,15 @@ class RedisStore(ThreadReads, GroupCommit):
     # Copying
 
     async def copied(self) -> dict[str, tuple[int, int, int, int]]:
-        return await copying.copied(self.redis)
+        with redis_problems():
+            return await copying.copied(self.redis)
 
     async def put(self, thread: ThreadStatus, pages: AsyncIterator[list[Entry]]) -> bool:
-        return await copying.put(self.redis, thread, pages, self._ttl)
+        with redis_problems():
+            return await copying.put(self.redis, thread, pages, self._ttl)
 
     async def drop(self, thread_id: str, generation: int) -> None:
-        """Forget a copied thread, unless a later one has its name."""
+        """Clear a copied thread, unless a later one has its name."""
         if (await self.find(thread_id)).generation == generation:
             with contextlib.suppress(NotFound):
                 await self.write(Clear(thread_id))
@@ -139,7 +141,7 @@ class RedisStore(ThreadReads, GroupCommit):
         await self.read(lambda: self.redis.ask("SET", f"{PREFIX}probe", now_ms(), "PX", 60_000))
 
     async def idle_messages(self, untouched_since: int) -> list[tuple[str, str]]:
-        """Return none while nobody could append for a part of that time: their producers may be alive."""
+        """Return none if appends were refused in that time, or Redis was away: the producers may be alive."""
         idle = now_ms() - untouched_since
         if untouched_since < self._refused_ms or now_ms() - self._listener.connected_since < idle:
             return []
@@ -147,7 +149,7 @@ class RedisStore(ThreadReads, GroupCommit):
         return [cast(tuple[str, str], tuple(member.decode().split("/", 1))) for member in found]
 
     async def expire(self, untouched_since: int) -> int:
-        """Return how many threads were found expired since the last call. Redis itself lets them expire."""
+        """Return how many threads Redis has let expire since the last call."""
         expired, self._listener.expired = self._listener.expired, 0
         return expired
 
@@ -160,7 +162,7 @@ class RedisStore(ThreadReads, GroupCommit):
 
     async def measure(self) -> tuple[int, int, int]:
         info = await self.read(lambda: self.redis.ask("INFO"))
-        active = await self.read(lambda: self.redis.ask("ZCARD", SHARED_KEYS[3]))
+        active = await self.read(lambda: self.redis.ask("ZCARD", ACTIVE))
         return int(info["used_memory"]), int(info.get("aof_current_size", 0)), int(active)
 
     # Other processes
