@@ -175,11 +175,11 @@ async def on_writer(buffer: ChunkBuffer, work: Callable[[sqlite3.Connection], An
 
 def kept_for_readers(buffer: ChunkBuffer) -> list[Any]:
     """All that a buffer holds for the sake of those who read now, or watch for an end."""
-    return [*buffer.tails, *watcher_of(buffer)._watched]
+    return [*buffer.tails, *getattr(watcher_of(buffer), "_listener", watcher_of(buffer))._watched]
 
 
 def watcher_of(buffer: ChunkBuffer) -> Any:
-    """What notices that another process has changed the file (extras/elsewhere.py)."""
+    """Return what notices that another process has changed the store (extras/elsewhere.py)."""
     return buffer.watch.__self__
 
 

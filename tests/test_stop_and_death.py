@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import json
 import random
@@ -34,13 +35,17 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
         self._redis = None
         if address:
-            redis_store, scripts = (
-                importlib.import_module(f"resume_stream.extras.redis_{room}") for room in ("store", "scripts")
-            )
             self._redis = importlib.import_module("redis").Redis.from_url(address)
-            monkeypatch.setattr(scripts, "TIME", "redis.call('MGET', 'clock:s', 'clock:us')")
-            monkeypatch.setattr(redis_store, "now_ms", self)
-            monkeypatch.setattr(scripts, "now_ms", self)
+            scripts, *rooms = (
+                importlib.import_module(f"resume_stream.extras.redis_store.{room}")
+                for room in ("scripts", "records", "listening", "store")
+            )
+            for room in rooms:
+                monkeypatch.setattr(room, "now_ms", self)
+            for script in (found for found in vars(scripts).values() if isinstance(found, scripts.Script)):
+                text = script.source.replace(b"redis.call('TIME')", b"redis.call('MGET', 'clock:s', 'clock:us')")
+                monkeypatch.setattr(script, "source", text)
+                monkeypatch.setattr(script, "sha", hashlib.sha1(text).hexdigest())
         self.now = 1_763_829_000_000
         self.looks = 0
         monkeypatch.setattr(app, "now_ms", self)
