@@ -1441,8 +1441,6 @@ def store_for(settings: Settings) -> Store:
 # The buffer
 # ---------------------------------------------------------------------------------------------
 
-_LONG_TEXT = 1024**2  # characters; the content of more is sent in pieces
-
 
 class Tail:
     """The live end of a thread, shared by its users. It keeps no pages (see extras/live.py)."""
@@ -1894,7 +1892,7 @@ class ChunkBuffer:
             check_exists(found, thread_id, message_id)
             cursor, status = found.cursor, cast(Status, found.status)
         pieces, first = self._pieces(thread_id, message_id, Cursor.parse(cursor)), ""
-        while len(first) < _LONG_TEXT and (piece := await anext(pieces, None)) is not None:
+        while len(first) < 1_000_000 and (piece := await anext(pieces, None)) is not None:
             first += piece
         return AccumulatedContent(first, cursor, status), pieces
 
