@@ -40,8 +40,7 @@ EXCLUDED = (
 # Named only in strings: by uvicorn's "auto" settings, by find_spec, and by app.py, which looks for its extras.
 HIDDEN = (
     *(f"resume_stream.extras.{path.stem}" for path in sorted((ROOT / "extras").glob("*.py"))),
-    "resume_stream.client.connection",
-    "resume_stream.client.command_line",
+    *(f"resume_stream.client.{path.stem}" for path in sorted((ROOT / "client").glob("[!_]*.py"))),
     *("uvicorn.loops.uvloop", "uvicorn.protocols.http.httptools_impl", "uvicorn.lifespan.off"),
     *("uvicorn.protocols.websockets.websockets_impl", "uvicorn.protocols.websockets.websockets_sansio_impl"),
     "swagger_ui",
