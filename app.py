@@ -609,7 +609,6 @@ PAGE_ROWS = 512
 PAGE_BYTES = 256 * 1024
 _MESSAGES = 1_000  # most messages on one page of a thread's status
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's lock
-_CHECKPOINT_PAGES = 1_000  # pages of the WAL after which SQLite makes a checkpoint
 _WAL_BYTES = 16 * 1024**2  # beyond this size a checkpoint also truncates the WAL
 
 Told = Callable[[Sequence[tuple[Change, float | None]], float | None], None]
@@ -953,6 +952,7 @@ class Transaction:
         self._db = db
         self._max_message = max_message
         self.now = now_ms()
+        self.minute = self.now - self.now % 60_000
 
     def outcome(self, write: Write) -> Change | Problem:
         try:
@@ -988,6 +988,7 @@ class Transaction:
             found = self._made(thread_id, message_id, found)
         found, rows = self.grown(found, chunks, size)
         self.save([found], rows)
+        self.touch([found])
         if complete:
             found = self._ended(thread_id, message_id, found, "completed", None)
         return Change(thread_id, message_id, found, self.now, chunks, size, ended=complete)
@@ -1095,11 +1096,13 @@ class Transaction:
             " where message = ?",
             [(row.chunk_count, row.size, row.first, row.last, self.now, row.message) for row in messages],
         )
-        minute = self.now - self.now % 60_000
-        for table, keys in (("thread", threads), ("message", (row.message for row in messages))):
-            self._db.executemany(  # a statement of its own: setting an indexed column writes to the index each time
+
+    def touch(self, messages: Sequence[Row]) -> None:
+        """Note the minute, in a statement of its own: setting an indexed column writes to the index each time."""
+        for table in ("thread", "message"):
+            self._db.executemany(
                 f"update {table}s set touched_at = ?1 where {table} = ?2 and touched_at <> ?1",
-                [(minute, key) for key in keys],
+                [(self.minute, getattr(row, table)) for row in messages],
             )
 
     def _ended(self, thread_id: str, message_id: str, found: Row, status: Status, reason: str | None) -> Row:
@@ -1160,7 +1163,10 @@ def _renew_generations(db: sqlite3.Connection) -> None:
 def checkpoint(db: sqlite3.Connection) -> bool:
     """Empty the WAL. Return False if a reader kept it busy."""
     db.execute("pragma busy_timeout = 100")  # ms that it waits for readers
-    (is_busy, _, _) = db.execute("pragma wal_checkpoint(truncate)").fetchone()
+    try:
+        ((is_busy, _, _),) = db.execute("pragma wal_checkpoint(truncate)")
+    finally:
+        db.execute(f"pragma busy_timeout = {BUSY_TIMEOUT * 1000:.0f}")
     return not is_busy
 
 
@@ -1296,19 +1302,6 @@ class SQLiteStore(GroupCommit):
 
     async def maintain(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         """Run the function on the writing connection, between two transactions. It waits for locks."""
-
-        def patiently(db: sqlite3.Connection) -> _T:
-            db.execute(f"pragma busy_timeout = {BUSY_TIMEOUT * 1000:.0f}")
-            db.execute(f"pragma wal_autocheckpoint = {_CHECKPOINT_PAGES}")
-            try:
-                return work(db)
-            finally:
-                db.execute("pragma busy_timeout = 0")
-                db.execute("pragma wal_autocheckpoint = 0")
-
-        return await self.on_writer(patiently)
-
-    async def on_writer(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         return await self.writer.run(work)
 
     def wal_size(self) -> int:

@@ -1,7 +1,7 @@
-"""The Python client of resume-stream: for producers and readers in another process than the service.
+"""The Python client of resume-stream, for producers and readers outside the service's process.
 
-It needs httpx and nothing of the service. A producer stores an answer as it comes, a reader
-follows it, and neither notices that the service was restarted in between::
+It needs only httpx, and imports nothing of the service. A producer stores an answer while it is
+generated, and a reader follows it. Neither notices a restart of the service::
 
     import asyncio
     from collections.abc import AsyncIterator
@@ -23,7 +23,7 @@ follows it, and neither notices that the service was restarted in between::
                 match item:
                     case StoredChunk():
                         text += item.content
-                    case Reset():  # forget it all; everything follows
+                    case Reset():  # forget the text; all of it follows
                         text = ""
                     case MessageEnd():
                         print(item.status, text)
@@ -33,9 +33,9 @@ follows it, and neither notices that the service was restarted in between::
     if __name__ == "__main__":
         asyncio.run(main())
 
-What is wrong is raised as a ``ClientError``: a ``Problem`` where the service says no, with its
-problem document (RFC 9457), ``Unreachable`` where nobody answers, ``Gone`` where a thread is
-there no more. Times are ms since 1970, delays are seconds, sizes are bytes of UTF-8.
+Every error is a ``ClientError``: a ``Problem`` if the service refuses, with its problem document
+(RFC 9457); ``Unreachable`` if the service does not answer; ``Gone`` if the thread was cleared or
+has expired. Times are ms since 1970, delays are seconds, sizes are bytes of UTF-8.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
-    from .connection import Client
+    from .client import Client
 
 __all__ = [
     "AccumulatedContent",
@@ -76,10 +76,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import httpx only for those who connect: the command line names its commands without it."""
+    """Import ``Client`` on first use, so that the command line can list its commands without httpx."""
     if name != "Client":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .connection import Client
+    from .client import Client
 
     return Client
 
@@ -93,10 +93,10 @@ Status = Literal["active", "completed", "aborted"]
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of a message, as a producer gives it.
+    """A piece of a message that a producer sends.
 
-    ``content`` is text, ``event`` a name of up to 200 characters for the SSE ``event`` field; the
-    service refuses control characters in it, and its own names (``complete``, ``error`` …).
+    ``content`` is text. ``event`` is a name for the SSE ``event`` field: up to 200 characters, no
+    control characters, and none of the service's own names (``complete``, ``error`` …).
     """
 
     content: str
@@ -105,7 +105,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class StoredChunk:
-    """A chunk in its place. ``cursor`` is what ``read(after=…)`` takes to go on behind it."""
+    """A committed chunk. ``read(after=cursor)`` continues after it."""
 
     content: str
     timestamp: int
@@ -117,9 +117,9 @@ class StoredChunk:
 
 @dataclass(frozen=True, slots=True)
 class MessageEnd:
-    """The end of a message, which has a place in the sequence as a chunk has.
+    """The end of a message. It has a sequence number, as a chunk does.
 
-    ``status`` is ``completed`` or ``aborted``, the latter perhaps with a ``reason``.
+    ``status`` is ``completed`` or ``aborted``. An aborted message may have a ``reason``.
     """
 
     message_id: str
@@ -131,7 +131,10 @@ class MessageEnd:
 
 @dataclass(frozen=True, slots=True)
 class Reset:
-    """Forget what you have: the thread was made again, or does not have the known text. All of it follows."""
+    """Forget the text that you have. All of it follows.
+
+    The thread was created again, or it does not contain the known content.
+    """
 
 
 Item = StoredChunk | MessageEnd | Reset
@@ -139,9 +142,9 @@ Item = StoredChunk | MessageEnd | Reset
 
 @dataclass(frozen=True, slots=True)
 class Appended:
-    """What a producer is told: ``seq`` is the place of the last thing that it asked for.
+    """The answer to a producer. ``seq`` is the sequence number of the last chunk or end that it sent.
 
-    ``chunk_count`` counts this message's chunks up to there, so it is the ``index`` of the next.
+    ``chunk_count`` is the number of the message's chunks up to there: the ``index`` of the next one.
     """
 
     thread_id: str
@@ -153,7 +156,7 @@ class Appended:
 
 @dataclass(frozen=True, slots=True)
 class MessageStatus:
-    """One message of a thread. ``last_seq`` is the place of its end once it has ended."""
+    """One message of a thread. Once it has ended, ``last_seq`` is the sequence number of its end."""
 
     message_id: str
     status: Status
@@ -167,7 +170,7 @@ class MessageStatus:
 
 @dataclass(frozen=True, slots=True)
 class ThreadSummary:
-    """One thread, as lists have it; ``size`` is bytes of text, ``readers`` follow it now."""
+    """One thread of a list. ``size`` is bytes of text, ``readers`` the number of its readers now."""
 
     thread_id: str
     status: Status
@@ -181,7 +184,7 @@ class ThreadSummary:
 
 @dataclass(frozen=True, slots=True)
 class ThreadStatus(ThreadSummary):
-    """One thread with its messages, in the order they began."""
+    """One thread with its messages, in the order in which they began."""
 
     cursor: str
     messages: tuple[MessageStatus, ...]
@@ -189,7 +192,7 @@ class ThreadStatus(ThreadSummary):
 
 @dataclass(frozen=True, slots=True)
 class AccumulatedContent:
-    """The text so far; ``read(after=cursor)`` gives exactly what comes after it."""
+    """The text so far. ``read(after=cursor)`` continues exactly after it."""
 
     content: str
     cursor: str
@@ -202,26 +205,26 @@ class AccumulatedContent:
 
 
 class ClientError(Exception):
-    """What went wrong, in one sentence. ``retryable``: the same call may well succeed later."""
+    """The base of all errors here; its text is one sentence. ``retryable``: the same call may succeed later."""
 
     retryable: bool = False
-    retry_after: float = 0.0  # seconds, as the service asked for
+    retry_after: float = 0.0  # seconds that the service asks to wait
 
 
 class Unreachable(ClientError):
-    """Nobody answered, or the connection was lost in the middle; ``__cause__`` is httpx's error."""
+    """The service did not answer, or the connection was lost. ``__cause__`` is httpx's error."""
 
     retryable = True
 
 
 class Gone(ClientError):
-    """The thread was cleared or has expired while it was read or written; what was in it is erased."""
+    """The thread was cleared or expired while it was being read or written. Its text is erased."""
 
 
 class Problem(ClientError):
-    """The service said no. ``problem`` is its problem document (RFC 9457).
+    """A refusal by the service. ``problem`` is its problem document (RFC 9457).
 
-    ``status`` is HTTP's; ``title`` and ``detail`` are for people; further members, like
+    ``status`` is the HTTP status. ``title`` and ``detail`` are for people. Other members, like
     ``expectedIndex`` of a Conflict, are in ``problem``.
     """
 
@@ -245,22 +248,22 @@ class Problem(ClientError):
 
     @staticmethod
     def of(problem: Mapping[str, Any], retry_after: float = 0.0) -> Problem:
-        """The error that stands for a problem document with at least ``status`` and ``title``."""
+        """Return the error for a problem document, which has at least ``status`` and ``title``."""
         status = problem["status"]
         kind = Problem.kinds.get(status, Unavailable if status >= 500 else Problem)
         return (MessageEnded if "messageStatus" in problem else kind)(problem, retry_after)
 
 
 class Unauthorized(Problem, status=401):
-    """The token is missing, wrong, or has expired; go on from the cursor with a new one."""
+    """The token is missing, wrong, or expired. Continue from the cursor with a new one."""
 
 
 class Forbidden(Problem, status=403):
-    """The token does not allow this, or the service does not let this machine or page connect."""
+    """The token does not allow this call, or the service does not accept this host or origin."""
 
 
 class NotFound(Problem, status=404):
-    """There is no such thread or message."""
+    """The thread or message does not exist."""
 
 
 class Conflict(Problem, status=409):
@@ -270,7 +273,7 @@ class Conflict(Problem, status=409):
 class MessageEnded(Conflict):
     """The message has ended, and an end is final.
 
-    ``message_status`` is ``completed`` or ``aborted``, the latter perhaps with a ``reason``.
+    ``message_status`` is ``completed`` or ``aborted``. An aborted message may have a ``reason``.
     """
 
     @property
@@ -285,12 +288,12 @@ class MessageEnded(Conflict):
 
 
 class TooLarge(Problem, status=413):
-    """A chunk, a body, a message or a reason is over a limit of the service."""
+    """A chunk, a body, a message, or a reason exceeds a limit of the service."""
 
 
 class InvalidContent(Problem, status=422):
-    """Text that is not valid Unicode, or an event name that cannot be."""
+    """The text is not valid Unicode, or the event name is not allowed."""
 
 
 class Unavailable(Problem):
-    """The service cannot do it now (5xx): it is stopping, its database is locked, its disk is full."""
+    """The service cannot do this now (5xx): it is stopping, or its database is locked, or its disk is full."""

@@ -1,7 +1,7 @@
 """``resume-stream publish`` and ``resume-stream tail``: a producer and a reader for the shell.
 
-``add_commands`` names them to an ``argparse`` parser, ``run`` runs one; the exit status is 0 where the
-message was completed, 1 where it was not, and 128 and the signal's number where one came.
+``add_commands`` adds them to an ``argparse`` parser, and ``run`` runs one. The exit status is 0 if the
+message was completed, 128 plus the signal's number after a signal, and 1 otherwise.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 if TYPE_CHECKING:
     from . import Item
 
-PIECE = 8192  # bytes that are read at once, at most: far below what a service takes as a chunk
+MAX_READ = 8192  # bytes of one read, far below the usual limit of a chunk
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``publish`` and ``tail`` to what ``ArgumentParser.add_subparsers`` returned."""
-    publishing = commands.add_parser("publish", help="store standard input as a message, while it comes")
+    """Add ``publish`` and ``tail`` to the subparsers of an ``argparse`` parser."""
+    publishing = commands.add_parser("publish", help="store standard input as a message, as it arrives")
     publishing.add_argument("thread")
     publishing.add_argument("message")
-    tailing = commands.add_parser("tail", help="write a message, or all of a thread's, while it comes")
+    tailing = commands.add_parser("tail", help="print a message, or all messages of a thread, as they are written")
     tailing.add_argument("thread")
     tailing.add_argument("message", nargs="?")
-    tailing.add_argument("--after", help="begin behind this cursor")
-    tailing.add_argument("--wait", action="store_true", help="wait for what is not made yet")
+    tailing.add_argument("--after", help="start after this cursor")
+    tailing.add_argument("--wait", action="store_true", help="wait for a thread or message that does not exist yet")
     for added in (publishing, tailing):
         added.set_defaults(run=lambda flags: run(flags["command"], flags))
-        added.add_argument("--url", help=f"the service (default: RESUME_STREAM_URL, or {DEFAULT_URL})")
-        added.add_argument("--token", help="the bearer token (default: RESUME_STREAM_TOKEN, which others cannot see)")
+        added.add_argument("--url", help=f"the URL of the service (default: RESUME_STREAM_URL, or {DEFAULT_URL})")
+        added.add_argument("--token", help="the bearer token (default: RESUME_STREAM_TOKEN, not in the process list)")
 
 
 def run(command: str, flags: Mapping[str, Any]) -> int:
-    """Run ``publish`` or ``tail`` with the flags as parsed; the exit status."""
+    """Run ``publish`` or ``tail`` with the parsed flags. Return the exit status."""
     url = flags.get("url") or os.environ.get("RESUME_STREAM_URL") or DEFAULT_URL
     token = flags.get("token") or os.environ.get("RESUME_STREAM_TOKEN") or None
     thread, message = flags["thread"], flags.get("message")
@@ -55,19 +55,19 @@ def run(command: str, flags: Mapping[str, Any]) -> int:
     except ModuleNotFoundError as error:
         if error.name != "httpx":
             raise
-        complain("This takes httpx; install it with: pip install 'resume-stream[client]'")
+        complain("This command needs httpx; install it with: pip install 'resume-stream[client]'")
         return 1
 
 
 async def publish(url: str, token: str | None, thread: str, message: str, stdin: BinaryIO) -> int:
-    """Store UTF-8 from a file, pipe or terminal as it comes, and complete the message at its end.
+    """Store UTF-8 from a file, pipe, or terminal as it arrives, and complete the message at its end.
 
-    SIGINT and SIGTERM abort the message; a second one does not wait for that. The exit status is
-    0, or 1 with one line on standard error, or 128 and the number of the signal.
+    SIGINT and SIGTERM abort the message. After a second signal the command does not wait for that.
+    Return the exit status. If it is 1, one line on standard error says why.
     """
     loop = asyncio.get_running_loop()
     caught: list[int] = []
-    storing = loop.create_task(stored(url, token, thread, message, stdin))
+    storing = loop.create_task(store(url, token, thread, message, stdin))
 
     def stop(number: int) -> None:
         caught.append(number)
@@ -77,10 +77,6 @@ async def publish(url: str, token: str | None, thread: str, message: str, stdin:
         loop.add_signal_handler(number, stop, number)
     try:
         await asyncio.wait([storing])
-    except asyncio.CancelledError:
-        storing.cancel()
-        await asyncio.wait([storing])
-        raise
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
@@ -89,7 +85,7 @@ async def publish(url: str, token: str | None, thread: str, message: str, stdin:
     return storing.result()
 
 
-async def stored(url: str, token: str | None, thread: str, message: str, stdin: BinaryIO) -> int:
+async def store(url: str, token: str | None, thread: str, message: str, stdin: BinaryIO) -> int:
     from . import Client, ClientError
 
     try:
@@ -99,29 +95,29 @@ async def stored(url: str, token: str | None, thread: str, message: str, stdin: 
         complain(*getattr(error, "__notes__", ()))
         raise
     except (ClientError, OSError, ValueError) as error:
-        return failed(error)
+        return fail(error)
     return 0
 
 
 async def text_of(stdin: BinaryIO) -> AsyncIterator[str]:
-    """Text as it comes. Raises UnicodeDecodeError where it is not UTF-8, or ends in the middle of a character."""
+    """Yield text as it arrives. Raise UnicodeDecodeError if it is not UTF-8, or ends within a character."""
     decode = codecs.getincrementaldecoder("utf-8")().decode
     while True:
-        await readable(stdin.fileno())
-        # Not by way of the file object: that could wait for more than is there, and holds a lock at exit.
-        piece = os.read(stdin.fileno(), PIECE)
+        await wait_until_readable(stdin.fileno())
+        # The file object could wait for more bytes than there are, and it holds a lock at exit.
+        piece = os.read(stdin.fileno(), MAX_READ)
         if text := decode(piece, final=not piece):
             yield text
         if not piece:
             return
 
 
-async def readable(file: int) -> None:
+async def wait_until_readable(file: int) -> None:
     loop, ready = asyncio.get_running_loop(), asyncio.Event()
     try:
         loop.add_reader(file, ready.set)
     except PermissionError:
-        return  # epoll takes no regular files, which never make anyone wait
+        return  # epoll does not take a regular file, which is always readable
     try:
         await ready.wait()
     finally:
@@ -137,10 +133,10 @@ async def tail(
     wait: bool = False,
     stdout: BinaryIO | None = None,
 ) -> int:
-    """Write content as it comes, to standard output if to nothing else.
+    """Write content as it arrives, to standard output by default. Return the exit status.
 
-    The exit status is 0 where the last message to end was completed (or nothing came, as all was
-    read before), else 1 with one line on standard error.
+    It is 0 if the last message that ended was completed, or if nothing came after the cursor.
+    Otherwise it is 1, and one line on standard error says why.
     """
     from . import Client, ClientError
 
@@ -149,18 +145,18 @@ async def tail(
     try:
         async with Client(url, token) as client, aclosing(client.read(thread, message, after, wait=wait)) as items:
             async for item in items:
-                status = shown(item, output, status)
+                status = show(item, output, status)
     except BrokenPipeError:
-        # Whoever read it has gone, and what is buffered cannot be written at exit either.
+        # The reader of the pipe has gone. Without this, Python would flush into the pipe again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
         return 128 + signal.SIGPIPE
     except (ClientError, OSError, ValueError) as error:
-        return failed(error)
+        return fail(error)
     return status
 
 
-def shown(item: Item, output: BinaryIO, status: int) -> int:
-    """Show an item; the exit status if it is the last."""
+def show(item: Item, output: BinaryIO, status: int) -> int:
+    """Write an item. Return the exit status if it is the last one."""
     from . import MessageEnd, StoredChunk
 
     match item:
@@ -173,11 +169,11 @@ def shown(item: Item, output: BinaryIO, status: int) -> int:
             return 1
         case MessageEnd():
             return 0
-    complain("The thread was made again; all of it follows.")
+    complain("The thread was created again; all of it follows.")
     return 0
 
 
-def failed(error: BaseException) -> int:
+def fail(error: BaseException) -> int:
     complain(str(error), *getattr(error, "__notes__", ()))
     return 1
 

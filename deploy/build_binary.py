@@ -41,10 +41,9 @@ EXCLUDED = (
 HIDDEN = (
     *(
         ".".join(["resume_stream", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__")
-        for path in sorted((ROOT / "extras").rglob("*.py"))
+        for folder in ("extras", "client")
+        for path in sorted((ROOT / folder).rglob("*.py"))
     ),
-    "resume_stream.client.connection",
-    "resume_stream.client.command_line",
     *("uvicorn.loops.uvloop", "uvicorn.protocols.http.httptools_impl", "uvicorn.lifespan.off"),
     *("uvicorn.protocols.websockets.websockets_impl", "uvicorn.protocols.websockets.websockets_sansio_impl"),
     "swagger_ui",

@@ -94,7 +94,8 @@ class GuardedStore(SQLiteStore):
 
     def prepare(self, was_killed: bool, db: sqlite3.Connection) -> None:
         super().prepare(was_killed, db)
-        self._inodes = os.stat(self.path).st_ino, os.stat(self.wal).st_ino
+        self._names = str(self.path), str(self.wal)  # as strings, which os.stat() takes faster
+        self._inodes = [os.stat(name).st_ino for name in self._names]
 
     def stop(self) -> None:
         for database in self.readers[1:]:
@@ -103,8 +104,8 @@ class GuardedStore(SQLiteStore):
     def wal_size(self) -> int:
         """Raise Unavailable if somebody deleted or replaced a file: SQLite would go on writing to the old one."""
         with contextlib.suppress(FileNotFoundError):
-            wal = os.stat(self.wal)
-            if (os.stat(self.path).st_ino, wal.st_ino) == self._inodes:
+            file, wal = map(os.stat, self._names)
+            if [file.st_ino, wal.st_ino] == self._inodes:
                 return wal.st_size
         raise Unavailable(f"{self.path.name} or its WAL was deleted or replaced; restart the service.")
 

@@ -15,7 +15,18 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from ..app import Append, Change, Problem, Row, Settings, SQLiteStore, Transaction, Write, database_problem
+from ..app import (
+    BUSY_TIMEOUT,
+    Append,
+    Change,
+    Problem,
+    Row,
+    Settings,
+    SQLiteStore,
+    Transaction,
+    Write,
+    database_problem,
+)
 
 T = TypeVar("T")
 
@@ -24,16 +35,18 @@ QUICK = 0.001  # seconds; after a slower commit
 PAUSE = 20  # times as long the loop commits nothing: it waits for the disk a twentieth of its time at most
 IN_A_ROW = 128  # small commits, of which the other thread makes the last one, with a checkpoint if need be
 HOT_THREADS = 1_024
+CHECKPOINT_PAGES = 1_000  # pages of the WAL after which SQLite makes a checkpoint, which is its default
 
 
 class HotThread:
     """A thread that producers append to, with its messages, each as it was after its own last append."""
 
-    __slots__ = ("last_seq", "messages")
+    __slots__ = ("last_seq", "messages", "minutes")
 
     def __init__(self) -> None:
         self.last_seq = 0
         self.messages: dict[str, Row] = {}
+        self.minutes: dict[int | None, int] = {}  # the minute in which each message was touched last
 
 
 class HotTransaction(Transaction):
@@ -43,6 +56,7 @@ class HotTransaction(Transaction):
         super().__init__(db, max_message)
         self._hot = hot
         self._messages: dict[int | None, Row] = {}
+        self._touched: list[Row] = []
         self._chunks: list[tuple[Any, ...]] = []
 
     def outcome(self, write: Write) -> Change | Problem:
@@ -69,13 +83,18 @@ class HotTransaction(Transaction):
         return row if row.last_seq == thread.last_seq else msgspec.structs.replace(row, last_seq=thread.last_seq)
 
     def _gather(self, append: Append, found: Row) -> Change:
-        self.check_size(found, append.chunks, sum(append.sizes))
-        grown, chunks = self.grown(found, append.chunks, sum(append.sizes))
+        size = sum(append.sizes)
+        self.check_size(found, append.chunks, size)
+        grown, chunks = self.grown(found, append.chunks, size)
+        minutes = self._hot[append.thread_id].minutes
+        if minutes.get(found.message) != self.minute:
+            minutes[found.message] = self.minute
+            self._touched.append(grown)
         self._chunks += chunks
         self._messages.pop(grown.message, None)  # the newest last, as it has the thread's last place
         self._messages[grown.message] = grown
         self._remember(append, grown)
-        return Change(append.thread_id, append.message_id, grown, self.now, append.chunks, sum(append.sizes))
+        return Change(append.thread_id, append.message_id, grown, self.now, append.chunks, size)
 
     def _remember(self, append: Append, row: Row) -> None:
         thread = self._hot.setdefault(append.thread_id, HotThread())
@@ -88,7 +107,8 @@ class HotTransaction(Transaction):
     def flush(self) -> None:
         if self._messages:
             self.save(list(self._messages.values()), self._chunks)
-            self._messages, self._chunks = {}, []
+            self.touch(self._touched)
+            self._messages, self._chunks, self._touched = {}, [], []
 
 
 class HotStore(SQLiteStore):
@@ -96,6 +116,7 @@ class HotStore(SQLiteStore):
         super().__init__(settings)
         self._hot: dict[str, HotThread] = {}  # as of the last commit
         self._hot_version: int | None = None  # the data version (PRAGMA data_version) of that commit
+        self._hurries = False
         self._in_use = threading.Lock()  # held by the thread that uses the writing connection
         self._small_commits = 0
         self._not_before = 0.0  # the time (time.perf_counter) of the next commit in the loop
@@ -128,6 +149,7 @@ class HotStore(SQLiteStore):
         if is_slow or self.wal_size() > self.wal_limit or not self._in_use.acquire(blocking=False):
             return None
         try:
+            self._hurry(self.writer._conn, True)
             return self.in_transaction(work, self.writer._conn)
         except (sqlite3.Error, UnicodeDecodeError) as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL):
@@ -138,12 +160,20 @@ class HotStore(SQLiteStore):
             if (took := time.perf_counter() - began) > QUICK:
                 self._not_before = began + PAUSE * took
 
-    async def on_writer(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    async def maintain(self, work: Callable[[sqlite3.Connection], T]) -> T:
         def alone(db: sqlite3.Connection) -> T:
             with self._in_use:
+                self._hurry(db, False)
                 return work(db)
 
-        return await super().on_writer(alone)
+        return await super().maintain(alone)
+
+    def _hurry(self, db: sqlite3.Connection, hurries: bool) -> None:
+        """Let the loop wait for no lock and make no checkpoint, and the other thread do both."""
+        if hurries != self._hurries:
+            db.execute(f"pragma busy_timeout = {0 if hurries else BUSY_TIMEOUT * 1000:.0f}")
+            db.execute(f"pragma wal_autocheckpoint = {0 if hurries else CHECKPOINT_PAGES}")
+            self._hurries = hurries
 
 
 KEEPER = HotStore

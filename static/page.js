@@ -1,4 +1,4 @@
-/** The page: what is in the buffer, and what is happening to it. It is the client module's first user. */
+/** The page: it shows the threads of the service, live. It uses the JavaScript client. */
 
 import { offerDemo } from "./page/demo.js";
 import { copyButton, find, preferences, show } from "./page/dom.js";
@@ -9,7 +9,7 @@ import { closePublish, offerPublish, openPublish } from "./page/publish.js";
 import { curlOf, report, showNotice, urlOf } from "./page/service.js";
 import * as threads from "./page/thread.js";
 
-// What the address names: #/thread or #/thread?events
+// The address: #/thread or #/thread?events
 
 function openFromAddress() {
   const [, id, events] = /^#?\/?([^?]*)(\?events)?/.exec(location.hash) ?? [];
@@ -34,19 +34,19 @@ function openFromAddress() {
     document.documentElement.scrollTop = listTop;
     list.focusRow(left);
   } else if (isNarrow() || document.activeElement?.matches("#search, #threads a:focus-visible")) {
-    find("thread-name").focus({ preventScroll: true }); // so that the arrows scroll it now
+    find("thread-name").focus({ preventScroll: true }); // so that the arrow keys scroll the thread
   }
   lookNow();
 }
 
-let listTop = 0; // where the list was scrolled to, where a thread takes its place
+let listTop = 0; // the list's scroll position, for the way back on a narrow screen
 const isNarrow = () => getComputedStyle(find("overview")).display === "none";
 
 // The keyboard
 
 const isTyping = () => document.activeElement?.matches("input:not([type=checkbox]), textarea, select") ?? false;
 
-/** Whether the arrows are for the list: it has the focus, or nothing has and no thread is there to scroll. */
+/** True if the arrow keys move in the list: it has the focus, or nothing has and no thread is open. */
 function isInList() {
   const focused = document.activeElement;
   return focused?.matches("#search, #threads a") || (focused === document.body && !threads.thread);
@@ -71,7 +71,7 @@ function escape() {
   else if (document.activeElement instanceof HTMLElement) document.activeElement.blur();
 }
 
-/** At once, so that no key that follows is lost. */
+/** Focus the search. It does not wait for `hashchange`, so that no key after it is lost. */
 function findThread() {
   if (isNarrow()) {
     history.pushState(null, "", "#");
@@ -82,11 +82,11 @@ function findThread() {
   search.select();
 }
 
-// What is unfolded
+// Activity and demo
 
 const folder = find("activity", HTMLDetailsElement);
 
-/** Unfolded while there is nothing else, unless somebody has said otherwise. */
+/** Open it while there are no threads, unless the user chose otherwise. */
 function fold() {
   const chosen = preferences.get("activity");
   if (document.body.classList.contains("known")) folder.open = chosen ?? document.body.classList.contains("first-run");
@@ -96,7 +96,7 @@ find("activity-summary").addEventListener("click", () => preferences.set("activi
 folder.addEventListener("toggle", () => lookNow());
 document.addEventListener("listed", fold);
 
-// How to begin
+// Examples
 
 function showExamples() {
   const hello = ["threads", "hello"];

@@ -5,7 +5,7 @@
  *
  *     import { resumeStream, store } from "/static/resume-stream.js";
  *
- *     await store({ threadId: "t1", messageId: "run-1", source: tokens }); // of an agent, as they come
+ *     await store({ threadId: "t1", messageId: "run-1", source: tokens }); // an agent's tokens, as they arrive
  *
  *     let text = sessionStorage.getItem("text") ?? "";
  *     for await (const item of resumeStream({ threadId: "t1", messageId: "run-1", knownContent: text })) {
@@ -24,17 +24,16 @@
 /** @typedef {import("./resume-stream.js").ServiceOptions} ServiceOptions */
 /** @typedef {import("./resume-stream.js").ReadOptions} ReadOptions */
 /** @typedef {import("./resume-stream.js").ConnectionEvent} ConnectionEvent */
-/** @typedef {Record<string, any> & {type: string}} Frame  what the service sends, over SSE or WebSocket */
+/** @typedef {Record<string, any> & {type: string}} Frame  one event of the service, over SSE or WebSocket */
 
 const MAX_DELAY = 30_000; // ms, the longest wait before a reconnect
-const STALL_TIMEOUT = 45_000; // ms without a byte, three heartbeats, after which a connection counts as dead
-const QUIET = 20_000; // ms without a byte after which a tab that wakes up does not trust its connection
-const MAX_QUEUE = 1000; // items that wait for a slow consumer of a WebSocket before its subscription pauses
-const MAX_POLL = 2000; // ms, the longest wait before it is asked again whether a message is made
-const MAX_BATCH = 1024 ** 2; // bytes of text in one append: as JSON, at its worst, under the service's max_body
-const IDLE = 300; // ms for which a source has to be quiet before its message is watched
-const DAY = 86_400_000; // ms, the longest idle timeout that the service takes
-const LAST_WORD = 5000; // ms for which a producer that gives up tries to say so
+const STALL_TIMEOUT = 45_000; // ms without a byte (three heartbeats) after which a connection counts as dead
+const QUIET = 20_000; // ms without a byte after which a tab that wakes up replaces its connection
+const MAX_QUEUE = 1000; // items that may wait for a slow consumer before its WebSocket subscription pauses
+const MAX_BATCH = 1024 ** 2; // bytes of text in one append: even the longest JSON for it is below the service's max_body
+const WATCH_AFTER = 300; // ms without a chunk from the source, after which the producer watches its message
+const DAY = 86_400_000; // ms, the longest idle timeout that the service accepts
+const ABORT_TIMEOUT = 5000; // ms for an attempt to abort a message that cannot be stored further
 const UTF8 = new TextEncoder();
 const SIGNALS = new Set(["complete", "timeout", "reset", "gone", "error"]);
 
@@ -42,7 +41,7 @@ const SIGNALS = new Set(["complete", "timeout", "reset", "gone", "error"]);
 // Errors
 // -------------------------------------------------------------------------------------------------
 
-/** What the service refused (`status` is HTTP's), or a connection that failed (`status` is 0). */
+/** A refusal by the service (`status` is the HTTP status), or a failed connection (`status` is 0). */
 export class ResumeStreamError extends Error {
   /**
    * @param {{status?: number, title?: string, detail?: string, [member: string]: any}} problem  RFC 9457
@@ -90,7 +89,7 @@ function checkId(name, what) {
 // Requests
 // -------------------------------------------------------------------------------------------------
 
-/** The service at `baseUrl`, and how to talk to it. */
+/** The service at `baseUrl`, with the token and the `fetch` for it. */
 class Service {
   /** @param {ServiceOptions} options */
   constructor({ baseUrl = globalThis.location?.origin, token, fetch = globalThis.fetch }) {
@@ -101,15 +100,15 @@ class Service {
     );
     this.base = new URL(String(baseUrl).replace(/\/*$/, "/"), globalThis.document?.baseURI);
     check(/^https?:$/.test(this.base.protocol), `baseUrl has to be http or https, not ${this.base.protocol}`);
-    this.renewable = typeof token === "function";
+    this.canRenewToken = typeof token === "function";
     this.token = token;
     this.fetchWith = fetch;
   }
 
-  /** @returns {Promise<string>} the token, or "" */
+  /** @returns {Promise<string>} the token, or "" if there is none */
   async currentToken() {
     const token = (typeof this.token === "function" ? await this.token() : this.token) ?? "";
-    check(typeof token === "string" && /^[\x21-\x7e]*$/.test(token), "token has characters that no token has.");
+    check(typeof token === "string" && /^[\x21-\x7e]*$/.test(token), "token has a character that no token can have.");
     return token;
   }
 
@@ -136,7 +135,7 @@ class Service {
     if (token) headers.Authorization = `Bearer ${token}`;
     signal?.throwIfAborted();
     const sent = body === undefined ? undefined : JSON.stringify(body);
-    const { fetchWith } = this; // `fetch` must not be called as a method
+    const { fetchWith } = this; // browsers refuse `fetch` as a method of another object
     try {
       return await fetchWith(url, { method, headers, body: sent, signal, cache: "no-store" });
     } catch (error) {
@@ -149,7 +148,7 @@ class Service {
    * @param {string} method
    * @param {URL} url
    * @param {{body?: any, signal?: AbortSignal}} [options]
-   * @returns {Promise<any>} the JSON of the answer; undefined for 204
+   * @returns {Promise<any>} the JSON of the answer; undefined for a 204
    */
   async call(method, url, options) {
     return (await this.ask(method, url, options)).body;
@@ -170,7 +169,7 @@ class Service {
       return { status, body: await response.json() };
     } catch (error) {
       options?.signal?.throwIfAborted();
-      throw connectionLost(error, "The connection was lost in the middle of the answer.");
+      throw connectionLost(error, "The connection was lost during the answer.");
     }
   }
 }
@@ -238,7 +237,7 @@ function checkChunks(chunks) {
   check(Array.isArray(chunks) && chunks.every(isChunk), 'chunks has to be an array of {content: "text", event?}.');
 }
 
-/** @param {any} value  what stands for a 404 */
+/** Make a handler for rejections that turns a 404 into `value`. @param {any} value */
 function unlessMissing(value) {
   return (/** @type {unknown} */ error) => {
     if (error instanceof ResumeStreamError && error.status === 404) return value;
@@ -250,7 +249,7 @@ function unlessMissing(value) {
 // Waiting
 // -------------------------------------------------------------------------------------------------
 
-/** Exponential backoff with full jitter, from the delay that the service asks for. */
+/** Exponential backoff with full jitter, on top of the delay that the service asks for. */
 class Backoff {
   /** @param {((event: ConnectionEvent) => void) | undefined} onConnection */
   constructor(onConnection) {
@@ -265,15 +264,9 @@ class Backoff {
     this.onConnection?.({ connected: true });
   }
 
-  /** Begin from the shortest delay again. */
+  /** Begin with the shortest delay again. */
   reset() {
     this.attempt = 0;
-  }
-
-  /** For what is not there yet: no connection is lost. @param {AbortSignal | undefined} signal */
-  async poll(signal) {
-    const longest = Math.min(MAX_POLL, (this.base / 4) * 2 ** this.attempt++);
-    await sleep((longest * (1 + Math.random())) / 2, signal, true);
   }
 
   /** @param {AbortSignal | undefined} signal  @param {ResumeStreamError} [error] */
@@ -289,7 +282,7 @@ class Backoff {
 /**
  * @param {number} delay
  * @param {AbortSignal | undefined} signal
- * @param {boolean} wakeable  whether the network or the tab coming back ends it
+ * @param {boolean} wakeable  whether it ends early when the network or the tab comes back
  * @returns {Promise<void>}
  */
 function sleep(delay, signal, wakeable) {
@@ -309,10 +302,10 @@ function sleep(delay, signal, wakeable) {
 }
 
 /**
- * Call back when the network is there again, and when a tab is looked at again (a laptop was opened).
+ * Call back when the network comes back, and when the tab becomes visible again (like a reopened laptop).
  *
  * @param {(networkChanged: boolean) => void} callback
- * @returns {() => void} stops it
+ * @returns {() => void} removes the listeners
  */
 function onWake(callback) {
   const { document } = globalThis;
@@ -337,14 +330,14 @@ function checkReading({ threadId, messageId, knownContent, after, follow, wait, 
   check(knownContent === undefined || typeof knownContent === "string", "knownContent has to be a string.");
   check(knownContent === undefined || messageId !== undefined, "knownContent is the text of one message: give messageId.");
   check(knownContent === undefined || after === undefined, "Give knownContent or after, not both.");
-  check(after === undefined || /^(\d+-)?\d+$/.test(String(after)), `after=${after} is not a cursor that an item gave.`);
+  check(after === undefined || /^(\d+-)?\d+$/.test(String(after)), `after=${after} is not the cursor of an item.`);
   check(!follow || messageId === undefined, "follow waits for the next message of a thread: leave messageId out.");
-  check(!wait || messageId !== undefined, "wait is for a message not made yet: give messageId, or follow in its place.");
+  check(!wait || messageId !== undefined, "wait is for one message: give messageId, or use follow for a thread.");
   check(idleTimeout === undefined || idleTimeout >= 0, "idleTimeout is a number of milliseconds, from 0.");
   check(signal === undefined || signal instanceof AbortSignal, "signal has to be an AbortSignal.");
 }
 
-/** Where a reader is, and the one place that decides what it is given: nothing twice, nothing late. */
+/** A reader's place in a thread or message. It decides which items the reader gets: each once, and in order. */
 class Place {
   /** @type {string | null} */ cursor = null;
   /** @type {string | undefined} */ generation = undefined;
@@ -357,7 +350,7 @@ class Place {
     this.follow = follow;
     this.idleTimeout = idleTimeout;
     this.wait = wait;
-    this.known = wait ? knownContent || undefined : knownContent; // with no text there is nothing to match
+    this.known = wait ? knownContent || undefined : knownContent; // only a request without text can wait
     this.move(after === undefined ? null : String(after));
     this.hasPast = after !== undefined || Boolean(knownContent);
     this.ended = false;
@@ -371,32 +364,18 @@ class Place {
     this.generation = parts.length > 1 ? parts[0] : undefined;
   }
 
-  /** Whether it is for a message not made yet. */
-  get waits() {
-    return this.wait && !this.hasPast;
-  }
-
-  /**
-   * Whether it is asked for again. The 404 of a wrong address does not say `exists`.
-   *
-   * @param {ResumeStreamError} error
-   */
-  waitsFor({ status, problem }) {
-    return this.waits && status === 404 && problem.exists === false;
-  }
-
-  /** What to ask the service for, by the names it uses. */
+  /** The query for the rest, with the service's own names. */
   query() {
     return {
       after: this.cursor ?? undefined,
       known_content: this.cursor === null ? this.known : undefined,
-      follow: this.follow || this.waits || undefined,
+      follow: this.follow || (this.wait && !this.hasPast) || undefined,
       idle_timeout: this.idleTimeout === undefined ? undefined : `${Math.round(this.idleTimeout)}ms`,
     };
   }
 
   /**
-   * The items that a frame stands for: mostly one, none for what the reader has already.
+   * Return the items for a frame: usually one, none if the reader has it already. Throw what an error frame reports.
    *
    * @param {Frame} frame
    * @returns {StreamItem[]}
@@ -420,7 +399,7 @@ class Place {
         if (frame.status === 404) return this.missing(new ResumeStreamError(frame));
         throw new ResumeStreamError(frame, { retryAfter: (Number(frame.retryAfter) || 0) * 1000 });
       default:
-        return []; // a newer service may have more to say
+        return []; // only a newer service sends others
     }
   }
 
@@ -450,20 +429,22 @@ class Place {
     return { type: "reset" };
   }
 
-  /** @param {ResumeStreamError} [error]  @returns {StreamItem[]} */
+  /**
+   * End with a `gone`, or throw a 404 if the reader never had anything.
+   *
+   * @param {ResumeStreamError} [error]
+   * @returns {StreamItem[]}
+   */
   missing(error) {
     const detail = `There is no message '${this.messageId}' in a thread '${this.threadId}'.`;
-    if (!this.hasPast) {
-      const missing = error ?? new ResumeStreamError({ status: 404, title: "Not found", detail, exists: false });
-      throw new ResumeStreamError(missing.problem, { retryable: this.waitsFor(missing) });
-    }
+    if (!this.hasPast) throw error ?? new ResumeStreamError({ status: 404, title: "Not found", detail, exists: false });
     this.ended = true;
     return [{ type: "gone" }];
   }
 }
 
 /**
- * An async iterable whose iterators stop at once on `return()` and on `signal`, waiting or not.
+ * Make an async iterable whose iterators stop at once on `return()` and on `signal`, even while they wait.
  *
  * @param {AbortSignal | undefined} outer
  * @param {(signal: AbortSignal) => AsyncGenerator<StreamItem, void>} begin
@@ -483,7 +464,7 @@ function iterable(outer, begin) {
         async next() {
           try {
             const result = await generator.next();
-            if (!result.done) outer?.throwIfAborted(); // nothing comes after an abort
+            if (!result.done) outer?.throwIfAborted(); // no item comes after an abort
             if (result.done) over();
             return result;
           } catch (error) {
@@ -524,7 +505,7 @@ export function resumeStream(options) {
 async function* readOverFetch(service, options, signal) {
   const place = new Place(options);
   const backoff = new Backoff(options.onConnection);
-  let refused = false; // the last answer was a 401
+  let refused = false; // true if the last answer was a 401
   while (!place.ended) {
     let error, last;
     try {
@@ -541,21 +522,19 @@ async function* readOverFetch(service, options, signal) {
       signal.throwIfAborted();
       if (!(caught instanceof ResumeStreamError)) throw caught;
       error = caught;
-      const isAwaited = place.waitsFor(error);
-      if (error.status === 404 && !isAwaited) yield* place.missing(error);
-      else if (error.status === 401 && service.renewable && !refused) refused = true;
-      else if (!error.retryable && !isAwaited) throw error;
+      if (error.status === 404) yield* place.missing(error);
+      else if (error.status === 401 && service.canRenewToken && !refused) refused = true;
+      else if (!error.retryable) throw error;
     }
     if (place.ended) return;
-    // After the end of a message a thread's stream is over, mostly: ask at once, and be told by a 204.
+    // A thread's stream closes after the end of its last active message. Ask again at once: a 204 confirms that.
     if (last === "complete" && !error) continue;
-    if (error?.status === 404) await backoff.poll(signal);
-    else await backoff.wait(signal, error);
+    await backoff.wait(signal, error);
   }
 }
 
 /**
- * One connection. Ends when it does; sets `place.ended` where nothing more will ever come.
+ * Yield the frames of one connection until it ends. Set `place.ended` if nothing more will ever come.
  *
  * @param {Service} service
  * @param {Place} place
@@ -581,13 +560,13 @@ async function* sseFrames(service, place, backoff, outer) {
       return;
     }
     const reader = response.body.getReader();
-    const decoder = new TextDecoder(); // keeps the start of a split character, drops a byte order mark
+    const decoder = new TextDecoder(); // it keeps the start of a split character, and drops a byte order mark
     const parser = new EventParser();
     for (;;) {
       const { done, value } = await reader.read().catch((error) => {
         throw connectionLost(error, "The connection was lost.");
       });
-      if (done) return; // what is left in the parser was cut off, and comes again
+      if (done) return; // a frame that was cut off comes again
       lastByte = Date.now();
       for (const { event, data, id } of parser.push(decoder.decode(value, { stream: true }))) {
         const isSignal = SIGNALS.has(event);
@@ -621,13 +600,13 @@ async function openStream(service, place, signal) {
   if (!response.ok) throw await problemOf(response);
   const type = response.headers.get("Content-Type") ?? "";
   if (response.status !== 204 && !type.startsWith(accept)) {
-    const detail = `${response.url} answered with ${type || "no content type"}, not with ${accept}; check baseUrl.`;
+    const detail = `${response.url} answered with ${type || "no content type"} in place of ${accept}; check baseUrl.`;
     throw new ResumeStreamError({ status: response.status, title: "Not a stream", detail }, { retryable: false });
   }
   return response;
 }
 
-/** Server-sent events out of text that comes in pieces (HTML, 9.2.6). */
+/** Parses server-sent events from text that arrives in pieces (HTML, 9.2.6). */
 export class EventParser {
   /** @type {number | undefined} */ retry = undefined;
   #line = "";
@@ -699,7 +678,7 @@ function iteratorOf(source) {
 }
 
 /**
- * A stream's own iterator would not return while a piece is waited for, and Safari had none for long.
+ * A stream's own iterator does not return while `next()` waits, and older Safari has none.
  *
  * @param {ReadableStream<string | ChunkInput>} stream
  * @returns {AsyncIterator<string | ChunkInput>}
@@ -712,32 +691,32 @@ function iteratorOfStream(stream) {
   };
 }
 
-/** Whether a message has ended, or was taken by another producer, or is gone. @param {unknown} error */
+/** True if the message has ended, belongs to another producer, or is gone. @param {unknown} error */
 function isOver(error) {
   return error instanceof ResumeStreamError && [404, 409].includes(error.status);
 }
 
-/** Why a message is aborted: its readers learn the kind of error, and nothing else of it. @param {any} error */
+/** Return the reason of an abort: readers learn the kind of the error, and no more. @param {any} error */
 function reasonOf(error) {
   return String(error?.title || error?.name || "Error").slice(0, 200);
 }
 
 /**
- * One message on its way from its source into the service.
+ * Stores one message from one source.
  *
- * Two loops: one pulls from the source while there is room, the other appends what waits. What was not
- * acknowledged stays in `waiting`, so every retry, after whatever was lost, begins at `acknowledged`.
+ * It has two loops: `pull` takes chunks from the source while there is room, and `send` appends them. Chunks stay
+ * in `waiting` until they are acknowledged, so every retry begins at `acknowledged`.
  */
 class Producer {
   /** @type {{chunk: ChunkInput, size: number}[]} */ waiting = [];
   bytes = 0; // of text in `waiting`
-  acknowledged = 0; // chunks; the index of the first that waits
+  acknowledged = 0; // chunks, and so the index of the first one in `waiting`
   seq = 0; // of the last answer
   /** @type {"open" | "drained" | "failed"} */ state = "open"; // of the source
   /** @type {unknown} */ failure = undefined; // what the source threw
-  isOurs = false; // whether this producer, and nobody else, has written to the message
-  mayWatch = true;
-  refused = false; // the last answer was a 401
+  isOurs = false; // true once it is known that nobody else has written to the message
+  mayWatch = true; // false once the token turns out to be for writing only
+  refused = false; // true if the last answer was a 401
   stopping = new AbortController();
   /** @type {(() => void)[]} */ wakers = [];
 
@@ -766,9 +745,9 @@ class Producer {
       this.pull();
       return await this.send();
     } catch (error) {
-      const isCalledOff = this.signal?.aborted ?? false;
-      const reason = isCalledOff ? this.signal?.reason : error; // whatever the source made of the same signal
-      const failed = this.state === "failed" && !isCalledOff;
+      const isAborted = this.signal?.aborted ?? false;
+      const reason = isAborted ? this.signal?.reason : error; // the source may have thrown its own error for the signal
+      const failed = this.state === "failed" && !isAborted;
       this.stop(reason);
       throw await this.giveUp(reason, failed);
     } finally {
@@ -778,7 +757,7 @@ class Producer {
 
   // The source
 
-  /** Never rejects: what the source throws is for the one who sends. */
+  /** Pull until the source ends. Never rejects: `send` throws what the source threw. */
   async pull() {
     try {
       if (typeof this.source === "function") this.iterator = iteratorOf(this.source(this.stopping.signal));
@@ -799,7 +778,7 @@ class Producer {
     try {
       result = await this.iterator.next();
     } catch (error) {
-      this.iterator = undefined; // it is over, as it is for `for await`
+      this.iterator = undefined; // an iterator that threw has ended, as in `for await`
       throw error;
     }
     if (result.done) this.iterator = undefined;
@@ -826,19 +805,19 @@ class Producer {
   }
 
   /**
-   * Have the source return at once, even if a piece of it is being waited for.
+   * Make the source return at once, even while it waits.
    *
    * @param {unknown} reason
    */
   stop(reason) {
     this.stopping.abort(reason);
     this.wake();
-    // An error on its way out gives way to the one that is the reason, as it does in `for await`.
+    // As in `for await`, an error from `return()` does not replace the error that is the reason.
     const leave = async () => this.iterator?.return?.();
     leave().catch(() => {});
   }
 
-  /** Until either loop did something that the other may wait for. @returns {Promise<void>} */
+  /** Wait until one of the loops has changed something. @returns {Promise<void>} */
   change() {
     return new Promise((resolve) => this.wakers.push(resolve));
   }
@@ -852,7 +831,7 @@ class Producer {
   async open() {
     const { status, body } = await this.ask("PUT", this.url());
     if (body.status !== "active") {
-      const detail = `The message '${this.message.messageId}' was ${body.status} before; store into a new one.`;
+      const detail = `The message '${this.message.messageId}' has ended (${body.status}); store into a new one.`;
       const { status: messageStatus, chunkCount } = body;
       throw new ResumeStreamError({ status: 409, title: "Conflict", detail, messageStatus, chunkCount });
     }
@@ -864,7 +843,7 @@ class Producer {
   async send() {
     for (;;) {
       this.signal?.throwIfAborted();
-      if (this.waiting.length === 0 && this.state === "open") await this.quiet();
+      if (this.waiting.length === 0 && this.state === "open") await this.idle();
       if (this.waiting.length === 0 && this.state === "failed") throw this.failure;
       const batch = this.batch();
       const complete = this.state === "drained" && batch.length === this.waiting.length;
@@ -873,7 +852,7 @@ class Producer {
     }
   }
 
-  /** What goes into one append: all that waits, within bounds, or nothing, as a sign of life. */
+  /** Return the chunks for one append: all that wait, up to MAX_BATCH. None make a sign of life. */
   batch() {
     let bytes = 0;
     const end = this.waiting.findIndex(({ size }, place) => (bytes += size) > MAX_BATCH && place > 0);
@@ -894,13 +873,13 @@ class Producer {
     return body;
   }
 
-  /** Until there is something to send, or reason to ask whether the message is still active. */
-  async quiet() {
+  /** Wait for the source. Return early if it is time to ask whether the message is still active. */
+  async idle() {
     const pause = new AbortController();
     const { signal } = pause;
     this.change().then(() => pause.abort());
     try {
-      await sleep(this.mayWatch ? IDLE : 2 * IDLE, signal, false);
+      await sleep(this.mayWatch ? WATCH_AFTER : 2 * WATCH_AFTER, signal, false);
       if (this.mayWatch) await this.watch(signal);
     } catch (error) {
       if (!signal.aborted) throw error;
@@ -908,8 +887,8 @@ class Producer {
   }
 
   /**
-   * Until the message may have ended, the connection has, or `keepAlive` is over. The append that follows
-   * is told what it was, and is the sign of life.
+   * Follow the message until it may have ended, the connection is lost, or `keepAlive` ms have passed. The append
+   * after that learns which, and is a sign of life.
    *
    * @param {AbortSignal} signal
    */
@@ -921,12 +900,12 @@ class Producer {
       }
     } catch (error) {
       if (!(error instanceof ResumeStreamError)) throw error;
-      this.mayWatch = error.status !== 403; // a token that may only write learns of an end from its signs of life
+      this.mayWatch = error.status !== 403; // without `read`, the empty appends tell of an end
     }
   }
 
   /**
-   * Ask until there is an answer.
+   * Send a request until it is answered.
    *
    * @param {string} method
    * @param {URL} url
@@ -944,7 +923,7 @@ class Producer {
       } catch (error) {
         this.signal?.throwIfAborted();
         if (!(error instanceof ResumeStreamError)) throw error;
-        if (error.status === 401 && this.service.renewable && !this.refused) this.refused = true;
+        if (error.status === 401 && this.service.canRenewToken && !this.refused) this.refused = true;
         else if (!error.retryable) throw this.explained(error);
         else await this.backoff.wait(this.signal, error);
       }
@@ -981,11 +960,11 @@ class Producer {
   }
 
   /**
-   * Abort the message, if it is this producer's and still active.
+   * Abort the message, if it is this producer's and still active. Return the error to throw.
    *
-   * @param {unknown} error  why no more is stored
-   * @param {boolean} failed  whether the source has
-   * @returns {Promise<unknown>}  what to throw
+   * @param {unknown} error  why storing stops
+   * @param {boolean} failed  whether the source failed
+   * @returns {Promise<unknown>}
    */
   async giveUp(error, failed) {
     const ownFailure = failed && error === this.failure;
@@ -994,9 +973,9 @@ class Producer {
       const body = { reason: reasonOf(errors[0]) };
       try {
         if (ownFailure) await this.ask("POST", this.url("abort"), body);
-        else await this.askOnce("POST", this.url("abort"), body, LAST_WORD);
+        else await this.askOnce("POST", this.url("abort"), body, ABORT_TIMEOUT);
       } catch (refusal) {
-        // Otherwise the caller has a reason already, and the service's producer_timeout the last word.
+        // In other cases the caller has an error already, and the service's producer_timeout aborts the message.
         if (ownFailure && !isOver(refusal)) errors.push(refusal);
       }
     }
@@ -1021,21 +1000,21 @@ export function connect(options = {}) {
 }
 
 /**
- * One reader on the socket.
+ * A reader on the socket.
  * @typedef {object} Subscription
  * @property {Place} place
- * @property {number} id  on this connection; 0 while there is none
- * @property {boolean} heard  whether anything came since it was subscribed
- * @property {number} silent  how often in a row it was over on this connection without a word
- * @property {StreamItem[]} queue  for the consumer
- * @property {"none" | "again" | "paused"} next  what is to be done once the queue is empty
- * @property {ResumeStreamError} [problem]  why it has to subscribe again
- * @property {unknown} [error]  for the consumer, after the queue
+ * @property {number} id  of the subscription on this connection; 0 if there is none
+ * @property {boolean} heard  whether a frame came since it subscribed
+ * @property {number} silent  how many subscriptions in a row ended without a frame on this connection
+ * @property {StreamItem[]} queue  of items for the consumer
+ * @property {boolean} resubscribes  whether to subscribe again once the queue is empty
+ * @property {ResumeStreamError} [problem]  why it subscribes again, after a delay
+ * @property {unknown} [error]  to throw once the queue is empty
  * @property {() => void} wake
  */
 
 /**
- * A call that waits for its answer.
+ * An append or abort that waits for its answer.
  * @typedef {object} Call
  * @property {number} id
  * @property {Record<string, unknown>} frame
@@ -1045,7 +1024,7 @@ export function connect(options = {}) {
  * @property {(error: unknown) => void} reject
  */
 
-/** Many threads over one connection, which is made again as often as need be. */
+/** Reads and writes many threads over one WebSocket, and reconnects. */
 class Socket {
   #service;
   #backoff;
@@ -1055,7 +1034,7 @@ class Socket {
   /** @type {WebSocket | null} */ #socket = null;
   #closing = new AbortController();
   #running = false;
-  #refused = false; // the last token was
+  #refused = false; // true if the service refused the last token
 
   /** @param {ServiceOptions & {onConnection?: (event: ConnectionEvent) => void}} options */
   constructor(options) {
@@ -1120,7 +1099,7 @@ class Socket {
       heard: false,
       silent: 0,
       queue: [],
-      next: "none",
+      resubscribes: false,
       wake: () => {},
     };
     const wake = () => subscription.wake();
@@ -1137,18 +1116,17 @@ class Socket {
         signal.throwIfAborted();
         if (subscription.error !== undefined) throw subscription.error;
         if (subscription.place.ended) return;
-        if (subscription.next !== "none") {
+        if (subscription.resubscribes) {
           const { problem } = subscription;
-          subscription.next = "none";
+          subscription.resubscribes = false;
           subscription.problem = undefined;
-          if (problem?.status === 404) await backoff.poll(signal);
-          else if (problem) await backoff.wait(signal, problem);
+          if (problem) await backoff.wait(signal, problem);
           this.#subscribe(subscription);
         }
         await new Promise((resolve) => {
           subscription.wake = () => resolve(undefined);
-          const { queue, error, next, place } = subscription;
-          if (queue.length > 0 || error !== undefined || next !== "none" || place.ended || signal.aborted) resolve(undefined);
+          const { queue, error, resubscribes, place } = subscription;
+          if (queue.length > 0 || error !== undefined || resubscribes || place.ended || signal.aborted) resolve(undefined);
         });
       }
     } finally {
@@ -1173,17 +1151,17 @@ class Socket {
     if (this.#socket?.readyState === WebSocket.OPEN && subscription.id !== 0) {
       this.#socket.send(JSON.stringify({ type: "unsubscribe", id: subscription.id }));
     }
-    subscription.id = 0; // what still comes for it is not listened to
+    subscription.id = 0; // frames that still arrive for it are ignored
   }
 
-  /** Whether a refused token is worth another connection, with a new token. */
+  /** True once after each refused token, if a function can give a new one. */
   #mayRenew() {
-    const may = this.#service.renewable && !this.#refused;
+    const may = this.#service.canRenewToken && !this.#refused;
     this.#refused = true;
     return may;
   }
 
-  /** Keep a connection while there is use for one. */
+  /** Keep a connection while a subscription or call needs one. */
   async #run() {
     if (this.#running) return;
     this.#running = true;
@@ -1193,7 +1171,7 @@ class Socket {
         if (this.#closing.signal.aborted) return;
         let error = connectionLost(undefined, opened ? "The connection was lost." : undefined);
         if (!opened) {
-          // A browser does not say why a WebSocket was refused, so ask in a way that is answered.
+          // A browser does not say why a WebSocket was refused. A plain request does.
           const answer = await this.#service.fetch("GET", this.#service.url(["threads"], { limit: 1 })).catch(() => null);
           if (answer?.status === 401) {
             error = await problemOf(answer);
@@ -1209,7 +1187,7 @@ class Socket {
     }
   }
 
-  /** One connection, until it closes. @returns {Promise<boolean>} whether it was open */
+  /** Connect, and wait until the connection closes. @returns {Promise<boolean>} whether it was open */
   async #connection() {
     const url = this.#service.url(["ws"]);
     url.protocol = url.protocol.replace("http", "ws");
@@ -1229,7 +1207,7 @@ class Socket {
       opened = true;
       this.#backoff.connected();
       for (const subscription of this.#subscriptions) {
-        if (subscription.next === "none" && !subscription.place.ended) this.#subscribe(subscription);
+        if (!subscription.resubscribes && !subscription.place.ended) this.#subscribe(subscription);
       }
       for (const call of this.#calls.values()) this.#send(call);
     };
@@ -1253,7 +1231,7 @@ class Socket {
     for (const call of this.#calls.values()) {
       if (!call.sent || call.repeatable) continue;
       this.#calls.delete(call.id);
-      const detail = "The connection was lost, so it is not known whether the chunks are stored; with index it can be retried.";
+      const detail = "The connection was lost, so the chunks may or may not be stored; give index to make a retry safe.";
       call.reject(connectionLost(undefined, detail));
     }
     return opened;
@@ -1280,8 +1258,8 @@ class Socket {
     if (frame.type === "unsubscribed") {
       subscription.id = 0;
       subscription.silent = subscription.heard ? 0 : subscription.silent + 1;
-      if (subscription.silent > 1) place.ended = true; // asked twice, and there is nothing more
-      else subscription.next = "again";
+      if (subscription.silent > 1) place.ended = true; // the service had nothing for two subscriptions
+      else subscription.resubscribes = true;
     } else {
       subscription.heard = true;
       try {
@@ -1295,7 +1273,7 @@ class Socket {
       }
       if (queue.length > MAX_QUEUE && !place.ended) {
         this.#unsubscribe(subscription);
-        subscription.next = "paused";
+        subscription.resubscribes = true;
       }
     }
     subscription.wake();

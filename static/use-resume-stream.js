@@ -1,6 +1,6 @@
 // @ts-check
 /**
- * The React hook of resume-stream: a message as it comes.
+ * The React hook of resume-stream: a message as it is written.
  *
  *     import { useResumeStream } from "resume-stream/react";
  *
@@ -30,7 +30,7 @@ export function useResumeStream(options) {
   const message = threadId && messageId ? JSON.stringify([baseUrl, threadId, messageId]) : null;
   const [read, setRead] = useState({ message, state: WAITING });
 
-  // What may be another object at every render does not begin another reading: it is used when it is needed.
+  // Options like token and fetch may be new objects at every render. They must not start the reading again.
   const latest = useRef(options);
   useEffect(() => {
     latest.current = options;

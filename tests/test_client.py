@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-import resume_stream.client
+import resume_stream.client.client
 from conftest import TIMEOUT, Service
 from resume_stream.client import (
     Appended,
@@ -35,7 +35,8 @@ from resume_stream.client import (
     Unreachable,
     connection,
 )
-from resume_stream.client.connection import Backoff, Event, EventParser
+from resume_stream.client.connection import Backoff
+from resume_stream.client.reading import Event, EventParser
 from resume_stream.extras import tokens
 from wire import serving
 
@@ -227,7 +228,7 @@ async def test_the_module_snippet_runs(service: Service) -> None:
 
 async def test_every_public_name_is_there_and_no_other_is() -> None:
     names = {name: getattr(resume_stream.client, name) for name in resume_stream.client.__all__}
-    assert names["Client"] is connection.Client
+    assert names["Client"] is resume_stream.client.client.Client
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
         resume_stream.client.nothing_of_the_kind  # noqa: B018
 
@@ -567,7 +568,7 @@ async def test_a_thread_that_is_cleared_meanwhile_is_gone(client: Client, thread
 async def test_a_silent_producer_gives_a_sign_of_life(
     start_service: Callable[..., Service], thread: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "SIGN_OF_LIFE", 0.1)
+    monkeypatch.setattr(resume_stream.client.storing, "SIGN_OF_LIFE", 0.1)
     async with Client(start_service("--producer-timeout", "500ms").url) as client:
         source = Source("text")
         storing = asyncio.create_task(client.store(thread, "run", source))
@@ -617,7 +618,7 @@ async def test_a_source_that_fails_while_the_service_is_away_is_heard_when_it_is
 async def test_a_service_that_stays_away_is_told_of_a_failed_source_for_a_bounded_time(
     start_service: Callable[..., Service], thread: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "LAST_WORDS", 0.3)
+    monkeypatch.setattr(resume_stream.client.storing, "ABORT_PATIENCE", 0.3)
     service = start_service()
     async with Client(service.url) as client:
         source = Source("text")
@@ -647,7 +648,7 @@ async def test_storing_that_is_cancelled_aborts_the_message(client: Client, thre
 async def test_storing_that_is_cancelled_does_not_wait_for_a_service_that_hangs(
     service: Service, thread: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "CANCELLED_WORDS", 0.2)
+    monkeypatch.setattr(resume_stream.client.storing, "CANCEL_PATIENCE", 0.2)
     async with on_wire(service) as (client, wire):
         storing = asyncio.create_task(client.store(thread, "run", Source("text")))
         await come_true(lambda: stored(client, thread, "text"))

@@ -74,7 +74,7 @@ async def test_now_and_then_the_other_thread_commits_so_that_the_wal_begins_anew
     buffer: ChunkBuffer, transactions: Transactions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hot, "IN_A_ROW", 3)
-    monkeypatch.setattr(app, "_CHECKPOINT_PAGES", 10)
+    monkeypatch.setattr(hot, "CHECKPOINT_PAGES", 10)
     await append_some(buffer, 60)
     assert transactions.by_loop == [True, True, False] * 20
     assert wal_pages(buffer) < 20

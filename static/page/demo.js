@@ -26,7 +26,9 @@ That is all there is to it. An answer belongs to the one who asked, not to the c
 const WORDS = DEMO.split(/(?<=\s)/).map((content) => ({ content }));
 const button = find("play", HTMLButtonElement);
 
-/** Append the words from `index` on; numbered, so that neither a restart nor a reload repeats any.
+/**
+ * Append the words from `index` on. The index makes sure that neither a restart nor a reload repeats a word.
+ *
  * @param {{threadId: string, messageId: string, index: number}} demo
  * @param {(threadId: string) => void} open
  */
@@ -37,12 +39,12 @@ async function play(demo, open) {
   let last = Date.now();
   try {
     if (index === 0) {
-      await appendChunks({ ...service, ...demo, chunks: [] }); // there is something to open
+      await appendChunks({ ...service, ...demo, chunks: [] }); // creates the thread
       open(demo.threadId);
     }
     while (index < WORDS.length) {
       await new Promise((resolve) => setTimeout(resolve, PACE));
-      // Timers of a hidden tab are slow, and then a few words go together.
+      // Timers of a hidden tab are slow, so several words may be due.
       const due = Math.min(Math.max(Math.round((Date.now() - last) / PACE), 1), 12);
       last = Date.now();
       const chunks = WORDS.slice(index, index + due);
@@ -52,7 +54,7 @@ async function play(demo, open) {
       memory.set("demo", { ...demo, index });
     }
   } catch (error) {
-    // 409: somebody pressed Stop, or Clear. That is the service's way of telling an agent.
+    // A 409 means that somebody pressed Stop or Clear.
     if (!(error instanceof ResumeStreamError) || error.status !== 409) report(error);
   }
   memory.set("demo", null);
@@ -60,7 +62,7 @@ async function play(demo, open) {
   show(button, "Play a demo answer");
 }
 
-/** @param {(threadId: string) => void} open  called once the demo's thread is there */
+/** @param {(threadId: string) => void} open  called once the demo's thread exists */
 export function offerDemo(open) {
   button.addEventListener("click", () => {
     const demo = { threadId: `demo-${Date.now().toString(36)}`, messageId: "answer-1", index: 0 };

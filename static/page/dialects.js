@@ -1,12 +1,12 @@
 /**
- * Relayed messages: whose they are, and what their events say to a person. The events are of the upstream's
- * own dialect, mostly JSON; here each dialect is a function from an event to the words it adds, or a remark on
- * what else happened. How an answer ended the service says. What is not said here is among the events.
+ * Relayed messages: their upstream, and their text. Their events are in the upstream's own dialect, usually JSON.
+ * For each dialect a function turns an event into text, or into a remark on something else, like a tool call. It
+ * ignores the other events; the Events view shows all of them.
  */
 
 /**
- * Words, where `event` is null; else a remark, and what it is on. Where it begins anew, it stands apart from what
- * was said before, though that was of its kind; without content it is what comes next that does.
+ * Text if `event` is null, else a remark of that kind. `begins` puts a break before the content, if the previous
+ * content was of the same kind. Without content, the break comes before the next content.
  *
  * @typedef {{content: string, event: string | null, begins?: boolean}} Said
  * @typedef {{content: string, event: string | null}} Chunk
@@ -19,7 +19,7 @@ const CALL = "tool call";
 const REASONING = "reasoning";
 const ORDINARY = new Set(["stop", "tool_calls", "function_call", "end_turn", "stop_sequence", "tool_use", "pause_turn"]);
 
-// What can be said
+// Text and remarks
 
 /** @param {unknown} content  @param {string | null} [event]  @returns {Said | undefined} */
 function adds(content, event = null) {
@@ -35,14 +35,14 @@ function calls(name, input) {
   return begins(CALL, `${name ?? "?"} ${text}`);
 }
 
-/** Why it stopped, where that is not the end of what there was to say. @param {unknown} reason */
+/** Return a remark if the answer stopped before its end. @param {unknown} reason */
 const stopped = (reason) => (ORDINARY.has(String(reason)) ? undefined : adds(reason, "stopped early"));
 
 // The dialects
 
 /** @type {Dialect} */
 function chat({ choices }) {
-  const choice = choices?.find((/** @type {any} */ { index = 0 }) => index === 0); // of several answers the first
+  const choice = choices?.find((/** @type {any} */ { index = 0 }) => index === 0); // the first of several answers
   if (!choice) return [];
   const { delta = {}, text, finish_reason } = choice;
   return [
@@ -138,18 +138,18 @@ function agUi({ delta, toolCallName }, kind) {
   }
 }
 
-/** Every stream mode tells of the same messages, in pieces or whole, and again and again. @type {Dialect} */
+/** LangGraph sends the same messages in several stream modes, in pieces or whole, and repeatedly. @type {Dialect} */
 function langGraph(data, kind, memory) {
-  const [mode] = kind.split("|"); // after it is the subgraph
+  const [mode] = kind.split("|"); // the subgraph follows
   switch (mode) {
-    case "messages": // one, or a piece of one, and what is known of it
+    case "messages": // a message or a piece of one, and its metadata
       return data[0].type.endsWith("Chunk") ? ofPiece(data[0], memory) : ofMessages(data[0], memory);
     case "messages/partial":
       return ofMessages(data, memory, false);
     case "messages/complete":
       return ofMessages(data, memory);
     case "values":
-      return ofMessages(data.messages?.slice(-1), memory); // before it are those of the turns before
+      return ofMessages(data.messages?.slice(-1), memory); // the others are from earlier turns
     case "updates":
       return Object.values(data).flatMap((update) => ofMessages(update?.messages, memory));
     default:
@@ -157,7 +157,7 @@ function langGraph(data, kind, memory) {
   }
 }
 
-/** @param {any} message  the next piece of it  @param {Memory} memory */
+/** @param {any} message  its next piece  @param {Memory} memory */
 function ofPiece({ type, id = "", content, tool_call_chunks = [] }, memory) {
   if (!type.startsWith("AI")) return [];
   for (const call of tool_call_chunks) if (call.id) memory.calls.push(call.id);
@@ -167,13 +167,13 @@ function ofPiece({ type, id = "", content, tool_call_chunks = [] }, memory) {
   return [saysMore(id, textOf(content), memory), ...calling];
 }
 
-/** @param {any} messages  each as it is by now, or one  @param {Memory} memory  @param {boolean} areWhole */
+/** @param {any} messages  one or several, with all text so far  @param {Memory} memory  @param {boolean} areWhole */
 function ofMessages(messages, memory, areWhole = true) {
   return [messages ?? []].flat().flatMap(({ type, id = "", content, tool_calls = [] }) => {
     if (!/^ai/i.test(type)) return [];
     const [text, had] = [textOf(content), memory.texts[id] ?? ""];
     const isSaid = text === had || text === memory.texts[memory.id ?? ""]; // perhaps under another id
-    if (!isSaid && !text.startsWith(had)) memory.id = undefined; // it was said otherwise: all of it again
+    if (!isSaid && !text.startsWith(had)) memory.id = undefined; // the text was replaced: show all of it again
     const more = isSaid ? undefined : saysMore(id, text.startsWith(had) ? text.slice(had.length) : text, memory);
     if (!isSaid) memory.texts[id] = text;
     const fresh = tool_calls.filter((/** @type {any} */ call) => areWhole && !memory.calls.includes(call.id));
@@ -182,7 +182,7 @@ function ofMessages(messages, memory, areWhole = true) {
   });
 }
 
-/** @param {string} id  of the message that says it  @param {string} more  @param {Memory} memory */
+/** @param {string} id  of the message  @param {string} more  text  @param {Memory} memory */
 function saysMore(id, more, memory) {
   if (more === "") return undefined;
   const isNext = memory.id === id;
@@ -191,7 +191,7 @@ function saysMore(id, more, memory) {
   return isNext ? adds(more) : begins(null, more);
 }
 
-/** @param {any} content  text, or parts of which some have text */
+/** @param {any} content  a text, or parts that may have text */
 const textOf = (content) => [content].flat().map((part) => (typeof part === "string" ? part : (part?.text ?? ""))).join("");
 
 /** @type {Record<string, {name: string, read?: Dialect}>} */
@@ -202,19 +202,19 @@ const DIALECTS = {
   langgraph: { name: "LangGraph", read: langGraph },
   "ai-sdk": { name: "AI SDK", read: aiSdk },
   "ag-ui": { name: "AG-UI", read: agUi },
-  sse: { name: "SSE" }, // of which nothing is known
+  sse: { name: "SSE" }, // an unknown dialect
 };
 
 // A message
 
-/** What a tab keeps of it. @typedef {{mark: string, cursor: string, memory: Memory}} KeptRelayed */
+/** What a tab keeps of a message. @typedef {{mark: string, cursor: string, memory: Memory}} KeptRelayed */
 
-/** Whether it is the first chunk of a relayed message. @param {Chunk} chunk */
+/** True for the first chunk of a relayed message. @param {Chunk} chunk */
 export const isMark = ({ event }) => event !== null && MARK.test(event);
 
-/** A relayed message, as far as it was read. */
+/** The reading of a relayed message. */
 export class Relayed {
-  cursor = ""; // of the last event; what is said does not say where in the events that is
+  cursor = ""; // of the last event: the text alone does not tell the place among the events
   /** @type {Memory} */ memory = { texts: {}, calls: [] };
   #dialect;
 
@@ -223,7 +223,7 @@ export class Relayed {
     this.mark = mark;
     const [, upstream, dialect] = MARK.exec(mark) ?? [];
     this.#dialect = Object.hasOwn(DIALECTS, dialect) ? DIALECTS[dialect] : { name: dialect };
-    /** Whose it is, for people. */
+    /** The upstream and the dialect, for people. */
     this.label = `${upstream} · ${this.#dialect.name}`;
   }
 
@@ -238,7 +238,7 @@ export class Relayed {
     return { mark, cursor, memory };
   }
 
-  /** What the next event adds. @param {Chunk} chunk  @returns {Chunk[]} */
+  /** Return the pieces that the next event adds. @param {Chunk} chunk  @returns {Chunk[]} */
   read(chunk) {
     const { memory } = this;
     const pieces = [];
@@ -262,7 +262,7 @@ export class Relayed {
       const kind = event === null || event === "message" ? String(data.type ?? "") : event;
       return read(data, kind, this.memory).filter((said) => said !== undefined);
     } catch {
-      return [begins(event ?? "data", content)]; // no JSON, or of another shape: shown as it is
+      return [begins(event ?? "data", content)]; // not JSON, or of an unexpected shape: shown as it is
     }
   }
 }

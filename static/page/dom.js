@@ -1,7 +1,7 @@
-/** What every part of the page needs: elements, words for numbers, what the tab remembers, the clipboard. */
+/** Helpers for all parts of the page: elements, storage, words for numbers, the clipboard. */
 
 /**
- * An element of index.html.
+ * Return an element of index.html.
  *
  * @template {Element} [T=HTMLElement]
  * @param {string} id
@@ -27,7 +27,7 @@ export function make(tag, className = "", text = "") {
   return element;
 }
 
-/** @param {string} label  @param {string} name  for who cannot see what it belongs to  @param {() => void} press */
+/** @param {string} label  @param {string} name  for screen readers  @param {() => void} press */
 export function makeButton(label, name, press) {
   const button = make("button", "", label);
   button.type = "button";
@@ -38,20 +38,20 @@ export function makeButton(label, name, press) {
 
 /** @param {Element} element  @param {string} text */
 export function show(element, text) {
-  if (element.textContent !== text) element.textContent = text; // selections and screen readers notice writes
+  if (element.textContent !== text) element.textContent = text; // a write would end a selection, and be read out
 }
 
-/** Say it to a screen reader. @param {string} text */
+/** Make screen readers read a text out. @param {string} text */
 export const announce = (text) => show(find("announce"), text);
 
-/** What is remembered, as JSON, where the browser allows it. @param {() => Storage} storage */
+/** Values as JSON in a storage, if the browser allows it. @param {() => Storage} storage */
 const memoryIn = (storage) => ({
   /** @param {string} name */
   get(name) {
     try {
       return JSON.parse(storage().getItem(`resume-stream.${name}`) ?? "null");
     } catch {
-      return null; // not allowed, or written by something else
+      return null; // not allowed, or not written by this page
     }
   },
   /** @param {string} name  @param {any} value  null to forget it */
@@ -60,12 +60,12 @@ const memoryIn = (storage) => ({
       if (value === null) storage().removeItem(`resume-stream.${name}`);
       else storage().setItem(`resume-stream.${name}`, JSON.stringify(value));
     } catch {
-      // Full, or not allowed: a reload then begins from the start.
+      // The storage is full or not allowed: a reload begins from the start.
     }
   },
 });
 
-/** What this tab remembers over a reload. */
+/** What this tab remembers across a reload. */
 export const memory = memoryIn(() => sessionStorage);
 /** What this browser remembers. */
 export const preferences = memoryIn(() => localStorage);
@@ -91,13 +91,13 @@ export function lasting(ms) {
   return `${Math.round(seconds / 86400)} d`;
 }
 
-/** @param {number} time  ms since 1970  @param {string} now  what it is called when it is that recent */
+/** @param {number} time  ms since 1970  @param {string} now  the words for less than 1.5 s */
 export function ago(time, now = "just now") {
   const age = Date.now() - time;
   return age < 1500 ? now : `${lasting(age)} ago`;
 }
 
-/** @param {number} time  ms since 1970  @returns {string}  like 14:03:07.042, of this place */
+/** @param {number} time  ms since 1970  @returns {string}  local time, like 14:03:07.042 */
 export function clock(time) {
   const date = new Date(time);
   const two = (/** @type {number} */ part) => String(part).padStart(2, "0");
@@ -120,7 +120,7 @@ async function copy(text) {
     await navigator.clipboard.writeText(text);
     return;
   }
-  // Over plain HTTP from another machine there is no clipboard, and only the old way works.
+  // A page that came over plain HTTP from another machine has no clipboard API. Only the old command works.
   const field = make("textarea", "hidden");
   field.value = text;
   const focused = document.activeElement;

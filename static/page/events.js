@@ -1,4 +1,4 @@
-/** A thread as its events: every entry of its sequence, a page at a time, and live at the end. */
+/** The Events view: every entry of a thread's sequence, a page at a time, and live at the end. */
 
 import { ResumeStreamError } from "../resume-stream.js";
 import { clock, copyButton, counted, find, make, show } from "./dom.js";
@@ -14,28 +14,28 @@ import { ask, curlOf, report, socket, urlOf } from "./service.js";
  */
 
 const PAGE = 200; // entries
-const MOST = 2000; // entries on the screen while the end is followed
+const MAX_SHOWN = 2000; // entries on the screen while the view follows the end
 
 const list = find("events", HTMLOListElement);
 const earlier = find("events-earlier", HTMLButtonElement);
 const later = find("events-later", HTMLButtonElement);
 
-/** Entries `first` to `last` of the thread's sequence are on the screen. */
+/** Shows the entries `first` to `last` of the thread's sequence. */
 export class EventsView {
   first = 1;
   last = 0;
-  #end = 0; // the place of the last entry there is, as far as is known
+  #end = 0; // the sequence number of the thread's last known entry
   #generation = "";
   #controller = new AbortController();
   #isLoading = false;
   #isLive = false;
-  #lastMessage = ""; // whose entry was the last to be put on the screen
+  #lastMessage = ""; // the message of the previous row
   /** @type {Entry[]} */ #waiting = [];
 
   /**
    * @param {import("./thread.js").ThreadView} thread
    * @param {string} cursor  of the thread's end
-   * @param {boolean} fromEnd  begin with the last page, and not with the first
+   * @param {boolean} fromEnd  begin with the last page, not with the first
    */
   constructor(thread, cursor, fromEnd) {
     this.thread = thread;
@@ -79,7 +79,7 @@ export class EventsView {
     try {
       await load();
     } catch (error) {
-      // Cleared meanwhile: the thread's own look says so.
+      // The thread was cleared meanwhile. The thread's view reports that.
       const isGone = error instanceof ResumeStreamError && [404, 410].includes(error.status);
       if (!isGone && !this.#controller.signal.aborted) report(error);
     }
@@ -101,17 +101,14 @@ export class EventsView {
     return this.#loading(async () => {
       const after = Math.max(this.first - 1 - PAGE, 0);
       const entries = await this.#fetch(after, this.first - 1 - after);
-      const anchor = list.firstElementChild;
-      const before = anchor?.getBoundingClientRect().top ?? 0;
       const lastMessage = this.#lastMessage;
       this.#lastMessage = "";
-      list.prepend(...entries.map((entry) => this.#row(entry)));
+      this.thread.keepInPlace(list.firstElementChild, () => {
+        list.prepend(...entries.map((entry) => this.#row(entry)));
+        this.first = after + 1;
+        this.#showButtons();
+      });
       this.#lastMessage = lastMessage;
-      this.first = after + 1;
-      this.#showButtons();
-      const moved = (anchor?.getBoundingClientRect().top ?? 0) - before;
-      const pane = find("thread");
-      (getComputedStyle(pane).overflowY === "auto" ? pane : document.documentElement).scrollTop += moved;
     });
   }
 
@@ -123,7 +120,7 @@ export class EventsView {
       const items = socket.resumeStream({ threadId: this.threadId, after, follow: true, signal });
       for await (const item of items) {
         if (item.type === "chunk" || item.type === "complete") this.#add(item);
-        else if (item.type === "reset") return; // the thread's own look begins anew
+        else if (item.type === "reset") return; // the thread's view starts over
       }
     } catch (error) {
       if (!signal.aborted) report(error);
@@ -132,7 +129,7 @@ export class EventsView {
 
   /** @param {Entry} entry */
   #add(entry) {
-    if (this.#waiting.length === 0) setTimeout(() => this.#flush(), 30); // a frame would never come in a hidden tab
+    if (this.#waiting.length === 0) setTimeout(() => this.#flush(), 30); // a hidden tab has no animation frames
     this.#waiting.push(entry);
   }
 
@@ -141,7 +138,7 @@ export class EventsView {
     const entries = this.#waiting.splice(0);
     this.thread.stick(() => list.append(...entries.map((entry) => this.#row(entry))));
     this.last = this.#end = entries[entries.length - 1].seq;
-    if (this.thread.isFollowing && !this.#isLoading) while (list.childElementCount > MOST) list.firstElementChild?.remove();
+    if (this.thread.isFollowing && !this.#isLoading) while (list.childElementCount > MAX_SHOWN) list.firstElementChild?.remove();
     this.first = this.last - list.childElementCount + 1;
     this.#showButtons();
   }
@@ -176,7 +173,9 @@ export class EventsView {
   }
 }
 
-/** Text as it is; of an event with a name, which is mostly a tool call in JSON, a block that can be read.
+/**
+ * Return text as it is, and a chunk with an event name, which is often JSON, as an indented block.
+ *
  * @param {string} content  @param {string | null} event
  */
 function contentOf(content, event) {
@@ -195,6 +194,6 @@ function indented(content) {
     const value = JSON.parse(content);
     return typeof value === "object" ? JSON.stringify(value, null, 2) : content;
   } catch {
-    return content; // it is not JSON, or a piece of it
+    return content; // not JSON, or only a piece of it
   }
 }

@@ -1,4 +1,4 @@
-/** The threads: a page of them at a time, the last words of those in sight, and finding one by its id. */
+/** The list of threads: pages, the last words of the visible threads, and the search by id. */
 
 import { ResumeStreamError, getThreadStatus, listThreads } from "../resume-stream.js";
 import { Relayed, isMark } from "./dialects.js";
@@ -10,15 +10,15 @@ import { ask, report, service, showStatus, urlOf } from "./service.js";
 /** @typedef {{threads: Summary[], cursor: string | null}} Page */
 
 const PAGE = 50; // threads
-const MOST_ACTIVE = 200; // threads that are looked at each time, wherever in the list they stand
-const ENOUGH_FOUND = 50; // threads, after which a search asks before it goes on
-const LAST_WORDS = 1000; // bytes of text, about, that the last words are taken from
-const LAST_EVENTS = 20_000; // and of a relayed message's events, of which few have words
-const MOST_ENTRIES = 60; // chunks and ends that they are looked for in
+const MAX_ACTIVE = 200; // active threads in each poll, wherever they are in the list
+const MAX_FOUND = 50; // threads after which a search pauses
+const LAST_WORDS = 1000; // bytes of text, about, to take the last words from
+const LAST_EVENTS = 20_000; // bytes of a relayed message, whose events have little text
+const MAX_ENTRIES = 60; // chunks and ends to take the last words from
 const LONG_WORD = 15; // characters
 const AT_A_TIME = 6; // requests for last words
-const CHARACTER = 8.3; // px, on the wide side
-const WORDS_INTERVAL = 2000; // ms, the soonest that a row's last words are asked for again
+const CHARACTER = 8.3; // px of a wide character
+const WORDS_INTERVAL = 2000; // ms, the shortest time between two requests for a row's last words
 
 const list = find("threads", HTMLUListElement);
 const filter = find("filter", HTMLSelectElement);
@@ -36,9 +36,9 @@ class Row {
   #words = make("span");
   facts = make("span", "facts");
   isSeen = false;
-  wordsOf = 0; // the `updatedAt` that the last words are of
+  wordsOf = 0; // the thread's `updatedAt` when the last words were fetched
   askedAt = 0;
-  /** @type {{messageId: string, mark: string}} of the newest message; "" where it is not relayed */
+  /** @type {{messageId: string, mark: string}} of the newest message; mark is "" if it is not relayed */
   #source = { messageId: "", mark: "" };
 
   /** @param {Summary} summary */
@@ -105,17 +105,19 @@ class Row {
   #lastEntries() {
     const { threadId, chunkCount, messageCount, size } = this.summary;
     const bytes = this.#source.mark ? LAST_EVENTS : LAST_WORDS;
-    const start = chunkCount - Math.min(2 + Math.ceil((bytes * chunkCount) / (size || 1)), MOST_ENTRIES);
-    // Each message that has ended took one more place in the sequence. Where many are active that is beyond the end.
+    const start = chunkCount - Math.min(2 + Math.ceil((bytes * chunkCount) / (size || 1)), MAX_ENTRIES);
+    // The end of a message also takes a place in the sequence. If many messages are active, this is beyond the end.
     return entriesAfter(threadId, start + messageCount).catch((error) => {
       if (error instanceof ResumeStreamError && error.status === 410) return entriesAfter(threadId, start);
       throw error;
     });
   }
 
-  /** Find out whose the newest message is: its first chunk says so.
+  /**
+   * Find out whether the newest message is relayed. Its first chunk has the mark.
+   *
    * @param {Entry[]} chunks  the last of the thread
-   * @returns {Promise<boolean>} whether it is a relayed one that was not known
+   * @returns {Promise<boolean>} whether it is a relayed message that was not known before
    */
   async #findSource(chunks) {
     const messageId = chunks.at(-1)?.messageId ?? "";
@@ -136,13 +138,13 @@ const firstOf = async (threadId, messageId) =>
 
 /**
  * @param {string} threadId
- * @param {number} after  a place in its sequence; before its start is the start
+ * @param {number} after  a sequence number, or less than 0 for the start
  * @returns {Promise<{chunks: Entry[], ends: {reason: string | null}[]}>}
  */
 const entriesAfter = (threadId, after) =>
   ask(urlOf(["threads", threadId, "chunks"], { after: Math.max(after, 0), limit: 500 }));
 
-/** The end of a text, on one line, cut between words. @param {string} text  @param {number} length  characters */
+/** Return the end of a text on one line, cut between words. @param {string} text  @param {number} length  characters */
 function lastOf(text, length) {
   const line = text.slice(-4000).replace(/\s+/g, " ").trim();
   if (line.length <= length) return line;
@@ -153,18 +155,18 @@ function lastOf(text, length) {
 
 /** @type {Map<string, Row>} */
 const rows = new Map();
-/** @type {Row[]} the same, the newest first */
+/** @type {Row[]} the same rows, the newest first */
 let order = [];
-/** @type {Map<Row, string>} the cursors of the places after some of them */
+/** @type {Map<Row, string>} for some rows, the cursor of the page after it */
 const places = new Map();
 /** @type {WeakMap<Element, Row>} */
 const rowOf = new WeakMap();
-/** @type {string | null | undefined} the cursor of their end; null where they are all there are */
+/** @type {string | null | undefined} the cursor of the page after the last row; null if there is none */
 let reach;
 let current = "";
 let looked = 0;
 
-// The last words of what is in sight
+// The last words of visible rows
 
 const sight = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) {
@@ -185,13 +187,13 @@ async function fillWords() {
       await Promise.all(wanting.map((row) => row.fetchWords()));
     }
   } catch (error) {
-    // A thread that is cleared while it is looked at is seen to be gone by the next look.
+    // The thread was cleared meanwhile. The next poll removes its row.
     if (!(error instanceof ResumeStreamError) || error.status !== 404) report(error);
   }
   isFilling = false;
 }
 
-// What the rows are
+// The rows
 
 /** @param {Iterable<Row>} unwanted */
 function drop(unwanted) {
@@ -206,7 +208,7 @@ function drop(unwanted) {
 }
 
 const isSearching = () => search.value.trim() !== "";
-/** @param {Summary} summary  whether it is what is searched for, or filtered by */
+/** True if a thread matches the search and the filter. @param {Summary} summary */
 function isWanted({ threadId, status }) {
   const isFound = threadId.toLowerCase().includes(search.value.trim().toLowerCase());
   return isFound && (filter.value === "" || filter.value === status);
@@ -214,7 +216,7 @@ function isWanted({ threadId, status }) {
 
 const wantedStatus = () => /** @type {import("../resume-stream.js").Status | undefined} */ (filter.value || undefined);
 
-/** @param {Summary} summary  @returns {Row} which has its place in the order yet to get, if it is new */
+/** Update or create a row. The caller puts a new one into `order`. @param {Summary} summary  @returns {Row} */
 function rowFor(summary) {
   const row = rows.get(summary.threadId) ?? new Row(summary);
   rows.set(summary.threadId, row);
@@ -223,7 +225,7 @@ function rowFor(summary) {
 }
 
 /**
- * Take in a page of the list: it is all there is from `start` on up to its own end.
+ * Replace the rows from `start` up to the end of a page by that page.
  *
  * @param {Page} page
  * @param {number} start  an index in `order`
@@ -241,8 +243,8 @@ function take({ threads, cursor }, start) {
   if (rest.length === 0) reach = cursor;
 }
 
-/** Take in the newest threads. Where they do not meet the ones that are known, these begin anew. @param {Page} page */
-function takeHead(page) {
+/** Take the newest threads. If none of them has a row, drop all rows: there may be a gap. @param {Page} page */
+function takeNewest(page) {
   if (isSearching()) {
     const fresh = page.threads.filter((summary) => isWanted(summary) && !rows.has(summary.threadId)).map(rowFor);
     order = [...fresh, ...order];
@@ -252,13 +254,15 @@ function takeHead(page) {
   take(page, 0);
 }
 
-/** What is active, and what of the rows has ceased to be, wherever they stand.
+/**
+ * Update the rows of active threads, and of those that are no longer active, wherever they are in the list.
+ *
  * @param {Page} page  @param {AbortSignal} signal
  */
 async function takeActive({ threads, cursor }, signal) {
   const active = new Set(threads.map(({ threadId }) => threadId));
   const ceased = order.filter(({ summary: { threadId, status } }) => status === "active" && !active.has(threadId));
-  // Where there are more than were asked for, a row that is not among them may be active all the same.
+  // If there are more active threads than the page has, a row that is not in the page may still be active.
   const summaries = cursor === null ? await Promise.all(ceased.map((row) => summaryOf(row, signal))) : [];
   const changed = summaries.filter((summary) => summary !== null);
   for (const summary of [...threads, ...changed]) if (rows.has(summary.threadId)) rowFor(summary);
@@ -272,7 +276,7 @@ async function summaryOf({ summary: { threadId } }, signal) {
   return status.exists ? status : null;
 }
 
-/** Whether what can be seen, or the newest, is different from the last time. */
+/** True if a visible row or one of the newest has changed since the last call. */
 function hasNews() {
   const near = order.filter((row, index) => row.isSeen || index < PAGE);
   const now = JSON.stringify(near.map(({ summary }) => summary));
@@ -282,8 +286,8 @@ function hasNews() {
 }
 let seen = "";
 
-/** Where the page begins that the last row in sight is on: an index, and its cursor; null for the newest. */
-function placeInSight() {
+/** Return the index and cursor of the page with the last visible row; null for the first page. */
+function pageInSight() {
   for (let index = order.findLastIndex((row) => row.isSeen) - 1; index >= 0; index -= 1) {
     const cursor = places.get(order[index]);
     if (cursor !== undefined) return { start: index + 1, cursor };
@@ -293,24 +297,24 @@ function placeInSight() {
 
 /** @param {AbortSignal} signal */
 async function look(signal) {
-  if (find("overview").offsetParent === null) return false; // a phone shows a thread in its place
+  if (find("overview").offsetParent === null) return false; // a narrow screen shows a thread in its place
   const own = ++looked;
   const status = wantedStatus();
-  const place = isSearching() ? null : placeInSight();
+  const place = isSearching() ? null : pageInSight();
   const [head, active, inSight] = await Promise.all([
     listThreads({ ...service, signal, limit: PAGE, status }),
-    listThreads({ ...service, signal, limit: MOST_ACTIVE, status: "active" }),
+    listThreads({ ...service, signal, limit: MAX_ACTIVE, status: "active" }),
     place && listThreads({ ...service, signal, limit: 2 * PAGE, status, cursor: place.cursor }),
   ]);
-  if (own !== looked) return true; // another was begun, with another filter perhaps
+  if (own !== looked) return true; // a newer poll has begun, perhaps with another filter
   if (place && inSight && places.get(order[place.start - 1]) === place.cursor) take(inSight, place.start);
-  takeHead(head);
+  takeNewest(head);
   await takeActive(active, signal);
   render();
   return hasNews();
 }
 
-// What is shown
+// Rendering
 
 function render() {
   let place = list.firstElementChild;
@@ -344,7 +348,7 @@ export function focusRow(threadId) {
   link?.focus();
 }
 
-/** Down or up from the row that has the focus. @param {1 | -1} step */
+/** Move the focus down or up. @param {1 | -1} step */
 export function moveFocus(step) {
   const links = [...list.querySelectorAll("a")];
   const at = links.indexOf(/** @type {any} */ (document.activeElement));
@@ -375,7 +379,7 @@ function beginAnew() {
 
 filter.addEventListener("change", () => {
   beginAnew();
-  if (search.value.trim()) goThrough();
+  if (search.value.trim()) searchAll();
 });
 
 // Finding by id
@@ -390,15 +394,15 @@ function showFound(text) {
   find("found").hidden = text === "";
 }
 
-/** Keep those that are searched for. @param {Summary[]} threads */
-function keep(threads) {
+/** Add the threads that match the search. @param {Summary[]} threads */
+function addFound(threads) {
   const found = threads.filter(isWanted);
   const known = new Set(order);
   order.push(...found.map(rowFor).filter((row) => !known.has(row)));
 }
 
-/** Go through all threads for those whose id has what is typed; the exact one is asked for at once. */
-async function goThrough(from = "") {
+/** Ask for the thread with exactly the typed id, and then go through all threads for ids that contain it. */
+async function searchAll(from = "") {
   searching.abort();
   searching = new AbortController();
   const { signal } = searching;
@@ -408,19 +412,19 @@ async function goThrough(from = "") {
   drop(order.filter((row) => !isWanted(row.summary)));
   try {
     const exact = isId(typed) && (await getThreadStatus({ ...service, threadId: typed, signal }));
-    if (exact && exact.exists && isWanted(exact)) keep([exact]);
+    if (exact && exact.exists && isWanted(exact)) addFound([exact]);
     find("await").hidden = !exact || exact.exists;
     find("await-link", HTMLAnchorElement).href = addressOf(typed);
     show(find("await-link"), `Open “${typed}” and wait for it`);
     /** @type {string | null} */
     let cursor = from;
     let count = 0;
-    const enough = order.length + ENOUGH_FOUND;
+    const enough = order.length + MAX_FOUND;
     while (cursor !== null && order.length < enough) {
       const place = { limit: 1000, status: wantedStatus(), cursor: cursor || undefined };
       const page = await listThreads({ ...service, signal, ...place });
       count += page.threads.length;
-      keep(page.threads);
+      addFound(page.threads);
       cursor = page.cursor;
       const rest = cursor === null ? "" : `, ${count.toLocaleString("en")} looked through…`;
       showFound(`${counted(order.length, "thread")} found${rest}`);
@@ -429,7 +433,7 @@ async function goThrough(from = "") {
     if (cursor !== null) {
       const next = cursor;
       find("further").hidden = false;
-      find("further").onclick = () => goThrough(next);
+      find("further").onclick = () => searchAll(next);
     }
   } catch (error) {
     if (!signal.aborted) report(error);
@@ -439,7 +443,7 @@ async function goThrough(from = "") {
 search.addEventListener("input", () => {
   searching.abort();
   clearTimeout(debounce);
-  if (search.value.trim()) debounce = setTimeout(goThrough, 150);
+  if (search.value.trim()) debounce = setTimeout(searchAll, 150);
   else leaveSearch();
 });
 
@@ -459,7 +463,7 @@ export function clearSearch() {
   return true;
 }
 
-/** Open what was typed: the thread of exactly this id, or else the newest that has it in its id. */
+/** Open the thread with exactly the typed id, or the newest one whose id contains it. */
 async function openTyped() {
   const typed = search.value.trim();
   if (!isId(typed)) return;

@@ -1,4 +1,4 @@
-/** Chunks a second and readers, over the last minute; looked at only while they are unfolded. */
+/** Plots of chunks a second and of readers, over the last minute. They are updated only while they are open. */
 
 import { find, show } from "./dom.js";
 import { watch } from "./poll.js";
@@ -14,7 +14,7 @@ const samples = [];
 let counter = null;
 let isAllowed = true;
 
-/** @param {string} text  Prometheus's format  @param {string} name */
+/** @param {string} text  in Prometheus's format  @param {string} name */
 function metric(text, name) {
   const values = [...text.matchAll(new RegExp(`^${name}(?:\\{[^}]*\\})? (\\S+)`, "gm"))];
   return values.reduce((sum, [, value]) => sum + Number(value), 0);
@@ -27,10 +27,10 @@ export function plotWhileOpen(folder) {
     const headers = token ? { Authorization: `Bearer ${token}` } : undefined;
     const response = await fetch(new URL("metrics", service.baseUrl), { headers, signal, cache: "no-store" });
     if (response.ok) takeSample(await response.text());
-    isAllowed = response.ok; // a token for one thread may not read them: do not ask again
+    isAllowed = response.ok; // a token without access to the metrics: do not ask again
     find("plots").hidden = !isAllowed;
     find("no-plots").hidden = isAllowed;
-    return response.ok; // so that a sample is taken each second
+    return response.ok; // counts as a change, so that a sample is taken each second
   });
   document.addEventListener("token", () => (isAllowed = true));
 }
@@ -38,7 +38,7 @@ export function plotWhileOpen(folder) {
 /** @param {string} metrics */
 function takeSample(metrics) {
   const [time, total] = [Date.now(), metric(metrics, "resume_stream_chunks_in_total")];
-  const isNext = counter && time - counter.time < PLOT_SPAN / 6; // folded meanwhile: there is no rate to tell
+  const isNext = counter && time - counter.time < PLOT_SPAN / 6; // closed meanwhile: there is no rate
   const chunks = isNext && counter ? (Math.max(total - counter.total, 0) * 1000) / (time - counter.time) : null;
   counter = { time, total };
   samples.push({ time, chunks, readers: metric(metrics, "resume_stream_readers") });
@@ -47,13 +47,13 @@ function takeSample(metrics) {
   plot("readers", samples.map(({ time, readers }) => [time, readers]), 2, true);
 }
 
-/** @param {number} value  the least round number that is not below it */
+/** Round up to 1, 2, or 5 times a power of ten. @param {number} value */
 function roundUp(value) {
   const unit = 10 ** Math.floor(Math.log10(value));
   return [1, 2, 5, 10].map((step) => step * unit).find((step) => step >= value) ?? value;
 }
 
-/** @param {SVGSVGElement} svg  @returns {Element[]}  what the area and the line are drawn with */
+/** @param {SVGSVGElement} svg  @returns {Element[]}  the paths of the area and the line */
 function brushes(svg) {
   if (!svg.firstChild) {
     svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
@@ -72,7 +72,7 @@ function brushes(svg) {
 /**
  * @param {"chunks" | "readers"} name
  * @param {[number, number | null][]} points  time and value
- * @param {number} least  the least that the top of the plot stands for
+ * @param {number} least  the lowest value for the top of the plot
  * @param {boolean} isStepped
  */
 function plot(name, points, least, isStepped) {

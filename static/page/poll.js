@@ -1,8 +1,8 @@
-/** The page looks at the service again and again: soon while things happen, slower when they do not, never unseen. */
+/** Polls the service: each second while things change, slower while they do not, and never in a hidden tab. */
 
 import { MAX_WAIT, answered, isAsking, report } from "./service.js";
 
-const [SOON, SLOW] = [1000, 5000]; // ms
+const [SHORTEST, LONGEST] = [1000, 5000]; // ms between polls
 
 /** @typedef {(signal: AbortSignal) => Promise<boolean>} Look  whether anything has changed since the last one */
 
@@ -14,14 +14,14 @@ export const watch = (look) => looks.push(look);
 
 let polls = 0;
 
-/** Look now, and then again and again. */
+/** Poll now, and then again and again. */
 export async function lookNow() {
   const own = ++polls;
-  let interval = SOON;
-  await null; // who asks several times at once gets one look
+  let interval = SHORTEST;
+  await null; // several calls at once make one poll
   while (own === polls) {
     const started = Date.now();
-    if (!document.hidden && !isAsking()) interval = (await look(own)) ? SOON : Math.min(interval * 1.5, SLOW);
+    if (!document.hidden && !isAsking()) interval = (await look(own)) ? SHORTEST : Math.min(interval * 1.5, LONGEST);
     if (own !== polls) return;
     await new Promise((resolve) => setTimeout(resolve, Math.max(interval - (Date.now() - started), 100)));
   }
@@ -35,8 +35,8 @@ async function look(own) {
     answered();
     return changes.includes(true);
   } catch (error) {
-    if (own === polls) report(error); // else it may be about a token that is no longer used
-    return true; // so that it is noticed at once when the service is back
+    if (own === polls) report(error); // an outdated poll may fail because of an old token
+    return true; // keeps the interval short, so that the return of the service is noticed soon
   }
 }
 

@@ -1,4 +1,4 @@
-/** Append a chunk by hand: a small panel that stays open beside the thread, so that the effect is seen. */
+/** Append a chunk by hand: a small panel that stays open beside the thread. */
 
 import { appendChunks } from "../resume-stream.js";
 import { find, show } from "./dom.js";
@@ -15,7 +15,7 @@ const contentField = find("publish-content", HTMLTextAreaElement);
 const ends = find("publish-ends", HTMLInputElement);
 const result = find("publish-result");
 
-/** Where a chunk would go next. @type {() => {threadId: string, messageId: string}} */
+/** Suggests a thread and message for the next chunk. @type {() => {threadId: string, messageId: string}} */
 let suggest = () => ({ threadId: "hello", messageId: "run-1" });
 /** @type {Element | null} */
 let openedFrom = null;
@@ -30,7 +30,7 @@ export function openPublish() {
   contentField.focus();
 }
 
-/** @returns {boolean} whether it was open */
+/** @returns {boolean} whether the panel was open */
 export function closePublish() {
   if (!panel.open) return false;
   panel.close();

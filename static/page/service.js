@@ -1,10 +1,10 @@
-/** The service, how the page stands with it, and the one place that says so. */
+/** The service: requests, the state of the connection, the socket, and the token. */
 
 import { ResumeStreamError, connect } from "../resume-stream.js";
 import { ago, find, memory, show } from "./dom.js";
 
-const MAX_SILENCE = 12_000; // ms without an answer after which "connected" would be a guess
-export const MAX_WAIT = 20_000; // ms for an answer to a look, after which it is given up
+const MAX_SILENCE = 12_000; // ms without an answer after which the page no longer says "connected"
+export const MAX_WAIT = 20_000; // ms for the answer to a poll
 
 /** @type {string} */
 export let token = memory.get("token") ?? "";
@@ -34,17 +34,17 @@ export async function ask(url, signal) {
   return response.json();
 }
 
-/** A curl that asks for the same; the token is the caller's to fill in. @param {URL} url  @param {string[]} flags */
+/** Return a curl command for a URL. It reads the token from $TOKEN. @param {URL} url  @param {string[]} flags */
 export function curlOf(url, ...flags) {
   const header = token ? [`-H "Authorization: Bearer $TOKEN"`] : [];
   return ["curl", ...flags, ...header, `'${url.href.replaceAll("'", "%27")}'`].join(" ");
 }
 
-// How the page stands with it
+// The state of the connection
 
 /** @type {"connecting" | "answering" | "unreachable" | "token"} */
 let standing = "connecting";
-let isStreaming = true; // false once the socket was lost, until it is back
+let isStreaming = true; // false while the socket is lost
 let answeredAt = 0;
 
 const WORDS = {
@@ -54,7 +54,7 @@ const WORDS = {
   token: "Waiting for a token",
 };
 
-/** Whether what is shown is what is there. */
+/** True if the page shows the current state of the service. */
 export const isLive = () => standing === "answering" && isStreaming && Date.now() - answeredAt < MAX_SILENCE;
 
 function showStanding() {
@@ -69,7 +69,9 @@ function showStanding() {
   document.dispatchEvent(new Event("standing"));
 }
 
-/** A dot and a word; what was active when last seen does not look alive.
+/**
+ * Show a status as a dot and a word. Without a connection, an active thread or message "was active".
+ *
  * @param {Element} element  @param {string} status
  */
 export function showStatus(element, status) {

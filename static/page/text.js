@@ -1,4 +1,4 @@
-/** A message as text: what it says, as it is written. */
+/** The Text view of a message, live. */
 
 import { abortMessage } from "../resume-stream.js";
 import { Relayed, isMark } from "./dialects.js";
@@ -8,13 +8,13 @@ import { curlOf, report, service, showStatus, socket, urlOf } from "./service.js
 /** @typedef {import("./thread.js").ThreadView} ThreadView */
 /** @typedef {{content: string, event: string | null}} Piece */
 /** @typedef {import("./dialects.js").KeptRelayed} KeptRelayed */
-/** @typedef {{pieces: Piece[], cursor: string, relayed?: KeptRelayed}} Kept  from before a reload */
+/** @typedef {{pieces: Piece[], cursor: string, relayed?: KeptRelayed}} Kept  across a reload */
 
-/** A message on the screen, and the reading of it. */
+/** Reads a message and shows it. */
 export class MessageView {
-  text = ""; // of a relayed message only the words
+  text = ""; // of a relayed message only the text, without remarks
   cursor = "";
-  state = ""; // its status, as far as it is shown
+  state = ""; // the status that is shown; "" before the first one
   /** @type {Piece[]} */ #waiting = [];
   #isResumed = false;
   #isAfterRemark = false;
@@ -66,7 +66,7 @@ export class MessageView {
     for (const button of this.copies.slice(1)) button.disabled = cursor === "";
   }
 
-  /** What a reload is to find again. @returns {Kept} */
+  /** @returns {Kept} */
   get kept() {
     this.flush();
     const pieces = [...this.#body.childNodes].map((node) => ({
@@ -96,7 +96,7 @@ export class MessageView {
     }
   }
 
-  /** Read no more; `read` carries on from the text. */
+  /** Stop reading. `read` continues from the text. */
   pause() {
     this.#reading?.abort();
     this.#reading = null;
@@ -127,7 +127,7 @@ export class MessageView {
     this.thread.isDirty = true;
   }
 
-  /** Write what came since the last frame of the screen. */
+  /** Write the pieces that came since the last flush. */
   flush() {
     if (this.#isResumed && this.#waiting.length > 0) {
       const seam = make("span", "seam");
@@ -180,7 +180,7 @@ export class MessageView {
     this.#body.setAttribute("aria-busy", String(state === "active"));
   }
 
-  /** There is nothing behind it any more. */
+  /** The thread is gone: show the message as it was, without controls. */
   still() {
     this.stop.hidden = true;
     this.#status.hidden = this.state === "active";
@@ -196,7 +196,7 @@ export class MessageView {
   }
 }
 
-// Monospaced on request, in every thread
+// Monospaced text, for all threads
 
 const mono = find("mono", HTMLButtonElement);
 

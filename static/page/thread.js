@@ -1,4 +1,4 @@
-/** The open thread: its head, its two views, and where it is scrolled to. */
+/** The open thread: its header, its two views, and its scroll position. */
 
 import { clearThread, getThreadStatus } from "../resume-stream.js";
 import { ago, counted, find, lasting, memory, show, showFacts, sized } from "./dom.js";
@@ -12,12 +12,12 @@ import { MessageView } from "./text.js";
 /** @typedef {"text" | "events"} View */
 
 const PAGE = 20; // messages
-const MAX_SAVED = 1_500_000; // characters of the open thread's text that a reload finds again
-const NEAR = 40; // px from the end that count as being there
+const MAX_SAVED = 1_500_000; // characters of text that the tab keeps across a reload
+const NEAR = 40; // px from the end that still count as the end
 
 const pane = find("thread");
 
-/** What scrolls: on a narrow screen the document, on a wide one the thread by itself. */
+/** Return the element that scrolls: the document on a narrow screen, the thread on a wide one. */
 const scroller = () => (getComputedStyle(pane).overflowY === "auto" ? pane : document.documentElement);
 
 const toEnd = ({ scrollHeight, scrollTop, clientHeight } = scroller()) => scrollHeight - scrollTop - clientHeight;
@@ -25,15 +25,15 @@ const toEnd = ({ scrollHeight, scrollTop, clientHeight } = scroller()) => scroll
 /** The open thread. */
 export class ThreadView {
   /** @type {Map<string, MessageView>} */ messages = new Map();
-  isDirty = false; // whether there is text that is not saved
+  isDirty = false; // true if there is text that is not saved
   isFollowing = true;
   /** @type {ThreadStatus | null} */ status = null;
   /** @type {EventsView | null} */ #events = null;
   /** @type {Set<MessageView>} */ #drawn = new Set();
   #isClosed = false;
-  #from = 0; // the messages on the screen are those from here
-  #to = Infinity; // up to here
-  #top = 0; // where it was scrolled to
+  #from = 0; // the first message on the screen
+  #to = Infinity; // the first one after them; Infinity includes new messages
+  #top = 0; // the last known scroll position
 
   /** @param {string} threadId  @param {View} view */
   constructor(threadId, view) {
@@ -51,26 +51,30 @@ export class ThreadView {
     show(find("thread-name"), threadId);
     document.title = `${threadId} · resume-stream`;
     this.#showView();
-    // What this tab kept is there at once, even while the service is not.
+    // Show what this tab kept right away, even if the service does not answer.
     for (const messageId of Object.keys(this.kept)) find("messages").append(this.#open(messageId).element);
     this.showWaiting();
-    this.isFollowing = false; // until it is known whether there is more to come
+    this.isFollowing = false; // until the status is known
     scroller().scrollTop = 0;
   }
 
   close() {
     this.save();
-    this.#isClosed = true;
-    for (const message of this.messages.values()) message.pause();
-    this.#events?.close();
+    this.#stop();
     pane.hidden = true;
     document.body.classList.remove("reading");
     document.title = "resume-stream";
   }
 
-  // What is there
+  #stop() {
+    this.#isClosed = true;
+    for (const message of this.messages.values()) message.pause();
+    this.#events?.close();
+  }
 
-  /** @param {ThreadStatus | {exists: false}} status  @returns {boolean} whether it says anything new */
+  // The state of the thread
+
+  /** @param {ThreadStatus | {exists: false}} status  @returns {boolean} whether anything has changed */
   update(status) {
     if (!status.exists) {
       const isNews = find("gone").hidden === true;
@@ -79,10 +83,8 @@ export class ThreadView {
     }
     const before = this.status;
     if (before && before.createdAt !== status.createdAt) {
-      memory.set("kept", null); // another thread has the name now
-      this.#isClosed = true;
-      for (const message of this.messages.values()) message.pause();
-      this.#events?.close();
+      memory.set("kept", null); // the thread was created again
+      this.#stop();
       thread = new ThreadView(this.threadId, this.view);
       return thread.update(status);
     }
@@ -100,7 +102,7 @@ export class ThreadView {
     return !before || before.cursor !== status.cursor || before.readers !== status.readers;
   }
 
-  /** A thread that is being written is read from its end on, another from its top. @param {ThreadStatus} status */
+  /** Show the end of an active thread, and the beginning of another. @param {ThreadStatus} status */
   #begin({ status, messages }) {
     this.isFollowing = status === "active";
     if (messages.length <= PAGE) return;
@@ -138,7 +140,7 @@ export class ThreadView {
       const message = this.messages.get(messageId) ?? this.#open(messageId);
       if (message.element === place) place = place.nextElementSibling;
       else list.insertBefore(message.element, place);
-      // An end is shown when the stream brings it, after the last of the text.
+      // The end of a message shows when the stream brings it, after the last chunk.
       if (status === "active" && message.state === "") message.showState(status);
     }
     this.#showButton("earlier", from);
@@ -161,11 +163,19 @@ export class ThreadView {
   }
 
   showEarlier() {
-    const [anchor, page] = [find("messages").firstElementChild, scroller()];
-    const top = anchor?.getBoundingClientRect().top ?? 0;
     this.#from = Math.max(this.#from - PAGE, 0);
-    if (this.status) this.#showMessages(this.status);
-    page.scrollTop += (anchor?.getBoundingClientRect().top ?? 0) - top;
+    this.keepInPlace(find("messages").firstElementChild, () => this.status && this.#showMessages(this.status));
+  }
+
+  /**
+   * Write above an element, and scroll so that the element stays in its place.
+   *
+   * @param {Element | null} anchor  @param {() => void} write
+   */
+  keepInPlace(anchor, write) {
+    const top = anchor?.getBoundingClientRect().top ?? 0;
+    write();
+    scroller().scrollTop += (anchor?.getBoundingClientRect().top ?? 0) - top;
   }
 
   showLater() {
@@ -187,7 +197,7 @@ export class ThreadView {
   showWaiting() {
     const isEmpty = !this.status && this.messages.size === 0 && find("gone").hidden;
     find("waiting").hidden = !isEmpty;
-    const why = "This tab has kept nothing of this thread. It comes as soon as the service answers.";
+    const why = "This tab has no copy of this thread. It shows the thread as soon as the service answers.";
     show(find("waiting"), isLive() ? "Reading…" : why);
   }
 
@@ -228,11 +238,11 @@ export class ThreadView {
     find("mono").hidden = this.view !== "text";
   }
 
-  // Drawing, and following the end
+  // Drawing and scrolling
 
   /** @param {MessageView} message */
   draw(message) {
-    if (this.#drawn.size === 0) setTimeout(() => this.#flush(), 30); // a frame would never come in a hidden tab
+    if (this.#drawn.size === 0) setTimeout(() => this.#flush(), 30); // a hidden tab has no animation frames
     this.#drawn.add(message);
   }
 
@@ -243,9 +253,9 @@ export class ThreadView {
     this.showWaiting();
   }
 
-  /** @param {() => void} write  what changes how long the thread is */
+  /** Write, and then scroll to the end again if the view follows it. @param {() => void} write */
   stick(write) {
-    // The event of a scroll comes a frame later than the scroll, and the reader's is not to be undone before it.
+    // A scroll event comes one frame after the scroll. Look now, so as not to undo a scroll of the user.
     if (!this.#isClosed) this.scrolled();
     write();
     if (this.#isClosed) return;
@@ -278,7 +288,7 @@ export class ThreadView {
     this.stick(() => {});
   }
 
-  // What a reload finds again
+  // Across a reload
 
   save() {
     if (!this.isDirty) return;
@@ -303,7 +313,7 @@ export function openThread(threadId, view) {
   thread = threadId ? new ThreadView(threadId, view) : null;
 }
 
-/** Where the next chunk of the open thread would go. */
+/** Suggest a thread and message for the next chunk. */
 export function nextPlace() {
   const messages = thread?.status?.messages ?? [];
   const active = messages.findLast(({ status }) => status === "active");
