@@ -39,7 +39,10 @@ EXCLUDED = (
 
 # Named only in strings: by uvicorn's "auto" settings, by find_spec, and by app.py, which looks for its extras.
 HIDDEN = (
-    *(f"resume_stream.extras.{path.stem}" for path in sorted((ROOT / "extras").glob("*.py"))),
+    *(
+        ".".join(["resume_stream", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__")
+        for path in sorted((ROOT / "extras").rglob("*.py"))
+    ),
     "resume_stream.client.connection",
     "resume_stream.client.command_line",
     *("uvicorn.loops.uvloop", "uvicorn.protocols.http.httptools_impl", "uvicorn.lifespan.off"),
