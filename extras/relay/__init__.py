@@ -30,9 +30,7 @@ def mount(parts: Parts) -> None:
     if not upstreams:
         return
     if not (parts.producing and "raw" in parts.formats):
-        raise StartupError(
-            "upstream is set, and a relay needs extras/producing.py and extras/raw.py; put them in place"
-        )
+        raise StartupError("upstream is set, which needs extras/producing.py and extras/raw.py; put them in place")
 
     @cache
     def relay() -> Any:

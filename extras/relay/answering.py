@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping
-from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from typing import Any, cast
 
@@ -43,7 +42,7 @@ class Relay:
             if (ids := call.matches(dialect.cancel)) and (message := await self._find(call, dialect, ids, ABORT)):
                 return await self._cancelled(call, message)
         if last and all(last != dialect.from_start for dialect in DIALECTS):
-            raise CursorGone("This Last-Event-ID was not given here; ask anew, without it.")
+            raise CursorGone("This service did not give this Last-Event-ID; ask again without it.")
         return await self._asked(call, is_absent_204)
 
     async def _asked(self, call: Call, is_absent_204: bool) -> Answer:
@@ -60,7 +59,8 @@ class Relay:
             return NO_CONTENT
         message, headers = answer
         call.grant.require(WRITE, message.thread_id)  # it may be another caller's, in a thread that its body names
-        return await self._replies.stream(message, reader, headers=headers)
+        reply = await self._replies.stream(message, reader)
+        return reply._replace(headers=[*headers, *reply.headers])
 
     def _passed_on(self, response: httpx.Response) -> Answer:
         headers = passed_headers(response, NOT_PASSED_ON)
@@ -73,13 +73,13 @@ class Relay:
         call.grant.require(READ, None)
         found = await find(self._buffer.store, cursor)
         if found is None or found[0].upstream != call.upstream.name or not call.grant.covers(found[0].thread_id):
-            raise CursorGone("There is no answer with this Last-Event-ID, or no longer; ask again without it.")
+            raise CursorGone("This service has no answer with this Last-Event-ID, or no longer; ask again without it.")
         message, had = found
         if isinstance(had, MessageEnd) or not await has_rest(self._buffer.store, message, had):
             return NO_CONTENT
         return await self._replies.stream(message, self._replies.reader(call), had)
 
-    async def _resumed(self, call: Call, dialect: Dialect, ids: Mapping[str, str]) -> Answer | None:
+    async def _resumed(self, call: Call, dialect: Dialect, ids: dict[str, str]) -> Answer | None:
         """Answer a dialect's call that resumes a message. Return None if the upstream has to answer it."""
         message = await self._find(call, dialect, ids, READ)
         if message is None:
@@ -105,9 +105,7 @@ class Relay:
                     return Answer(200, message.headers, [words])
         return NO_CONTENT
 
-    async def _find(
-        self, call: Call, dialect: Dialect, ids: Mapping[str, str], scopes: AbstractSet[str]
-    ) -> Relayed | None:
+    async def _find(self, call: Call, dialect: Dialect, ids: dict[str, str], scopes: frozenset[str]) -> Relayed | None:
         """Return the message that a dialect's call is about, if it is here and the caller may do this with it."""
         thread_id = call.thread_in(ids, scopes)
         if thread_id is None:

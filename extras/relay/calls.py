@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, cast
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
@@ -16,12 +15,12 @@ from ...app import BadRequest, Forbidden, Grant, NotFound, Problem, Settings, St
 from .dialects import ids_in
 
 Headers = list[tuple[bytes, bytes]]
+Pieces = AsyncGenerator[bytes, None]
 HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x21-\x7e](?:[\t\x20-\x7e]*[\x21-\x7e])?)")  # RFC 9110, 5
-TOKENS = frozenset({b"authorization", b"x-api-key"})
 
 
 class Upstream:
-    """A server, and the headers that are set on each request to it. Raise ValueError for a URL without an address."""
+    """A server, and the headers that every request to it gets. Raise ValueError for a URL without an address."""
 
     def __init__(self, name: str, url: str) -> None:
         self.name, self.url = name, url.rstrip("/")
@@ -34,7 +33,7 @@ class Upstream:
 
 
 def upstreams_of(settings: Settings, environment: Mapping[str, str]) -> dict[str, Upstream]:
-    """Return the upstreams by name. Raise StartupError, which shows no key."""
+    """Return the upstreams by name. Raise StartupError, but never with a key in its text."""
     found: dict[str, Upstream] = {}
     for text in settings.upstream:
         match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9_-]*)=(https?://[^/?#@\s]+(?:/[^?#@\s]*)?)", text, re.ASCII)
@@ -78,11 +77,9 @@ class Call:
         self.headers: Headers = list(scope["headers"])
         self.query: bytes = scope["query_string"]
         if has_secret:  # then the caller's token is for this service, and the upstream must not see it
-            self.headers = [(name, value) for name, value in self.headers if name not in TOKENS]
-            pairs = self.query.split(b"&")
-            self.query = b"&".join(
-                pair for pair in pairs if unquote_to_bytes(pair.partition(b"=")[0]) != b"access_token"
-            )
+            self.headers = [pair for pair in self.headers if pair[0] not in (b"authorization", b"x-api-key")]
+            pairs = [(unquote_to_bytes(pair.partition(b"=")[0]), pair) for pair in self.query.split(b"&")]
+            self.query = b"&".join(pair for name, pair in pairs if name != b"access_token")
         name, slash, path = scope["raw_path"].partition(b"/relay/")[2].partition(b"/")
         upstream = upstreams.get(name.decode("latin-1"))
         if upstream is None:
@@ -110,7 +107,7 @@ class Call:
         match = re.search(rf"{call[1]}\Z", text)
         return ids_in(match) if match else None
 
-    def thread_in(self, ids: Mapping[str, str], scopes: AbstractSet[str]) -> str | None:
+    def thread_in(self, ids: dict[str, str], scopes: frozenset[str]) -> str | None:
         """Return the thread that a dialect's call is about, if the caller may do this with it."""
         thread_id = self.thread_id or valid_id(ids.get("thread", ids.get("message")))
         is_allowed = thread_id is not None and self.grant.has(scopes) and self.grant.covers(thread_id)
@@ -118,9 +115,9 @@ class Call:
 
 
 def check_path(path: bytes) -> None:
-    """Raise BadRequest if the path could leave the upstream's base path when it is decoded on its way."""
+    """Raise BadRequest if the path could lead out of the upstream's base path."""
     decoded = path
-    for _ in range(3):
+    for _ in range(3):  # as servers on the way may decode it too
         decoded = unquote_to_bytes(decoded)
     segments = {segment.partition(b";")[0] for segment in re.split(rb"[/\\]", decoded)}
     leads_out = segments & {b".", b".."} or path.startswith(b"//") or unquote_to_bytes(decoded) != decoded
@@ -129,7 +126,7 @@ def check_path(path: bytes) -> None:
 
 
 def valid_id(value: Any) -> str | None:
-    """Return a value that a request or an upstream gave, or None if it cannot be an id here."""
+    """Return the value, or None if it cannot be an id."""
     with suppress(Problem):
         return checked_id("id", value) if isinstance(value, str) else None
     return None

@@ -1,14 +1,14 @@
-"""The client that asks upstreams, and which headers of a request and a response pass."""
+"""The client that sends requests to upstreams, and the headers that pass in each direction."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from typing import cast
 
 import httpx
 
 from ...app import PRODUCER_TIMEOUT, BrokenOff, Problem, Settings, Unavailable
-from .calls import Call, Headers
+from .calls import Call, Headers, Pieces
 from .dialects import FAILURES
 
 SENT_AT_ONCE = 64 * 1024  # bytes of a request's body
@@ -37,7 +37,7 @@ def nothing_recorded(upstream: str, reason: str) -> Problem:
 
 
 class Client:
-    """The connections to all upstreams. ``max_relays`` limits how many responses are open."""
+    """The connections to all upstreams. At most ``max_relays`` responses are open at a time."""
 
     def __init__(self, settings: Settings) -> None:
         # A bare transport adds nothing: no cookies, no redirects, no headers of its own. It keeps few idle connections,
@@ -49,21 +49,21 @@ class Client:
         self._open = 0
 
     async def send(self, call: Call, body: bytearray, hold: Callable[[int], None]) -> httpx.Response:
-        """Return the response, for the caller to release. ``hold`` is told how much of the body is left.
+        """Return the response, which the caller has to release. ``hold`` gets the size of the rest of the body.
 
         Raise Unavailable, BadGateway and GatewayTimeout.
         """
         if self._open >= self._max_open:
             raise Unavailable("As many answers are being relayed as max_relays allows; try again later.")
         upstream, silence = call.upstream, self._silence
+        path = upstream.path + call.path.encode("latin-1") or b"/"
         request = httpx.Request(
             call.method,
             upstream.origin,
             headers=sent_headers(call, len(body)),
             content=in_pieces(body, hold) if body else None,
             extensions={
-                "target": (upstream.path + call.path.encode("latin-1") or b"/")
-                + (b"?" + call.query if call.query else b""),
+                "target": path + b"?" + call.query if call.query else path,
                 "timeout": {"connect": 10.0, "read": silence, "write": silence, "pool": silence},
             },
         )
@@ -76,7 +76,7 @@ class Client:
             raise GatewayTimeout(f"The upstream {upstream.name!r} does not answer; try again later.") from error
         except httpx.TransportError as error:
             kind = type(error).__name__
-            raise BadGateway(f"The upstream {upstream.name!r} cannot be asked ({kind}); try again later.") from error
+            raise BadGateway(f"The upstream {upstream.name!r} cannot be reached ({kind}); try again later.") from error
         finally:
             body.clear()
             if response is None:
@@ -87,7 +87,7 @@ class Client:
         await response.aclose()
 
 
-async def in_pieces(body: bytearray, hold: Callable[[int], None]) -> AsyncGenerator[bytes, None]:
+async def in_pieces(body: bytearray, hold: Callable[[int], None]) -> Pieces:
     while body:
         piece = bytes(body[:SENT_AT_ONCE])
         del body[:SENT_AT_ONCE]
@@ -95,7 +95,7 @@ async def in_pieces(body: bytearray, hold: Callable[[int], None]) -> AsyncGenera
         yield piece
 
 
-async def body_of(response: httpx.Response) -> AsyncGenerator[bytes, None]:
+async def body_of(response: httpx.Response) -> Pieces:
     try:
         async for piece in cast(httpx.AsyncByteStream, response.stream):
             yield piece
@@ -113,7 +113,7 @@ def sent_headers(call: Call, size: int) -> Headers:
 
 
 def passed_headers(response: httpx.Response, left_out: frozenset[bytes], url: bytes = b"") -> Headers:
-    """Return a response's headers, but not those of CORS. A location that begins with the URL then leads here."""
+    """Return the headers of a response without CORS, which is set here. A location at the URL then leads here."""
     headers: Headers = []
     for name, value in response.headers.raw:
         key = name.lower()

@@ -38,36 +38,36 @@ FAILURES = {  # the reasons with which the relay itself aborts a message, and wh
 class Dialect:
     """How one kind of upstream streams, and what its clients expect.
 
-    A stream has this dialect because of a ``header`` of its response (name and pattern), or the ``path`` of its
-    request (a pattern for the end of it), or the kind of its first event. A stream that begins with none of the
-    ``openings`` has another dialect, whatever its path. The groups ``thread`` and ``message`` of a pattern are ids.
+    A ``header`` of the response (name and pattern), the ``path`` of the request (a pattern for its end), or the kind
+    of the first event tells the dialect. A stream that begins with none of the ``openings`` has another dialect,
+    whatever its path. The groups ``thread`` and ``message`` of a pattern are ids.
     """
 
     name: str
     path: str | None = None
     header: tuple[str, str] | None = None
     openings: frozenset[str] = frozenset()
-    completes: frozenset[str] = frozenset()  # kinds of events; without any, the end of the body completes the message
+    completes: frozenset[str] = frozenset()  # kinds of events; if empty, the end of the body completes
     aborts: frozenset[str] = frozenset()
     last: frozenset[str] = frozenset()  # nothing follows these, though the body may stay open
-    reasons: tuple[tuple[str, ...], ...] = ()  # where the JSON of an event that aborts has the reason
+    reasons: tuple[tuple[str, ...], ...] = ()  # where the JSON of an aborting event has the reason
     thread_in_body: str | None = None  # the member of the request's JSON that is the thread's id
     message_in_event: tuple[str, ...] | None = None  # where the JSON of the first event has the message's id
-    message_in_header: bytes = b""  # the request's header that has the message's id if nothing else has it
+    message_in_header: bytes = b""  # the request's header with the message's id, if nothing else has one
     headers: Mapping[str, str] = field(default_factory=dict)  # set on every answer
     error: Callable[[str, str, Mapping[str, Any]], Said] | None = None  # from a code, a sentence, the last event's JSON
-    stop: Callable[[str], Said] | None = None  # from the reason; without it a stop is told as an error
+    stop: Callable[[str], Said] | None = None  # from the reason; if None, a stop is told as an error
 
-    # The call that resumes a message: its method, and a pattern for the end of its path, or of its query if it begins
-    # with ``[?&]``. If the pattern has no message, the call is about the thread's active message.
+    # The call that resumes a message: the method, and a pattern for the end of the path, or of the query if the pattern
+    # begins with ``[?&]``. A call without a message is about the thread's active one.
     resume: tuple[str, str] | None = None
     from_start: str | None = None  # the Last-Event-ID that asks for the whole stream
-    stream_flag: str | None = None  # the parameter that asks for the stream; without it the call asks for the object
-    position: tuple[str, str] | None = None  # the parameter, and the member of an event's JSON that must be higher
-    object_in: str | None = None  # the member of an event's JSON that is the object
+    stream_flag: str | None = None  # the query parameter that asks for the stream, and not for the object
+    position: tuple[str, str] | None = None  # the query parameter, and the member of an event that must be higher
+    object_in: str | None = None  # the member of an event that is the object
     aborted_object: Callable[[dict[str, Any], str, str], dict[str, Any]] | None = None
-    cancel: tuple[str, str, int] | None = None  # method and path of the call, and the status of its answer
-    absent_is_204: bool = False  # its clients take any other answer to ``resume`` for an error
+    cancel: tuple[str, str, int] | None = None  # the method and path of the call, the status of the answer
+    absent_is_204: bool = False  # its clients take any other answer to ``resume`` as an error
 
     def is_path(self, path: str) -> bool:
         return self.path is not None and re.search(rf"{self.path}\Z", path) is not None
@@ -110,13 +110,13 @@ class Dialect:
         return next((reason for reason in reasons if isinstance(reason, str) and reason), event.content)
 
     def message_in(self, event: Event) -> Any:
-        """Return the message's id in the first event, which may be of any type."""
+        """Return the message's id from the first event. It may be anything."""
         return member(json_of(event), self.message_in_event) if self.message_in_event else None
 
     def last_words(self, end: MessageEnd, had: Event | None) -> bytes | None:
-        """Return the event that tells a client of an end, without an id, or None if there is no such event.
+        """Return the event that tells a client of the end, without an id, or None if this dialect has none.
 
-        It is empty if the client had it from the upstream. A terminal event is never made up.
+        It is empty if the upstream has told the client already. A terminal event is never made up.
         """
         if end.status == "completed" or (had is not None and self.end_of(had)):
             return b""
@@ -131,7 +131,7 @@ class Dialect:
 
 
 def explained(reason: str | None) -> tuple[str, str]:
-    """Return a code and a sentence for the reason of an abort. Any reason but the relay's own is a stop."""
+    """Return a code and a sentence for the reason of an abort. Every reason outside FAILURES is a stop."""
     if reason in FAILURES:
         return reason, FAILURES[reason]
     return CANCELLED, f"The answer was stopped: {reason}." if reason else "The answer was stopped."

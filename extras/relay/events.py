@@ -13,8 +13,7 @@ import httpx
 from ...app import PRODUCER_TIMEOUT, Chunk, utf8_size
 from .dialects import LOST
 
-AHEAD = 256 * 1024  # bytes that may be read and not taken yet
-EVENTS_AT_ONCE = 1_000
+AHEAD = 256 * 1024  # bytes that are read before the consumer takes them
 
 
 class Failed(Exception):
@@ -50,7 +49,7 @@ class Source:
     async def take(self, until: float = math.inf) -> list[Chunk] | None:
         """Return the next events, or None at the end of the body. Raise Failed.
 
-        There may be none yet, and are none ``until`` a time of the loop's clock if nothing is read.
+        The list is empty if a piece completes no event, or if none comes ``until`` a time of the loop's clock.
         """
         if self._failure is not None:
             raise self._failure
@@ -64,7 +63,7 @@ class Source:
             return None
         found: list[Chunk] = []
         try:
-            while self._pieces and len(found) < EVENTS_AT_ONCE:
+            while self._pieces and len(found) < 1_000:
                 piece = self._pieces.popleft()
                 self._size -= len(piece)
                 found.extend(self._events.feed(piece))

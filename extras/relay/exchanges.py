@@ -1,4 +1,4 @@
-"""Exchanges with upstreams: what is asked once, named as a message, and recorded as it comes."""
+"""Exchanges with upstreams: each sends a request, finds out its message, and has the stream recorded."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ class Exchanges:
         self.parts, self.buffer, self.producing = parts, parts.buffer, parts.producing
         self.client = Client(parts.buffer.settings)
         self.active: set[Exchange] = set()
-        self.claims: dict[tuple[str, str], Exchange] = {}  # who records a message, or may be about to
+        self.claims: dict[tuple[str, str], Exchange] = {}  # who records a message, or may do so soon
         # Where several services share a store, nobody can tell whose message it is: producer_timeout ends it.
         if not self.buffer.settings.store:
             self.buffer.begin(self.producing.patiently(self.buffer, self._abort_orphans))
 
     def stop(self) -> None:
-        """Stop recording. The next start aborts the messages, as an end here would be taken for the upstream's."""
+        """Stop recording. The next start aborts the messages: an end now would look like the upstream's."""
         for exchange in self.active:
             exchange.task.cancel()
         self.buffer.begin(self.client.close())
 
     async def _abort_orphans(self) -> None:
-        """Abort what an earlier process was recording."""
+        """Abort the messages that an earlier process was recording."""
         cursor: str | None = None
         while True:
             page = await self.buffer.get_active_threads(1000, cursor)
@@ -67,7 +67,7 @@ class Exchanges:
                 return
 
     async def first_events(self, call: Call, thread_id: str, member: str | None) -> None:
-        """Wait for the first events of the answers for which this member of the request's JSON names the thread."""
+        """Wait for the first events of the thread's answers. This member of a request's JSON names the thread."""
         while waiting := [
             exchange.answer
             for exchange in self.active
@@ -81,7 +81,7 @@ class Exchanges:
 class Exchange:
     """A request to an upstream, from before it is sent until its answer has ended, whoever waits for it.
 
-    ``answer`` is a message, with the headers that its first reader gets besides, or a response that is not recorded.
+    ``answer`` is a message, with more headers for its first reader, or a response that is not recorded.
     """
 
     def __init__(self, exchanges: Exchanges, call: Call, message_id: str | None, body: bytearray) -> None:
@@ -90,7 +90,7 @@ class Exchange:
         self.members = thread_members(call, body)
         self.answer: asyncio.Future[tuple[Relayed, Headers] | httpx.Response] = asyncio.Future()
         self._claims: set[tuple[str, str]] = set()
-        self.is_recording = False  # until then a claim only means that it looks for the message
+        self.is_recording = False  # until then it may only be looking for the message
         self.task = self._buffer.begin(self._run(body))
         exchanges.active.add(self)
 
@@ -125,8 +125,6 @@ class Exchange:
         finally:
             await self._exchanges.client.release(response)
 
-    # Asking, once for each message
-
     async def _ask(self, body: bytearray) -> httpx.Response | None:
         """Return the upstream's response, or None if the message exists."""
         with self._exchanges.producing.holding(self._buffer) as hold:
@@ -139,19 +137,16 @@ class Exchange:
             return await self._exchanges.client.send(self.call, body, hold)
 
     def _possible_threads(self, message_id: str) -> list[str]:
-        """Return the threads in which a message may be. Which it is, only the upstream's answer tells."""
+        """Return the threads in which the message may be. Only the upstream's answer tells which one it is."""
         if self.call.thread_id is not None:
             return [self.call.thread_id]
         in_body = filter(None, map(valid_id, self.members.values()))
-        return list(dict.fromkeys([message_id, *filter(self.call.grant.covers, in_body)]))
+        return [message_id, *filter(self.call.grant.covers, in_body)]
 
     async def _claim(self, thread_id: str, message_id: str, is_new: bool = False) -> Relayed | None:
-        """Return the message if it exists. Else no other exchange records it until this one ends.
-
-        Raise Conflict if the message is not of this upstream.
-        """
+        """Return the message if it exists, or None, and let no other exchange record it. Raise Conflict."""
         ids, claims = (thread_id, message_id), self._exchanges.claims
-        other = Conflict(f"The message {message_id!r} is there, and not of this upstream; name another one.")
+        other = Conflict(f"The message {message_id!r} exists and is not of this upstream; choose another name.")
         while (holder := claims.setdefault(ids, self)) is not self:
             if holder.call.upstream is not self._upstream:
                 raise other
@@ -168,10 +163,8 @@ class Exchange:
             raise other
         return message
 
-    # Naming
-
     async def _record(self, response: httpx.Response) -> str:
-        """Record a stream, and return the outcome. Raise Problem if nothing is recorded."""
+        """Record a stream and return the outcome. Raise Problem if nothing is recorded."""
         if response.headers.get("content-encoding", "identity").strip().lower() != "identity":
             raise nothing_recorded(self._upstream.name, "compressed")
         source = Source(cast(httpx.AsyncByteStream, response.stream), self._buffer.settings.max_chunk)
@@ -196,9 +189,9 @@ class Exchange:
             await source.close()
 
     async def _first_events(self, source: Source) -> list[Chunk] | None:
-        """Return the first events: none after ``heartbeat``, as readers need a sign of life.
+        """Return the first events, or an empty list after ``heartbeat``, as readers need a sign of life.
 
-        If they may have the message's id, they are waited for, but no longer than ``producer_timeout``.
+        If the first event may have the message's id, wait for it up to ``producer_timeout``.
         """
         settings, now = self._buffer.settings, asyncio.get_running_loop().time
         needs_event = any(dialect.message_in_event for dialect in DIALECTS if dialect.is_path(self.call.path))
@@ -236,4 +229,4 @@ def thread_members(call: Call, body: bytearray) -> dict[str | None, Any]:
         members = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         return {name: msgspec.json.decode(raw) for name, raw in members.items() if name in names}
     except UNDECODABLE:
-        return {}  # the upstream says what is wrong with it
+        return {}  # the upstream will say what is wrong

@@ -1,4 +1,4 @@
-"""The recording of one stream: its events are committed as they come, and its message ends as it ends."""
+"""The recording of one stream: it commits the events as they come, and ends the message as the stream ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger("resume_stream")
 
 
 class Recording:
-    """The recording of one stream. ``began`` is called once the first chunk is committed."""
+    """The recording of one stream. It calls ``began`` once the first chunk is committed."""
 
     def __init__(self, parts: Parts, source: Source, message: Relayed, began: Callable[[], None]) -> None:
         self._buffer, self._source, self._began = parts.buffer, source, began
@@ -64,7 +64,7 @@ class Recording:
             self._fail("not_recorded", is_stored=False)
 
     def _fail(self, reason: str, is_stored: bool = True) -> None:
-        """Abort the message, unless the upstream has ended it, by an event that has to be in the store."""
+        """Abort the message, unless the upstream has ended it. Its completion counts only if it is stored."""
         if not self._index:
             raise nothing_recorded(self._message.upstream, reason)
         if self._outcome is None or (self._outcome == "completed" and not is_stored):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
-from ...app import HEARTBEAT, RETRY, BrokenOff, NotFound, Page, Parts, Reader, Signal, StoredChunk, encode_json
-from .calls import Call, Headers
+from ...app import HEARTBEAT, RETRY, BrokenOff, NotFound, Page, Parts, Place, Reader, Signal, StoredChunk, encode_json
+from .calls import Call, Headers, Pieces
 from .dialects import Dialect, explained, json_of
 from .messages import Relayed, events_of
 
@@ -15,7 +15,7 @@ from .messages import Relayed, events_of
 class Answer(NamedTuple):
     status: int
     headers: Headers
-    pieces: AsyncGenerator[bytes, None] | Sequence[bytes] = ()
+    pieces: Pieces | Sequence[bytes] = ()
     close: Callable[[], Awaitable[None]] | None = None  # called in the end, even if no piece was taken
 
 
@@ -33,20 +33,15 @@ class Replies:
     def reader(self, call: Call) -> Reader:
         return Reader(self._buffer, idle_timeout=0, expires=call.grant.expires)
 
-    async def stream(
-        self, message: Relayed, reader: Reader, had: StoredChunk | None = None, headers: Headers | None = None
-    ) -> Answer:
+    async def stream(self, message: Relayed, reader: Reader, had: StoredChunk | None = None) -> Answer:
         """Return the events after those that the client has."""
         place = await self._buffer.locate(*message.ids, after=None if had is None else had.seq)
-        frames = self._frames(message.dialect, self._buffer.follow(place, reader), had)
-        return Answer(200, [*(headers or []), *message.headers], frames)
+        return Answer(200, message.headers, self._frames(message.dialect, place, reader, had))
 
-    async def _frames(
-        self, dialect: Dialect, items: AsyncGenerator[Page | Signal, None], had: StoredChunk | None
-    ) -> AsyncGenerator[bytes, None]:
+    async def _frames(self, dialect: Dialect, place: Place, reader: Reader, had: StoredChunk | None) -> Pieces:
         """Yield the upstream's events with our ids. Raise BrokenOff if the client cannot be told the end."""
         yield RETRY
-        async with aclosing(items):
+        async with aclosing(self._buffer.follow(place, reader)) as items:
             async for item in items:
                 if item is Signal.HEARTBEAT:
                     yield HEARTBEAT
@@ -74,7 +69,7 @@ class Replies:
                 found = json_of(event).get(dialect.object_in or "") or found
         state = await self._buffer.store.find(*message.ids)
         if not isinstance(found, dict):
-            raise NotFound(f"Nothing has come of {message.message_id!r} yet; try again later.", exists=True)
+            raise NotFound(f"The answer {message.message_id!r} is empty so far; try again later.", exists=True)
         if dialect.aborted_object and state.status == "aborted" and (last is None or dialect.end_of(last) is None):
             found = dialect.aborted_object(found, *explained(state.reason))
         return answer_json(200, found)
