@@ -1392,7 +1392,7 @@ class SQLiteStore(GroupCommit):
 
 _EXTRAS = (
     *("logs", "tokens", "metrics", "page", "websocket", "live", "producing", "raw", "operate", "copy", "clients"),
-    *("openapi", "dialects", "relay", "limits", "express"),
+    *("openapi", "relay", "limits", "express"),
 )
 _STORES = {"redis": "redis_store", "rediss": "redis_store", "unix": "redis_store"}  # by the scheme of the address
 
@@ -2519,7 +2519,6 @@ class Parts:
         # The function that takes an append's body, by content type; the format of a stream, by the query's name for it.
         self.bodies: dict[str, Callable[..., Awaitable[tuple[Appended, bool]]]] = {"application/json": _append_json}
         self.formats: dict[str | None, Format] = {None: _SERVER_SENT}
-        self.dialects: list[Any] = []  # other people's streams (see extras/dialects.py)
         self.producing: Any = None  # what extras/producing.py lets other extras do
         self.active_message: Any = None  # likewise, by extras/raw.py
         # The headers of answers below a path that do not say themselves how they may be cached.

@@ -19,6 +19,10 @@ PICTURE = ROOT / "docs" / "house.svg"
 KINDS = {  # by the extra: what it makes of the service, and what it is, in a few words
     "live": ("fast", "live pages in memory"),
     "express": ("fast", "past the framework"),
+    "hot": ("fast", "hot rows, quick commits"),
+    "guard": ("strong", "of the file and its reads"),
+    "clock": ("strong", "a clock that is set"),
+    "elsewhere": ("strong", "other processes' changes"),
     "limits": ("strong", "limits on connections"),
     "packs": ("strong", "ended text, compressed"),
     "erasure": ("strong", "expired text, scrubbed"),
@@ -28,7 +32,6 @@ KINDS = {  # by the extra: what it makes of the service, and what it is, in a fe
     "tokens": ("strong", "who may do what"),
     "relay": ("further", "any SSE endpoint"),
     "redis_store": ("further", "threads in Redis"),
-    "dialects": ("further", "other people's clients"),
     "websocket": ("further", "one socket, many threads"),
     "producing": ("further", "uploads and recording"),
     "raw": ("further", "streams as they came"),
@@ -36,8 +39,7 @@ KINDS = {  # by the extra: what it makes of the service, and what it is, in a fe
     "clients": ("further", "publish and tail"),
     "page": ("further", "page and Swagger UI"),
     "openapi": ("further", "the OpenAPI document"),
-    "redis_scripts": ("further", "what runs in Redis"),
-    "redis_wire": ("further", "connections to Redis"),
+    "command_line": ("further", "flags and commands"),
 }
 HEADINGS = {"fast": "Extras make it fast,", "strong": "make it strong,", "further": "and make it reach further"}
 COLOURS = {"fast": "#fdf1dc", "strong": "#e6f4ea", "further": "#eee8f8"}
@@ -45,9 +47,9 @@ SEAMS = {
     "mount": "mount(parts): routes, guards, formats, bodies",
     "set_up": "set_up(settings): before the service starts",
     "add_commands": "add_commands(commands): for the shell",
-    "keep": "keep(store): upkeep and speed of SQLite",
+    "KEEPER": "KEEPER: a mixin of the SQLite store",
+    "attend": "attend(buffer): adds to the buffer and its tails",
     "store_for": "store_for(settings): another Store",
-    "Tail": "Tail: the live end of a thread",
 }
 
 # Pixels

@@ -12,8 +12,8 @@ import pytest
 from conftest import wait_until
 from relayed import RETRY, Relay, bare_events, relay
 from resume_stream.app import Chunk
-from resume_stream.extras.dialects import DIALECTS
-from resume_stream.extras.relay import Events, Failed
+from resume_stream.extras.relay.dialects import DIALECTS
+from resume_stream.extras.relay.events import Events, Failed
 from upstream import (
     AG_UI,
     AI_SDK,
