@@ -2739,6 +2739,7 @@ async def _serve(settings: Settings) -> None:
             lifespan="off",
             log_config=None,
             access_log=False,
+            timeout_graceful_shutdown=1,  # s; extras/limits.py is quicker
             server_header=False,
             proxy_headers=False,
             ws_max_size=settings.max_body,

@@ -235,7 +235,7 @@ def seam_legend(y: int) -> tuple[list[str], int]:
     parts = [text(EDGE, y, "The seams", weight=600)]
     column = (WIDTH - 2 * EDGE) // 3
     for number, seam in enumerate(SEAMS.values()):
-        name, what = re.split(r"(?<=[)l]): ", seam)
+        name, what = seam.split(": ", 1)
         x, line_y = EDGE + number % 3 * column, y + 20 + number // 3 * 34
         parts.append(text(x, line_y, name, size=11, font=MONO))
         parts.append(text(x, line_y + 14, what, size=11, fill=GREY))

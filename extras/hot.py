@@ -15,18 +15,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from ..app import (
-    BUSY_TIMEOUT,
-    Append,
-    Change,
-    Problem,
-    Row,
-    Settings,
-    SQLiteStore,
-    Transaction,
-    Write,
-    database_problem,
-)
+from ..app import Append, Change, Problem, Row, Settings, SQLiteStore, Transaction, Write, database_problem
 
 T = TypeVar("T")
 
@@ -116,7 +105,7 @@ class HotStore(SQLiteStore):
         super().__init__(settings)
         self._hot: dict[str, HotThread] = {}  # as of the last commit
         self._hot_version: int | None = None  # the data version (PRAGMA data_version) of that commit
-        self._hurries = False
+        self._hurries, self._patience = False, 0  # ms that the other thread waits for a lock
         self._in_use = threading.Lock()  # held by the thread that uses the writing connection
         self._small_commits = 0
         self._not_before = 0.0  # the time (time.perf_counter) of the next commit in the loop
@@ -171,7 +160,9 @@ class HotStore(SQLiteStore):
     def _hurry(self, db: sqlite3.Connection, hurries: bool) -> None:
         """Let the loop wait for no lock and make no checkpoint, and the other thread do both."""
         if hurries != self._hurries:
-            db.execute(f"pragma busy_timeout = {0 if hurries else BUSY_TIMEOUT * 1000:.0f}")
+            if hurries:
+                ((self._patience,),) = db.execute("pragma busy_timeout")
+            db.execute(f"pragma busy_timeout = {0 if hurries else self._patience}")
             db.execute(f"pragma wal_autocheckpoint = {0 if hurries else CHECKPOINT_PAGES}")
             self._hurries = hurries
 

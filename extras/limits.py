@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import weakref
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from http import HTTPStatus
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -20,11 +22,24 @@ MOST_HEAD = 64 * 1024  # bytes of a request line and its headers (RFC 6585, 5)
 HEAD_TIMEOUT = 10.0  # seconds for these to arrive
 STALLED_AFTER = 30.0  # seconds without progress, after which a client that does not read loses its connection
 KEPT_DESCRIPTORS = 64  # for files and other uses
+STOPS_WITHIN = 0.2  # seconds in which a client has to read what it is told at the end
 KEPT_FOR_HEALTH = 8  # connections that only /health may take
 
 
 def mount(parts: Parts) -> None:
-    parts.connection.append(Limited)
+    connections: weakref.WeakSet[Limited] = weakref.WeakSet()
+    parts.connection.append(type("LimitedConnection", (Limited,), {"all": connections}))
+    parts.on_stop.append(lambda: cut_stuck(connections))
+
+
+def cut_stuck(connections: AbstractSet[Limited]) -> None:
+    """Cut, soon after the service was told to stop, the connections whose clients do not read."""
+
+    def cut() -> None:
+        for connection in list(connections):
+            connection.transport.abort()
+
+    asyncio.get_running_loop().call_later(STOPS_WITHIN, cut)
 
 
 def most_connections() -> int:
@@ -36,6 +51,8 @@ def most_connections() -> int:
 class Limited(HttpToolsProtocol):
     """Refuses requests whose head is too long or too slow, connections over the limit, and clients that never read."""
 
+    all: ClassVar[weakref.WeakSet[Limited]]
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._head = 0  # bytes of the request's head so far
@@ -45,6 +62,7 @@ class Limited(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.all.add(self)
         most = most_connections()
         self._only_health = len(self.connections) > most
         if len(self.connections) > most + KEPT_FOR_HEALTH:

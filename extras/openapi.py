@@ -295,7 +295,7 @@ class Document(OpenAPIConfig):
         self._handlers: dict[str, HTTPRouteHandler] = {}
 
     def _name(self, handler: HTTPRouteHandler, method: Method, path: list[str | PathParameterDefinition]) -> str:
-        first, *others = handler.handler_name.split("_")
+        first, *others = handler.handler_name.strip("_").split("_")
         name = first + "".join(map(str.title, others))
         self._handlers[name] = handler
         return name

@@ -16,8 +16,11 @@ from typing import Any
 
 import pytest
 from conftest import TIMEOUT, until
+from resume_stream import app
 from resume_stream.app import ChunkBuffer, MessageEnd, Page, Place, Reader, Signal, StoredChunk, Unavailable
+from resume_stream.extras import erasure
 from resume_stream.extras.express import Detached
+from resume_stream.extras.live import LiveTail
 
 # What a reader gets
 
@@ -151,8 +154,8 @@ async def detached(buffer: ChunkBuffer, thread_id: str, message_id: str | None =
 
 
 def is_of_detached_reader(task: asyncio.Task[Any]) -> bool:
-    """That it reads for one from the store."""
-    return task.get_coro().__qualname__ == Detached._load.__qualname__
+    """Return True if the task reads from the store for a reader."""
+    return task.get_coro().__qualname__ in (Detached._load.__qualname__, LiveTail._load.__qualname__)
 
 
 async def locate_text(buffer: ChunkBuffer, thread_id: str, message_id: str, known: str) -> Any:
@@ -170,7 +173,7 @@ def store_of(buffer: ChunkBuffer) -> Any:
 
 async def on_writer(buffer: ChunkBuffer, work: Callable[[sqlite3.Connection], Any]) -> Any:
     """What a function says of the connection that commits."""
-    return await store_of(buffer).on_writer(work)
+    return await store_of(buffer).maintain(work)
 
 
 def kept_for_readers(buffer: ChunkBuffer) -> list[Any]:
@@ -249,6 +252,12 @@ class FailsOnce:
             self.has_failed = True
             raise Unavailable("Not now.")
         return await self._read()
+
+
+def impatient(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let writes and erasures wait only so long for another process."""
+    monkeypatch.setattr(app, "BUSY_TIMEOUT", seconds)
+    monkeypatch.setattr(erasure, "BUSY_TIMEOUT", seconds)
 
 
 # The file, as another process sees it

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import pytest
-from buffers import store_of
+from buffers import impatient, store_of
 from conftest import TIMEOUT, until
 from resume_stream import app
 from resume_stream.app import Chunk, ChunkBuffer
@@ -121,7 +121,7 @@ async def test_the_text_of_a_message_deleted_by_hand_is_never_anothers(buffer: C
 async def test_what_the_store_refuses_for_now_is_recorded_once_it_takes_it(
     make_buffer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "BUSY_TIMEOUT", 0.01)
+    impatient(monkeypatch, 0.01)
     async with make_buffer() as buffer:
         other = sqlite3.connect(buffer.settings.db, isolation_level=None)
         stored_one, locked = asyncio.Event(), asyncio.Event()

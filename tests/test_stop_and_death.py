@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
+from buffers import impatient
 from conftest import TIMEOUT, Service, append, until, wait_until
 from resume_stream import app
 from resume_stream.app import ChunkBuffer, MessageEnd
@@ -137,7 +138,7 @@ async def test_a_sign_of_life_postpones_the_abort(
 async def test_time_in_which_the_database_was_locked_does_not_count(
     make_buffer: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(app, "BUSY_TIMEOUT", 0.01)
+    impatient(monkeypatch, 0.01)
     async with make_buffer(**TIMEOUTS) as buffer:
         await buffer.add_chunks("t", "m", ["text"])
         with contextlib.closing(sqlite3.connect(tmp_path / "chunks.db", isolation_level=None)) as other:

@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
-from buffers import attached, history, on_writer, transactions_in
+from buffers import attached, history, impatient, on_writer, transactions_in
 from conftest import TIMEOUT, Service, append, until
 from resume_stream import app
 from resume_stream.app import ChunkBuffer, Problem, Settings, StartupError
@@ -329,7 +329,7 @@ async def test_a_transaction_that_fails_in_its_middle_leaves_nothing_and_does_no
 async def test_a_locked_database_is_a_clear_error_and_no_change_until_it_is_free(
     make_buffer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lock: str
 ) -> None:
-    monkeypatch.setattr(app, "BUSY_TIMEOUT", 0.1)
+    impatient(monkeypatch, 0.1)
     async with make_buffer() as buffer:
         await buffer.add_chunks("t", "m", ["before "])
         with contextlib.closing(sqlite3.connect(tmp_path / "chunks.db", isolation_level=None)) as other:
@@ -626,7 +626,7 @@ async def test_a_long_thread_is_erased_a_bounded_number_of_chunks_at_a_time(
     buffer: ChunkBuffer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(erasure, "ERASE_ROWS", 10)
-    monkeypatch.setattr(app, "BUSY_TIMEOUT", 0.1)
+    impatient(monkeypatch, 0.1)
     db = tmp_path / "chunks.db"
     await buffer.add_chunks("t", "m", ["text"] * 95)
     await buffer.add_chunks("other", "m", ["text"])
@@ -666,7 +666,7 @@ async def test_a_thread_that_is_being_erased_is_not_there_and_can_be_made_again(
 async def test_a_reader_in_the_way_delays_the_erasure_and_no_more(
     make_buffer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "BUSY_TIMEOUT", 0.1)
+    impatient(monkeypatch, 0.1)
     db = tmp_path / "chunks.db"
     async with make_buffer(cleanup_interval=0.05) as buffer:
         await buffer.add_chunks("doomed", "m", [marked(1) * 500])
