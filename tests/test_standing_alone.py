@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import ROOT, Service, api_client, append, wait_until
+from conftest import ROOT, TIMEOUT, Service, api_client, append, wait_until
 from wire import Stream, contents, data_of, message_path, problem
 
 
@@ -90,6 +91,78 @@ def test_it_streams_and_resumes_through_a_sigkill(start_alone: Callable[..., Alo
     assert service.end() == 0
     assert not Path(f"{service.db}-wal").exists()
     assert service.tracebacks() == 0
+
+
+def test_it_opens_ends_lists_and_clears(start_alone: Callable[..., Alone]) -> None:
+    service = start_alone()
+    with api_client(service) as client:
+        assert httpx.get(f"{service.url}/health/live").json() == {"status": "ok"}
+        assert client.put("/threads/t/messages/run").status_code == 201
+        assert client.put("/threads/t/messages/run").status_code == 200
+        chunks = [{"content": "a"}, {"content": "b", "event": "tool"}]
+        assert client.post(message_path("t", "run"), json=chunks).json()["chunkCount"] == 2
+        assert problem(append(client, "t", "run", "x", index=3))[0] == 409
+        assert client.post("/threads/t/messages/run/complete").json()["status"] == "completed"
+        assert problem(append(client, "t", "run", "x"))[0] == 409
+        append(client, "t", "stopped", "c")
+        aborted = client.post("/threads/t/messages/stopped/abort", json={"reason": "enough"})
+        assert aborted.json()["status"] == "aborted"
+
+        first = client.get("/threads/t/chunks", params={"limit": 2}).json()
+        rest = client.get("/threads/t/chunks", params={"after": first["cursor"]}).json()
+        assert [chunk["seq"] for chunk in first["chunks"] + rest["chunks"]] == [1, 2, 4]
+        assert [(end["seq"], end["reason"]) for end in rest["ends"]] == [(3, None), (5, "enough")]
+        assert rest["status"] == "aborted"
+        status = client.get("/threads/t").json()
+        assert [message["status"] for message in status["messages"]] == ["completed", "aborted"]
+        assert client.get("/threads/t/content", headers={"Accept": "text/plain"}).text == "abc"
+
+        append(client, "u", "run", "x")
+        assert [thread["threadId"] for thread in client.get("/threads").json()["threads"]] == ["u", "t"]
+        active = client.get("/threads", params={"status": "active"}).json()
+        assert [thread["threadId"] for thread in active["threads"]] == ["u"]
+        assert client.delete("/threads/t").status_code == 204
+        assert problem(client.get("/threads/t"))[0] == 404
+        files = b"".join(path.read_bytes() for path in (service.db, Path(f"{service.db}-wal")))
+        assert b"enough" not in files
+    assert service.end() == 0
+
+
+def test_it_aborts_a_message_whose_producer_is_silent(start_alone: Callable[..., Alone]) -> None:
+    service = start_alone("--producer-timeout", "300ms")
+    with api_client(service) as client, Stream(service, "/threads/t/stream?follow=true") as reader:
+        append(client, "t", "run", "text")
+        assert reader.line() == b"retry: 1000\n"
+        assert data_of(reader.frame())["content"] == "text"
+        assert data_of(reader.frame())["reason"] == "producer_timeout"
+        assert problem(append(client, "t", "run", "too late"))[0] == 409
+
+
+def test_its_wal_stays_small(start_alone: Callable[..., Alone]) -> None:
+    service = start_alone("--synchronous", "NORMAL")
+    with api_client(service) as client:
+        for _ in range(60):
+            append(client, "t", "run", "x" * 1_000_000)
+        assert Path(f"{service.db}-wal").stat().st_size < 24 * 1024**2
+
+
+def test_a_file_has_one_owner(start_alone: Callable[..., Alone], tmp_path: Path) -> None:
+    service = start_alone()
+    environment = {**service.whole_environment, "RESUME_STREAM_PORT": "0"}
+    command = [sys.executable, "app.py", "serve"]
+    second = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    assert (second.returncode, second.stdout) == (1, "")
+    assert "is already served" in second.stderr
+    assert service.end() == 0
+
+
+def test_a_start_that_fails_leaves_no_file(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        service = Alone(tmp_path)
+        service.port = taken.getsockname()[1]
+        with pytest.raises(RuntimeError, match="cannot listen"):
+            service.start()
+    assert not service.db.exists()
 
 
 def test_it_erases_what_has_expired(start_alone: Callable[..., Alone]) -> None:
