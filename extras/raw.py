@@ -72,7 +72,7 @@ async def unfinished_at(buffer: ChunkBuffer, thread_id: str, cursor: Cursor, for
 async def stream_active_message(reading: NamedDependency[Reading], thread_id: ThreadId) -> ASGIResponse:
     """From its start; 204 if no message is active. Of several active messages it is the one that began last.
 
-    With a cursor, the stream first sends the rest of the message that the cursor is in, even if it has ended.
+    With a cursor it is the message that the cursor is in, even if that has ended, as long as the reader lacks a part.
     """
     checked_id("thread_id", thread_id)
     buffer, message_id = reading.buffer, None
