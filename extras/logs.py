@@ -1,4 +1,4 @@
-"""What is logged of requests, and how: for people on a terminal, in lines of JSON for machines."""
+"""Logs: a line for each request, as text on a terminal, and as JSON for machines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..app import Parts, Settings
 log = logging.getLogger("resume_stream")
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
-RUN = secrets.token_hex(4)
+RUN = secrets.token_hex(4)  # of this process
 REQUESTS = itertools.count(1)
 
 
@@ -37,24 +37,23 @@ def set_up(settings: Settings) -> None:
 
 
 class Logged:
-    """Gives each request an id, its own where it has one, and writes a line when its answer begins.
+    """Middleware that gives each request an id (its own X-Request-ID, or a new one) and logs its answer.
 
-    Not of appends that went well, which are too many, and without the query, which may hold a token.
+    It does not log successful appends, because they are too many, nor the query, which may hold a token.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] in ("http", "websocket"):
-            given = "".join(value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id")
-            request_id.set(given[:64] or f"{RUN}-{next(REQUESTS):x}")
+        given = "".join(value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id")
+        request_id.set(given[:64] or f"{RUN}-{next(REQUESTS):x}")
         await self._app(scope, receive, logged(scope, send) if scope["type"] == ScopeType.HTTP else send)
 
 
 def logged(scope: Scope, send: Send) -> Send:
     began = time.perf_counter()
-    # Not its path, of which a mounted app is shown a part.
+    # A mounted app sees only a part of scope["path"].
     path = quote(scope.get("raw_path") or scope["path"].encode(), safe="/%")
 
     async def send_logged(message: Message) -> None:
@@ -63,7 +62,7 @@ def logged(scope: Scope, send: Send) -> Send:
         except RuntimeError as error:
             if "closed" not in str(error):
                 raise
-            log.debug("the client is gone: %s", error)  # uvloop's way to say so
+            log.debug("the client is gone: %s", error)  # uvloop raises this
         if message["type"] == "http.response.start":
             status = message["status"]
             if status >= 400 or not path.endswith("/chunks"):
@@ -74,7 +73,7 @@ def logged(scope: Scope, send: Send) -> Send:
 
 
 class JSONFormatter(logging.Formatter):
-    """A line of JSON for each record."""
+    """Writes each record as a line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {

@@ -1,4 +1,4 @@
-"""What a buffer counts, for Prometheus."""
+"""Metrics for Prometheus, at ``GET /metrics``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from ..app import PRODUCER_TIMEOUT, Buffer, Change, ChunkBuffer, Page, Parts, Place
 
 LATENCY_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
-UNSETTLED = 4096  # commits that wait for the next scrape
+UNSETTLED = 4096  # commits that are counted later, at most
 SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384, 65536)
 
 
@@ -27,11 +27,11 @@ def mount(parts: Parts) -> None:
 
 
 class Metrics:
-    """Told of what happens in a buffer, by the names of these methods."""
+    """Counts the events of a buffer. Each event has the name of a method."""
 
     def __init__(self, buffer: ChunkBuffer) -> None:
         self._buffer = buffer
-        # What came since the last scrape, as a Counter takes a lock for each time that it counts.
+        # Each count takes a lock, so these are counted at the next scrape.
         self._entries = self._bytes = 0
         self._commits: list[tuple[int, int, float]] = []
         self.registry = registry = CollectorRegistry()
@@ -76,9 +76,9 @@ class Metrics:
             self._settle()
         for change in changes:
             if change.ended and change.state.status == "aborted":
-                # Reasons are free text; only the service's own may become a label.
-                by_us = change.state.reason == PRODUCER_TIMEOUT
-                self.aborts.labels(PRODUCER_TIMEOUT if by_us else "requested").inc()
+                # A producer's reason is free text, so it is no label.
+                is_timeout = change.state.reason == PRODUCER_TIMEOUT
+                self.aborts.labels(PRODUCER_TIMEOUT if is_timeout else "requested").inc()
 
     def sent(self, page: Page, size: int) -> None:
         self._entries += len(page.entries)
@@ -87,7 +87,7 @@ class Metrics:
             self._first_read(page)
 
     def _first_read(self, page: Any) -> None:
-        """Of one that came while its readers were there (see extras/live.py)."""
+        """Measure how long the appends of a live page took to reach a reader (see extras/live.py)."""
         for part in page.parts or (page,):
             if part.asked is not None:
                 self.delivery_seconds.observe(time.perf_counter() - part.asked)
@@ -112,7 +112,7 @@ class Metrics:
         self.expiries.inc(threads)
 
     async def scrape(self) -> bytes:
-        """In Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         database_bytes, wal_bytes, active_messages = await self._buffer.store.measure()
         self._settle()
         self.readers.set(self._buffer.readers)

@@ -1,8 +1,8 @@
-"""The OpenAPI document: what Litestar finds out about the calls by itself, and what only we know of them.
+"""The OpenAPI document at ``/schema/openapi.json``: Litestar's description of the calls, with our answers and errors.
 
-``CALLS`` has the answers and the errors of every call by its operation id, which is the name of its
-handler. ``Document`` puts them into what Litestar makes. A body that a handler reads by itself is the
-handler's option ``body``: its type, with ``None`` where it may be missing.
+``CALLS`` has the answers and errors of each call. Its key is the operation id, which is the name of the handler
+in camelCase. If a handler reads its body by itself, its option ``body`` is the type of the body, with ``None`` if
+the body may be missing.
 """
 
 from __future__ import annotations
@@ -49,30 +49,30 @@ SUMMARY = {"threadId": "thread-1", "status": "active", "messageCount": 2, "chunk
 
 PROBLEM = {
     "title": "Problem",
-    "description": "An error for people (RFC 9457): what is wrong, and what would be right.",
+    "description": "A problem document (RFC 9457): what is wrong, and what to do instead.",
     "type": "object",
     "properties": {
-        "status": {"type": "integer", "description": "that of the answer"},
+        "status": {"type": "integer", "description": "the status code of the answer"},
         "title": {"type": "string"},
-        "detail": {"type": "string", "description": "what is wrong, and what would be right"},
+        "detail": {"type": "string", "description": "what is wrong, and what to do instead"},
         "exists": {"type": "boolean", "description": "false: there is no such thread or message (404)"},
-        "expectedIndex": {"type": "integer", "description": "the index to go on with (409)"},
+        "expectedIndex": {"type": "integer", "description": "the index to continue with (409)"},
         "messageStatus": {"type": "string", "description": "how the message ended (409)"},
         "reason": {"type": ["string", "null"], "description": "why the message was aborted (409)"},
-        "chunkCount": {"type": "integer", "description": "how many chunks the message has (409)"},
+        "chunkCount": {"type": "integer", "description": "the number of chunks of the message (409)"},
     },
     "required": ["status", "title", "detail"],
 }
 ERRORS: dict[int, str] = {
-    400: "An id, a cursor or a parameter cannot be what it is.",
+    400: "An id, a cursor, or a parameter is not valid.",
     401: "The token is missing, wrong, or has expired.",
-    403: "The token does not allow this, or this page or host may not connect.",
+    403: "The token does not allow this call, or this page or host may not connect.",
     404: "There is no such thread or message.",
     409: "The message has ended, another producer writes to it, or `index` leaves a gap; nothing was stored.",
     410: "The cursor is of a thread that was cleared or expired, or lies beyond its end; read from the start.",
     413: "Over a limit; nothing was stored.",
-    415: "A body of another type than this call takes.",
-    422: "The body is not what this call takes, or its text is not valid Unicode; nothing was stored.",
+    415: "This call does not take a body of this type.",
+    422: "The body does not have the form that this call takes, or its text is not valid Unicode; nothing was stored.",
     503: "Not now: the service is stopping, its database cannot be used, or there are too many readers.",
     507: "The disk or the size limit is full; nothing was stored.",
 }
@@ -98,9 +98,9 @@ EVENTS = {"message": "StoredChunk", "complete": "MessageEnd", "error": "Problem"
 
 
 class Answer(NamedTuple):
-    """An answer that is no error: the type of its JSON, if it has any, or its other content."""
+    """A successful answer. ``model`` is the type of its JSON; ``content`` has other content by its type."""
 
-    says: str
+    description: str
     model: str = ""
     example: Any = None
     content: Mapping[str, Any] = MappingProxyType({})
@@ -112,8 +112,8 @@ class Call(NamedTuple):
     errors: tuple[int, ...] = ()
 
 
-def appended(says: str) -> Answer:
-    return Answer(says, "Appended", APPENDED)
+def appended(description: str) -> Answer:
+    return Answer(description, "Appended", APPENDED)
 
 
 def text(example: str) -> dict[str, Any]:
@@ -140,11 +140,11 @@ ANYWHERE = (400, 401, 403, 503)
 BODY = (413, 415, 422)
 CALLS: dict[str, Call] = {
     "openMessage": Call(
-        "Producers", {201: appended("It is open."), 200: appended("It was there already.")}, (*ANYWHERE, 507)
+        "Producers", {201: appended("Opened."), 200: appended("The message exists.")}, (*ANYWHERE, 507)
     ),
     "appendChunks": Call(
         "Producers",
-        {201: appended("Committed."), 200: appended("All of it was there already: this was a retry.")},
+        {201: appended("Committed."), 200: appended("Everything was stored before: this was a retry.")},
         (*ANYWHERE, 409, *BODY, 507),
     ),
     "completeMessage": Call("Producers", {200: appended("Completed, now or before.")}, (*ANYWHERE, 404, 409, 507)),
@@ -157,7 +157,7 @@ CALLS: dict[str, Call] = {
         "Readers",
         {
             200: Answer(
-                "The chunks and ends after the cursor, and the cursor to go on with.",
+                "The chunks and ends after the cursor, and the cursor of the next page.",
                 "ChunkPage",
                 {"chunks": [CHUNK], "ends": [END], "cursor": f"{GENERATION}-{SEQ + 1}", "status": "completed"},
             )
@@ -168,7 +168,7 @@ CALLS: dict[str, Call] = {
         "Readers",
         {
             200: Answer(
-                "The text; bare for `Accept: text/plain`.",
+                "The text; without JSON for `Accept: text/plain`.",
                 "AccumulatedContent",
                 {"content": "Hello", "cursor": CURSOR, "status": "active"},
                 text("Hello"),
@@ -215,11 +215,11 @@ CALLS: dict[str, Call] = {
     ),
 }
 TAGS = {
-    "Producers": "Whoever has an answer to store.",
-    "Readers": "Whoever follows an answer, from any place in it.",
-    "Threads": "What is there.",
-    "Tokens": "Who may do what, where there is a secret.",
-    "Operation": "For those who run the service.",
+    "Producers": "Store an answer.",
+    "Readers": "Follow an answer, from any place in it.",
+    "Threads": "List, inspect, and clear threads.",
+    "Tokens": "Make tokens, if the service has a secret.",
+    "Operation": "Run the service.",
 }
 STREAMED = {"application/x-ndjson": '{"content":"Hello"}\n{"content":", world"}\n', "text/plain": "Hello"}
 EXAMPLES: dict[str, dict[str, Any]] = {
@@ -229,7 +229,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     },
     "abortMessage": {"with a reason": {"reason": "enough"}},
     "resumeStream": {
-        "by the text one has": {"thread_id": "thread-1", "message_id": "run-1", "known_content": "Hello, w"},
+        "by known text": {"thread_id": "thread-1", "message_id": "run-1", "known_content": "Hello, w"},
         "by a cursor": {"thread_id": "thread-1", "message_id": "run-1", "after": CURSOR},
     },
     "mintToken": {"to read and to stop": {"scope": "read abort", "expires_in": "10m"}},
@@ -238,20 +238,20 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 PARAMETERS: dict[str, dict[str, Any]] = {
     "thread_id": {"example": "thread-1"},
     "message_id": {"example": "run-1"},
-    "index": {"description": "the number in its message of the first chunk of the body, from 0: makes a retry safe"},
-    "complete": {"description": "end the message in the transaction of its last chunk"},
+    "index": {"description": "the number of the body's first chunk in its message, from 0; makes a retry safe"},
+    "complete": {"description": "complete the message in the transaction of its last chunk"},
     "after": {"example": CURSOR},
-    "follow": {"description": "wait for what is not made yet, and on a thread for the next message"},
-    "idle_timeout": {"description": "end where nothing is new for so long; 0: never", "example": "1m"},
-    "poll_interval": {"description": "changes nothing, as nothing is polled for a reader", "example": "100ms"},
-    "limit": {"description": "the most that an answer has: of chunks 1 to 10,000, of threads 1 to 1,000"},
-    "wait": {"description": "seconds to wait where there is nothing yet"},
+    "follow": {"description": "wait for a thread or message that does not exist yet, and for a thread's next message"},
+    "idle_timeout": {"description": "end the stream after this long without news; 0: never", "example": "1m"},
+    "poll_interval": {"description": "has no effect: readers do not poll", "example": "100ms"},
+    "limit": {"description": "the longest list in the answer: 1 to 10,000 chunks, 1 to 1,000 threads or messages"},
+    "wait": {"description": "seconds to wait for the first chunk"},
     "status": {"description": "only threads of this status"},
 }
 LAST_EVENT_ID = {
     "name": "Last-Event-ID",
     "in": "header",
-    "description": "the last id that one has seen, as browsers send it by themselves; it wins over `after`",
+    "description": "the id of the last event, which browsers send by themselves; it wins over `after`",
     "required": False,
     "schema": {"type": "string"},
     "example": CURSOR,
@@ -260,13 +260,13 @@ TOKEN_IN_QUERY = {
     "type": "apiKey",
     "in": "query",
     "name": "access_token",
-    "description": "for readers that cannot send headers, as an `EventSource`",
+    "description": "for readers that cannot send headers, such as an `EventSource`",
 }
 DESCRIPTION = """Keeps what an agent is streaming, so that a reader carries on from the exact place where it stopped.
 
-A **thread** holds **messages**, and a message **chunks**. Chunks, and the ends of messages, have a place in the \
-thread's one sequence; a **cursor** is such a place, `<generation>-<seq>`. All of this goes over one WebSocket too, \
-`/api/ws`."""
+A **thread** holds **messages**, and a message holds **chunks**. Each chunk and each end of a message has a sequence \
+number in its thread. A **cursor** is `<generation>-<seq>`. The WebSocket `/api/ws` offers the same over one \
+connection."""
 
 
 def mount(parts: Parts) -> None:
@@ -274,7 +274,7 @@ def mount(parts: Parts) -> None:
 
 
 class Document(OpenAPIConfig):
-    """What Litestar makes of the routes, and what the tables above say besides."""
+    """Litestar's document of the routes, completed from the tables above."""
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(
@@ -286,10 +286,12 @@ class Document(OpenAPIConfig):
             security=[{"bearerAuth": []}],
             render_plugins=parts.openapi_pages or [JsonRenderPlugin()],
             description=DESCRIPTION,
-            tags=[Tag(name, says) for name, says in TAGS.items()],
+            tags=[Tag(name, description) for name, description in TAGS.items()],
             use_handler_docstrings=True,
             operation_id_creator=self._name,
-            openapi_router=Router("/schema", route_handlers=[], include_in_schema=False, after_request=said_to_be_none),
+            openapi_router=Router(
+                "/schema", route_handlers=[], include_in_schema=False, after_request=explain_not_found
+            ),
         )
         self._parts = parts
         self._handlers: dict[str, HTTPRouteHandler] = {}
@@ -350,7 +352,7 @@ class Document(OpenAPIConfig):
 
 
 class Finished(OpenAPI):
-    """The document, with a last step on its way out; not a dataclass of its own, as that step is no part of it."""
+    """A document that ``finish`` completes. It is no dataclass, as ``finish`` would become a part of the document."""
 
     finish: Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -369,7 +371,7 @@ def key_of(status: int) -> str:
 def error_answers() -> dict[str, Any]:
     content = {"application/problem+json": {"schema": {"$ref": COMPONENTS.format(name="Problem")}}}
     answers: dict[str, Any] = {
-        key_of(status): {"description": says, "content": content} for status, says in ERRORS.items()
+        key_of(status): {"description": description, "content": content} for status, description in ERRORS.items()
     }
     for status, (name, value) in ERROR_HEADERS.items():
         answers[key_of(status)]["headers"] = {name: {"schema": {"type": "string"}, "example": value}}
@@ -381,11 +383,11 @@ def answer_of(answer: Answer) -> dict[str, Any]:
     if answer.model:
         schema = {"$ref": COMPONENTS.format(name=answer.model)}
         content = {"application/json": {"schema": schema, "example": answer.example}, **content}
-    return {"description": answer.says, **({"content": content} if content else {})}
+    return {"description": answer.description, **({"content": content} if content else {})}
 
 
 def finish_parameter(parameter: dict[str, Any]) -> None:
-    """A parameter may be missing, and is never null, which Litestar does not tell apart."""
+    """Remove null from the types of a parameter: it may be missing, but it is never null."""
     schema = parameter["schema"]
     choices = [choice for choice in schema.pop("oneOf", []) if choice.get("type") != "null"]
     schema.update(*choices)
@@ -397,8 +399,8 @@ def finish_parameter(parameter: dict[str, Any]) -> None:
     parameter.update(PARAMETERS.get(parameter["name"], {}))
 
 
-def said_to_be_none(response: Response[Any]) -> Response[Any]:
-    """Litestar's own answer for a page that is not there says nothing."""
+def explain_not_found(response: Response[Any]) -> Response[Any]:
+    """Litestar's own 404 has no body."""
     if response.status_code != HTTPStatus.NOT_FOUND:
         return response
     problem = NotFound("There is no such page; try the API at /schema/swagger, its document is /schema/openapi.json.")

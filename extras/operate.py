@@ -1,4 +1,4 @@
-"""What whoever runs the service has beside it: commands that look at the database, and systemd."""
+"""For those who run the service: commands for the database, health checks, and notifications to systemd."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import re
 import socket
 import sqlite3
 import sys
-import weakref
 import zlib
 from collections.abc import Iterator
 from functools import partial
@@ -27,8 +26,6 @@ from litestar import get
 from ..app import (
     BUSY_TIMEOUT,
     SETTINGS,
-    Buffer,
-    ChunkBuffer,
     Parts,
     Settings,
     SQLiteStore,
@@ -41,12 +38,11 @@ from ..app import (
 
 log = logging.getLogger("resume_stream")
 
-
-OTHER_VARIABLES = {"URL", "TOKEN"}  # those of the client
+OTHER_VARIABLES = {"URL", "TOKEN"}  # of the client
 
 
 def set_up(settings: Settings) -> None:
-    """Raises StartupError for a variable that would be a setting if it were spelled right."""
+    """Raise StartupError for an environment variable that looks like a misspelled setting."""
     known = [name.upper() for name in SETTINGS]
     for variable in os.environ:
         name = variable.removeprefix("RESUME_STREAM_")
@@ -58,8 +54,19 @@ def set_up(settings: Settings) -> None:
 
 
 def mount(parts: Parts) -> None:
+    probe: asyncio.Task[None] | None = None
+
+    @get("/health/ready", summary="The database answers and takes writes", scope=None)
+    async def ready() -> dict[str, str]:
+        """Requests at the same time share one probe."""
+        nonlocal probe
+        if probe is None or probe.done():
+            probe = asyncio.create_task(parts.buffer.store.probe())
+        await asyncio.shield(probe)
+        return {"status": "ok"}
+
     parts.root.append(ready)
-    parts.on_start.append(tell_systemd_that_it_runs)
+    parts.on_start.append(start_systemd_notifications)
     parts.on_stop.append(partial(tell_systemd, "STOPPING=1"))
 
 
@@ -67,30 +74,17 @@ def add_commands(commands: Any) -> None:
     commands.add("check", "say whether the database is sound", check, "db")
     copy = commands.add("backup", "copy the database while the service runs", backup, "db")
     copy.add_argument("file", type=Path)
-    put_back = commands.add("restore", "put a copy in the place of the database", restore, "db")
+    put_back = commands.add("restore", "replace the database by a copy", restore, "db")
     put_back.add_argument("file", type=Path)
     commands.add("healthcheck", "ask the running service whether it is ready", healthcheck, "host", "port", "uds")
     commands.add("version", "print the version", lambda settings, flags: print(__version__))
 
 
-PROBES: weakref.WeakKeyDictionary[ChunkBuffer, asyncio.Task[None]] = weakref.WeakKeyDictionary()
-
-
-@get("/health/ready", summary="The database answers and takes writes", scope=None)
-async def ready(buffer: Buffer) -> dict[str, str]:
-    """Those who ask at the same time share one answer."""
-    probe = PROBES.get(buffer)
-    if probe is None or probe.done():
-        probe = PROBES[buffer] = asyncio.create_task(buffer.store.probe())
-    await asyncio.shield(probe)
-    return {"status": "ok"}
-
-
 @contextlib.contextmanager
 def snapshot_of(path: Path) -> Iterator[sqlite3.Connection]:
-    """The database as it is at one moment, while the service may run.
+    """Open a snapshot of the database, which a service may be using.
 
-    Raises StartupError, also for an error of the block.
+    Raise StartupError, also for an SQLite error in the block.
     """
     if not path.exists():
         raise StartupError(f"there is no {path}")
@@ -107,7 +101,7 @@ def snapshot_of(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def check(settings: Settings, flags: dict[str, Any]) -> None:
-    """Say what the database holds, and whether it is sound. Raises StartupError if it is not."""
+    """Print what the database holds. Raise StartupError if it is not sound."""
     path = Path(settings.db)
     with snapshot_of(path) as connection:
         faults = unsound(connection)
@@ -122,10 +116,10 @@ def check(settings: Settings, flags: dict[str, Any]) -> None:
 
 
 def unsound(connection: sqlite3.Connection) -> list[str]:
-    """What is wrong with a database. A message that was deleted by hand leaves its places empty, which is not."""
+    """Return the faults of a database. A gap in the sequence is none: a message may have been deleted by hand."""
     faults = [text for (text,) in connection.execute("pragma integrity_check") if text != "ok"]
     faults += [
-        f"thread {thread_id!r} has a chunk in place {seq}, and its last place is {last_seq}"
+        f"thread {thread_id!r} has a chunk with seq {seq}, and its last seq is {last_seq}"
         for thread_id, last_seq, seq in connection.execute(
             "select thread_id, threads.last_seq, max(places.seq) as seq from threads join"
             " (select thread, seq from chunks union all select thread, last_seq from packs) as places using (thread)"
@@ -133,10 +127,10 @@ def unsound(connection: sqlite3.Connection) -> list[str]:
         )
     ]
     damaged = [
-        f"thread {thread_id!r} has a damaged pack of the places {first_seq} to {last_seq}: {fault}"
+        f"thread {thread_id!r} has a damaged pack (seq {first_seq} to {last_seq}): {fault}"
         for thread_id, first_seq, last_seq, fault in damaged_packs(connection)
     ]
-    if damaged:  # what is in them cannot be counted
+    if damaged:  # the chunks in them cannot be counted
         return faults + damaged
     faults += [
         f"message {message_id!r} says {chunk_count} chunks and has {count}"
@@ -150,7 +144,7 @@ def unsound(connection: sqlite3.Connection) -> list[str]:
 
 
 def damaged_packs(connection: sqlite3.Connection) -> Iterator[tuple[str | None, int, int, str]]:
-    """With thread_id, first and last place, and what is wrong."""
+    """Yield thread_id, first and last seq, and the fault of each damaged pack."""
     for thread_id, first_seq, last_seq, size, data in connection.execute(
         "select thread_id, first_seq, packs.last_seq, size, data from packs left join threads using (thread)"
     ):
@@ -165,20 +159,19 @@ def damaged_packs(connection: sqlite3.Connection) -> Iterator[tuple[str | None, 
 
 
 def backup(settings: Settings, flags: dict[str, Any]) -> None:
-    """Copy the database, as it is at this moment, while the service runs. Raises StartupError."""
+    """Copy the database while the service runs. Raise StartupError if that fails."""
     path, target = Path(settings.db), flags["file"]
     if target.exists():
         raise StartupError(f"{target} exists, and would be overwritten; name another file")
     with snapshot_of(path) as source, copied(source, target) as copy:
-        os.link(copy, target)  # which, unlike a rename, never overwrites
+        os.link(copy, target)  # unlike a rename, this never overwrites
     print(f"\n{target} is a copy of {path}", file=sys.stderr)
 
 
 def restore(settings: Settings, flags: dict[str, Any]) -> None:
-    """Put a copy in the place of the database, while no service runs. Raises StartupError.
+    """Replace the database by a copy while no service runs. Raise StartupError if that fails.
 
-    Whoever read the database that it replaces is told to begin anew: what follows a cursor of
-    theirs is not what they would have been sent.
+    The service will answer the cursors of the old database with ``reset``, because other text may follow them.
     """
     path, origin = Path(settings.db).resolve(), flags["file"]
     with snapshot_of(origin) as source, sole_owner(path):
@@ -193,13 +186,13 @@ def restore(settings: Settings, flags: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def copied(source: sqlite3.Connection, target: Path) -> Iterator[Path]:
-    """A copy beside ``target`` that nobody else can read, and that says it is one; gone afterwards."""
+    """Make a copy beside ``target`` that only its owner can read, marked as a copy. Delete it afterwards."""
     partial_copy = target.with_name(f"{target.name}.partial")
 
     def progress(status: int, remaining: int, total: int) -> None:
         print(f"\r{total - remaining} of {total} pages", end="", file=sys.stderr, flush=True)
 
-    source.execute("select * from clock").fetchone()  # the snapshot begins with the first read
+    source.execute("select * from clock").fetchone()  # the first read takes the snapshot
     try:
         os.close(os.open(partial_copy, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except OSError as error:
@@ -209,7 +202,7 @@ def copied(source: sqlite3.Connection, target: Path) -> Iterator[Path]:
             source.backup(copy, pages=1000, progress=progress)
             with copy:
                 copy.execute("update clock set is_copy = 1")
-            copy.execute("pragma journal_mode = delete")  # so that all of it is in the one file
+            copy.execute("pragma journal_mode = delete")  # so that the copy is one file
         yield partial_copy
     except (sqlite3.Error, OSError) as error:
         raise StartupError(f"{target} cannot be written ({error})") from error
@@ -218,7 +211,7 @@ def copied(source: sqlite3.Connection, target: Path) -> Iterator[Path]:
 
 
 def healthcheck(settings: Settings, flags: dict[str, Any]) -> None:
-    """Ask the running service whether it is ready. Raises StartupError if it is not."""
+    """Raise StartupError unless the running service is ready."""
     try:
         with contextlib.closing(connection_to(settings)) as connection:
             connection.request("GET", "/health/ready", headers={"Host": "localhost"})
@@ -241,18 +234,18 @@ def connection_to(settings: Settings) -> HTTPConnection:
 
 
 def tell_systemd(state: str) -> None:
-    """Tell systemd, where it has asked to be told (sd_notify(3)); ``@`` begins an abstract name."""
+    """Notify systemd if it started this process (sd_notify(3)). An address with ``@`` is an abstract socket."""
     if address := os.environ.get("NOTIFY_SOCKET"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.settimeout(0.1)  # the loop does not wait for a systemd that does not read
+            sender.settimeout(0.1)  # the loop must not wait for systemd
             try:
                 sender.sendto(state.encode(), re.sub("^@", "\0", address))
             except OSError as error:
                 log.warning("cannot tell systemd %s: %s", state, error)
 
 
-def tell_systemd_that_it_runs() -> None:
-    """And go on telling it, as often as its watchdog asks."""
+def start_systemd_notifications() -> None:
+    """Tell systemd that the service is ready, and then feed its watchdog."""
     tell_systemd("READY=1")
     if interval := int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6:
         feed_watchdog(asyncio.get_running_loop(), interval / 2)

@@ -1,7 +1,7 @@
-"""Packing: what has ended is kept compressed, some hundred chunks in one row, once the clean-up has come by.
+"""Packs: the clean-up compresses the entries of ended messages, some hundred of them in one row.
 
-The core reads packs, and erases them; only here they are made. Nobody waits for that: a pack is made of a
-snapshot, and put in the place of its rows in a transaction of its own, if they are still what they were.
+``app.py`` reads packs and erases them; only this extra makes them. No append waits for that: a pack is made from a
+snapshot, and replaces its rows in a transaction of its own if they have not changed since.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ log = logging.getLogger("resume_stream")
 
 PACK_ROWS = 1_024  # entries in a pack, at the most
 PACK_BYTES = 64 * 1024  # of text, after which a pack is full
-LEAST_PACKED = 64  # entries; what is shorter than this,
-LEAST_PACKED_BYTES = 4 * 1024  # and than this, waits for what follows it
+LEAST_PACKED = 64  # entries; a run of fewer,
+LEAST_PACKED_BYTES = 4 * 1024  # and of less text, waits for the entries that follow it
 
 EntryRow = tuple[int, int, str | None, str | None, int]  # seq, message, event, content, timestamp
 
 ENDED = (
     "select seq, message, event, content, timestamp from chunks join messages using (message)"
     " where chunks.thread = ? and seq between ? and ? and status <> 'active'"
-    " and instr(coalesce(event, '') || coalesce(content, ''), char(0)) = 0"  # after which SQLite's JSON stops
+    " and instr(coalesce(event, '') || coalesce(content, ''), char(0)) = 0"  # SQLite's JSON ends at a NUL
     " order by seq"
 )
 
@@ -49,7 +49,7 @@ KEEPER = PackingStore
 
 
 class Run(NamedTuple):
-    """Entries that follow one another in a thread, all of them of ended messages, and the pack they are to be."""
+    """Consecutive entries of ended messages of a thread, and the pack that will replace them."""
 
     thread: int
     rows: Sequence[EntryRow]
@@ -60,33 +60,32 @@ class Run(NamedTuple):
 class Packing:
     def __init__(self, store: SQLiteStore) -> None:
         self._store = store
-        self._until = 0  # ms since 1970: what nobody touched since is packed
+        self._until = 0  # ms since 1970: threads that nobody touched since are packed
 
     async def pack(self) -> None:
-        """A pack a transaction; of the threads touched since the last time."""
+        """Pack the threads that were touched since the last time, with one transaction for each pack."""
         store, thread = self._store, 0
-        # Not the time, as a transaction that began before may be committed after the look at its thread.
+        # Not the time itself: a transaction that has begun by now may be committed after its thread was packed.
         latest = min(now_ms(), await store.read(latest_touched, heavy=True))
-        while found := await store.read(partial(next_thread, self._until, thread), heavy=True):
-            thread = found
+        while thread := await store.read(partial(next_thread, self._until, thread), heavy=True):
             try:
                 await self._pack_thread(thread)
             except BadRows as problem:
-                log.error("a thread cannot be packed, and stays as it is: %s", problem)
+                log.error("a thread cannot be packed, and stays unpacked: %s", problem)
         await store.shrink()
         self._until = latest
 
     async def _pack_thread(self, thread: int) -> None:
         store, after = self._store, 0
         while run := await store.read(partial(next_run, thread, after), heavy=True):
-            await store.change(partial(put_away, run))
+            await store.change(partial(replace_by_pack, run))
             await store.maintain(checkpoint_some)
             after = run.rows[-1][0]
             await store.room()
 
 
 def checkpoint_some(db: sqlite3.Connection) -> None:
-    """Copy what has been committed to the file now, so that no append waits while much is copied at once."""
+    """Checkpoint after each pack, so that no append waits for a long checkpoint."""
     db.execute("pragma wal_checkpoint(passive)").fetchone()
 
 
@@ -95,17 +94,17 @@ def latest_touched(db: sqlite3.Connection) -> int:
     return cast(int, latest)
 
 
-def next_thread(touched_since: int, after: int, db: sqlite3.Connection) -> int | None:
-    """The first after this one of those that may have something to pack."""
+def next_thread(touched_since: int, after: int, db: sqlite3.Connection) -> int:
+    """Return the first touched thread after this one, or 0."""
     (thread,) = db.execute(
-        "select min(thread) from threads where thread > ? and updated_at >= ? and thread_id is not null",
+        "select coalesce(min(thread), 0) from threads where thread > ? and updated_at >= ? and thread_id is not null",
         (after, touched_since),
     ).fetchone()
-    return cast(int | None, thread)
+    return cast(int, thread)
 
 
 def next_run(thread: int, after: int, db: sqlite3.Connection) -> Run | None:
-    """The first after this place that is long enough, and no longer than a pack."""
+    """Return the first run after this sequence number that is long enough, cut to the size of a pack."""
     rows: list[EntryRow] = []
     size = 0
     for row in db.execute(ENDED, (thread, after + 1, sys.maxsize)):
@@ -121,7 +120,7 @@ def next_run(thread: int, after: int, db: sqlite3.Connection) -> Run | None:
 
 
 def packed(rows: Sequence[EntryRow]) -> tuple[int, bytes]:
-    """The size of a pack's JSON text, and that text compressed."""
+    """Return the size of the pack's JSON text, and the compressed text."""
     text = msgspec.json.encode([row[1:] for row in rows])
     return len(text), zlib.compress(text)
 
@@ -130,8 +129,8 @@ def is_worth_it(entries: int, size: int) -> bool:
     return entries >= LEAST_PACKED or size >= LEAST_PACKED_BYTES
 
 
-def put_away(run: Run, db: sqlite3.Connection) -> None:
-    """Replace a run by its pack, if its rows are still what they were."""
+def replace_by_pack(run: Run, db: sqlite3.Connection) -> None:
+    """Do nothing if the rows of the run have changed."""
     place = (run.thread, run.rows[0][0], run.rows[-1][0])
     if db.execute(ENDED, place).fetchall() != run.rows:
         return

@@ -1,4 +1,4 @@
-"""The page, the browser client beside it, and Swagger UI with files of our own."""
+"""The page at ``/``, the browser client in ``/static``, and Swagger UI with local files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PAGE_HEADERS = {
 
 SWAGGER_HEADERS = {
     **PAGE_HEADERS,
-    # Its page has a script and styles inside, and its pictures too.
+    # Swagger UI has inline scripts, styles, and pictures.
     "Content-Security-Policy": "default-src 'self'; script-src 'self' 'unsafe-inline';"
     " style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'",
 }
@@ -55,10 +55,10 @@ async def page() -> Response[bytes]:
 
 
 def with_page_headers(response: Response[Any]) -> Response[Any]:
-    """Asked for again each time, as a new version of the service has new files under the same names."""
+    """Browsers revalidate each file, because a new version of the service has new files under the same names."""
     response.headers.update(PAGE_HEADERS)
     if isinstance(response, ASGIFileResponse) and str(response.file_path).endswith(".d.ts"):
-        response.headers["Content-Type"] = "text/plain; charset=utf-8"  # which others take for video
+        response.headers["Content-Type"] = "text/plain; charset=utf-8"  # not video/mp2t, the type of other .ts files
     return response
 
 

@@ -1,7 +1,7 @@
-"""Producers that go on for long: bodies of any length, and sources in one's own process.
+"""Streaming producers: uploads of NDJSON and plain text, and ``agent_stream`` and ``record`` for the library.
 
-Of NDJSON and of plain text each piece is committed as it arrives. ``agent_stream`` and ``record`` store what a
-source yields, and end its message as it ends.
+Each piece of an upload is committed as it arrives. ``agent_stream`` and ``record`` store what an async iterator
+yields, and end the message when it ends.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ T = TypeVar("T")
 log = logging.getLogger("resume_stream")
 
 LINES = msgspec.json.Decoder(Chunk)
-AHEAD = 32  # pieces that a source may be ahead of what is committed of it
 CUT = 0.0  # the deadline of an upload that is cut short, by the loop's clock
 BODY_TIMEOUT = 30  # seconds in which a JSON body must arrive
 MOST_HELD = 32 * 1024**2  # bytes
-RETRY_PAUSE, RETRY_PAUSE_MOST = 0.05, 1.0  # seconds between two tries of what the store refuses for now
+AHEAD = 32  # pieces that a source may yield before they are committed
+RETRY_PAUSE, RETRY_PAUSE_MOST = 0.05, 1.0  # seconds before a write is tried again
 
 
 def mount(parts: Parts) -> None:
@@ -147,16 +147,16 @@ async def whole_body(buffer: ChunkBuffer, request: Request[Any, Any, Any], most:
 async def while_active(
     buffer: ChunkBuffer, thread_id: str, message_id: str, expires: float = math.inf
 ) -> AsyncIterator[Callable[[], Any]]:
-    """Cut the block short as soon as the message is ended by anyone, or the service stops.
+    """Cancel the block when anybody ends the message, when the service stops, or at ``expires`` (seconds since 1970).
 
-    Also at ``expires`` (seconds since 1970). Yields a function that lifts the watch, for the
-    one who ends the message itself. Raises Conflict, Unavailable or Unauthorized: why.
+    Yield a function that lifts the watch: the block calls it before it ends the message itself. Raise Conflict,
+    Unavailable, or Unauthorized if the block was cancelled.
     """
     upload = asyncio.timeout(None if expires == math.inf else expires - time.time())
     with buffer.attached(thread_id) as attached:
         tail = cast(UploadTail, attached)
         had_ended = await has_ended(buffer, tail, thread_id, message_id)
-        # What has ended before is not ended by anyone now; a retry of its last upload is answered as before.
+        # A message that had ended before is not watched: a retry of its last upload gets its answer again.
         tail.uploads[upload] = "" if had_ended else message_id
         lift = partial(tail.uploads.pop, upload, None)
         try:
@@ -176,7 +176,7 @@ async def while_active(
 
 
 async def has_ended(buffer: ChunkBuffer, tail: Tail, thread_id: str, message_id: str) -> bool:
-    """As of all that was told of by now. Raises Unavailable."""
+    """Return whether the message has ended, by a state that is not older than the tail. Raise Unavailable."""
     found = await buffer.store.find(thread_id, message_id)
     while found.generation == tail.generation and found.order < tail.order:
         found = await buffer.store.find(thread_id, message_id)
@@ -187,7 +187,7 @@ async def has_ended(buffer: ChunkBuffer, tail: Tail, thread_id: str, message_id:
 
 @contextlib.contextmanager
 def holding(buffer: ChunkBuffer) -> Iterator[Callable[[int], None]]:
-    """Yields a function to call with the bytes that one holds by now (see ``ChunkBuffer.hold``)."""
+    """Yield a function to call with the number of bytes that are held by now (see ``hold``)."""
     held = 0
 
     def hold_now(size: int) -> None:
@@ -202,7 +202,7 @@ def holding(buffer: ChunkBuffer) -> Iterator[Callable[[int], None]]:
 
 
 async def patiently(buffer: ChunkBuffer, write: Callable[[], Awaitable[T]]) -> T:
-    """A write that can be asked for again, until what hinders the store has passed, or for ``producer_timeout``."""
+    """Try a write again until the store takes it, for up to ``producer_timeout``. The write has to be idempotent."""
     give_up, pause = time.monotonic() + (buffer.settings.producer_timeout or math.inf), RETRY_PAUSE
     while True:
         try:
@@ -214,21 +214,19 @@ async def patiently(buffer: ChunkBuffer, write: Callable[[], Awaitable[T]]) -> T
         pause = min(2 * pause, RETRY_PAUSE_MOST)
 
 
-# A source
+# Sources
 
 
 async def agent_stream(
     buffer: ChunkBuffer, thread_id: str, message_id: str, source: AsyncIterable[str | Chunk]
 ) -> AsyncGenerator[str | Chunk, None]:
-    """Store and yield what ``source`` yields: text, or Chunks where an event has a name.
+    """Store and yield what ``source`` yields: text, or a Chunk to name its event.
 
-    Each piece is yielded once it is committed. When the consumer goes away, storing goes on.
-    The message is completed when ``source`` ends, and aborted when it fails, with the name
-    of the exception as its reason; the exception is raised here too. When the message is
-    ended from outside, ``source`` is closed and the iteration ends.
+    A piece is yielded after its commit. If the consumer goes away, storing goes on. The message is completed when
+    ``source`` ends. If ``source`` fails, the message is aborted with the name of the exception as its reason, and
+    the exception is raised here too. If somebody else ends the message, ``source`` is closed and the iteration ends.
 
-    Raises Conflict where the message has ended or has chunks already; then nothing is asked of
-    ``source``, which is closed.
+    Raise Conflict, and close ``source``, if the message has ended or has chunks already.
     """
     opened, _ = await buffer.open_message(thread_id, message_id)
     if opened.status != "active" or opened.chunk_count:
@@ -245,7 +243,7 @@ async def agent_stream(
         )
     place = await buffer.locate(thread_id, message_id, after=str(opened.seq))
     recording = record(buffer, thread_id, message_id, source, index=opened.chunk_count)
-    # Not limited to max_readers, as an agent's stream is no reader's.
+    # An agent's own stream does not count in max_readers.
     async with aclosing(buffer.follow(place, idle_timeout=0, heartbeat=1, limited=False)) as items:
         async for item in items:
             if isinstance(item, Page):
@@ -253,7 +251,7 @@ async def agent_stream(
                     if isinstance(entry, StoredChunk):
                         yield (Chunk(entry.content, entry.event) if entry.event else entry.content)
             elif recording.done():
-                break  # it failed, and could not even abort the message
+                break  # it failed, and could not abort the message either
     await asyncio.wait([recording])
     if recording.cancelled():
         raise Stopping
@@ -263,16 +261,15 @@ async def agent_stream(
 def record(
     buffer: ChunkBuffer, thread_id: str, message_id: str, source: AsyncIterable[str | Chunk], *, index: int = 0
 ) -> asyncio.Task[None]:
-    """Store what ``source`` yields, by itself, whoever comes or goes, until the buffer is left.
+    """Store what ``source`` yields, in a task that runs until ``source`` ends or the buffer is closed.
 
-    All that it has yielded while the last commit was under way is one append; it is at most 32
-    pieces ahead. ``index`` is the number of its first piece in the message. What hinders the store
-    (a lock, a full disk) is waited for, for up to ``producer_timeout``. The message is completed
-    when ``source`` ends; when it fails the message is aborted, with the error's ``reason``, or else
-    its name, as the reason, and the task raises the error. When the message is ended from outside
-    the task ends. ``source`` is closed in any case.
+    What ``source`` yields during a commit becomes one append. It may be up to 32 pieces ahead. ``index`` is the
+    number of its first piece in the message. While the store cannot write (a lock, a full disk), the task waits,
+    for up to ``producer_timeout``. The message is completed when ``source`` ends. If ``source`` fails, the message
+    is aborted with the ``reason`` or the name of the exception, and the task raises the exception. If somebody else
+    ends the message, the task ends. ``source`` is closed in any case.
     """
-    _ = buffer.store  # which has to be open, or nothing would ever be recorded
+    _ = buffer.store  # raises if the buffer is not open
     return buffer.begin(recorded(buffer, thread_id, message_id, source, index))
 
 
@@ -290,13 +287,13 @@ async def recorded(
     except Conflict as error:
         log.info("recording stopped: %s", error.detail)
     except Exception as error:
-        with contextlib.suppress(Problem):  # the error itself is what is to be seen
+        with contextlib.suppress(Problem):  # the error of the source matters more
             await buffer.abort_message(*ids, getattr(error, "reason", type(error).__name__))
         raise
 
 
 async def gathered(source: AsyncIterable[T], ahead: int) -> AsyncGenerator[list[T], None]:
-    """All that a source has yielded since the consumer last asked, of at most ``ahead`` items; closes it."""
+    """Yield what the source yielded since the last time, up to ``ahead`` items. Close the source at the end."""
     waiting: list[T] = []
     filled, emptied = asyncio.Event(), asyncio.Event()
 
@@ -324,7 +321,7 @@ async def gathered(source: AsyncIterable[T], ahead: int) -> AsyncGenerator[list[
         pulling.cancel()
         await asyncio.wait([pulling])
         if not pulling.cancelled():
-            pulling.exception()  # looked at, whether or not anybody is there to be told
+            pulling.exception()  # so that asyncio does not log it
         await close(source)
 
 
@@ -333,12 +330,11 @@ async def close(source: AsyncIterable[Any]) -> None:
         await aclose()
 
 
-# An upload
+# Uploads
 
 
 async def append_lines(request: Request[Any, Any, Any], buffer: ChunkBuffer, append: Append) -> tuple[Appended, bool]:
-    longest = 6 * buffer.settings.max_chunk + 1024  # as JSON may take six bytes for one
-    return await append_pieces(request, buffer, append, Lines(longest))
+    return await append_pieces(request, buffer, append, Lines(buffer.settings.max_chunk))
 
 
 async def append_text(request: Request[Any, Any, Any], buffer: ChunkBuffer, append: Append) -> tuple[Appended, bool]:
@@ -354,7 +350,7 @@ async def append_text(request: Request[Any, Any, Any], buffer: ChunkBuffer, appe
 
 
 async def stored_from(buffer: ChunkBuffer, thread_id: str, message_id: str, index: int) -> tuple[str, int]:
-    """The message's text from its chunk ``index`` on, and the index after it."""
+    """Return the text of the message from its chunk ``index`` on, and the index after it."""
     texts, count = list[str](), 0
     found = await buffer.store.find(thread_id, message_id)
     seq = found.before
@@ -371,135 +367,121 @@ async def stored_from(buffer: ChunkBuffer, thread_id: str, message_id: str, inde
 async def append_pieces(
     request: Request[Any, Any, Any], buffer: ChunkBuffer, append: Append, decoder: Lines | Text
 ) -> tuple[Appended, bool]:
-    """Commit what each piece of the body brings before reading the next; whether anything was new.
+    """Commit each piece of the body before the next is read. Return the answer, and whether anything was new.
 
-    While it is being committed nothing more is read, so that the connection's flow control slows
-    a producer that is too fast. Cut short with a Problem when somebody else ends the message.
+    The connection's flow control slows down a producer that is too fast. Raise Problem as soon as somebody else
+    ends the message.
     """
     change: Change | None = None
-    changed = False
+    is_new = False
+    expires = Grant.of(request).expires
     with holding(buffer) as hold_now:
         async with (
-            while_active(buffer, append.thread_id, append.message_id, Grant.of(request).expires) as lift,
+            while_active(buffer, append.thread_id, append.message_id, expires) as lift,
             aclosing(body_pieces(request)) as pieces,
         ):
             async for piece, is_last in pieces:
-                chunks, problem = decoder.feed(piece, is_last)
+                chunks, sizes, problem = decoder.feed(piece, is_last)
                 hold_now(decoder.kept)
-                sizes, refusal = sizes_up_to_refusal(chunks, buffer.settings.max_chunk)
-                if refusal is not None:
-                    refusal.detail = f"{decoder.where(len(sizes))} is refused: {refusal.detail}"
-                    chunks, problem = chunks[: len(sizes)], refusal
-                ends = append.complete and is_last and problem is None
-                if chunks or (is_last and problem is None and (ends or change is None)):
-                    if ends:
+                is_end = is_last and problem is None
+                completes = is_end and append.complete
+                if chunks or completes or (is_end and change is None):
+                    if completes:
                         lift()
                     await buffer.room()
-                    change = await buffer.store.write(
-                        msgspec.structs.replace(append, chunks=chunks, sizes=sizes, complete=ends)
-                    )
-                    changed = changed or change.changed
+                    part = msgspec.structs.replace(append, chunks=chunks, sizes=sizes, complete=completes)
+                    change = await buffer.store.write(part)
+                    is_new = is_new or change.changed
                     index = None if append.index is None else append.index + len(chunks)
                     append = msgspec.structs.replace(append, index=index, generation=change.state.generation)
                 if problem is not None:
                     raise problem
-    return cast(Change, change).answer, changed
+    return cast(Change, change).answer, is_new
 
 
-def sizes_up_to_refusal(chunks: list[Chunk], max_chunk: int) -> tuple[list[int], Problem | None]:
-    """The bytes of each chunk, up to the first that is refused, and why it is."""
-    sizes: list[int] = []
-    try:
-        return checked_sizes(chunks, max_chunk), None
-    except Problem:
-        try:
-            for chunk in chunks:
-                sizes += checked_sizes([chunk], max_chunk)
-        except Problem as refusal:
-            return sizes, refusal
-        raise
+Decoded = tuple[list[Chunk], list[int], Problem | None]  # chunks, their sizes, and what is wrong after them
 
 
 class Lines:
-    """Chunks from NDJSON that arrives in pieces: one on each line, of any length up to ``max_line``."""
+    """Decodes NDJSON that arrives in pieces: each line is a chunk."""
 
-    def __init__(self, max_line: int) -> None:
-        self._max_line = max_line
-        self._rest = bytearray()
-        self._whole = b""
-        self._lines = 0  # those before what is whole now
-
-    def feed(self, piece: bytes, is_last: bool) -> tuple[list[Chunk], Problem | None]:
-        """The chunks of the lines that are whole now, and what is wrong with the line after them."""
-        self._lines += self._whole.count(b"\n")
-        cut = len(piece) if is_last else piece.rfind(b"\n") + 1
-        if cut or is_last:
-            self._whole = bytes(self._rest) + piece[:cut]
-            self._rest = bytearray(piece[cut:])
-        else:
-            self._whole = b""
-            self._rest += piece
-        chunks, problem = self._decode()
-        if problem is None and len(self._rest) > self._max_line:
-            problem = TooLarge(
-                f"{self.where(len(chunks))} has over {self._max_line} bytes, more than any chunk of max_chunk; send it"
-                " in parts."
-            )
-        return chunks, problem
+    def __init__(self, max_chunk: int) -> None:
+        self._max_chunk = max_chunk
+        self._max_line = 6 * max_chunk + 1024  # JSON may take six bytes for one
+        self._rest = bytearray()  # of a line that has not ended
+        self._lines = 0  # that have ended
 
     @property
     def kept(self) -> int:
-        """Bytes of a line that is not whole yet."""
         return len(self._rest)
 
-    def where(self, number: int) -> str:
-        """The line of a chunk, by its number (from 0) among those that are whole now."""
-        lines = [line for line, text in enumerate(self._whole.split(b"\n"), self._lines + 1) if text.strip()]
-        after = self._lines + self._whole.count(b"\n") + 1
-        return f"Line {lines[number] if number < len(lines) else after}"
+    def feed(self, piece: bytes, is_last: bool) -> Decoded:
+        cut = len(piece) if is_last else piece.rfind(b"\n") + 1
+        if not cut and not is_last:
+            self._rest += piece
+            chunks, sizes, problem = list[Chunk](), list[int](), None
+        else:
+            lines = bytes(self._rest) + piece[:cut]
+            self._rest = bytearray(piece[cut:])
+            chunks, sizes, problem = self._decode(lines)
+            self._lines += lines.count(b"\n")
+        if problem is None and len(self._rest) > self._max_line:
+            problem = TooLarge(
+                f"Line {self._lines + 1} has over {self._max_line} bytes, more than any chunk of max_chunk; send it in"
+                " parts."
+            )
+        return chunks, sizes, problem
 
-    def _decode(self) -> tuple[list[Chunk], Problem | None]:
+    def _decode(self, lines: bytes) -> Decoded:
         try:
-            return LINES.decode_lines(self._whole), None
-        except UNDECODABLE:
-            chunks: list[Chunk] = []
-            for line in self._whole.split(b"\n"):
-                try:
-                    chunks += LINES.decode_lines(line)
-                except UNDECODABLE as error:
-                    return chunks, InvalidContent.json(line, error, self.where(len(chunks)))
-            raise
+            chunks = LINES.decode_lines(lines)
+            return chunks, checked_sizes(chunks, self._max_chunk), None
+        except (*UNDECODABLE, Problem):
+            return self._decode_up_to_problem(lines)
+
+    def _decode_up_to_problem(self, lines: bytes) -> Decoded:
+        chunks, sizes = list[Chunk](), list[int]()
+        for number, line in enumerate(lines.split(b"\n"), self._lines + 1):
+            try:
+                found = LINES.decode_lines(line)
+                sizes += checked_sizes(found, self._max_chunk)
+            except UNDECODABLE as error:
+                return chunks, sizes, InvalidContent.json(line, error, f"Line {number}")
+            except Problem as problem:
+                problem.detail = f"Line {number} is refused: {problem.detail}"
+                return chunks, sizes, problem
+            chunks += found
+        return chunks, sizes, None
 
 
 class Text:
-    """Chunks from plain text that arrives in pieces: each becomes one, never cutting a character."""
+    """Decodes plain text that arrives in pieces: each piece is a chunk, and no character is cut.
+
+    ``known`` is the text that a retry sends again. ``is_whole`` means that the body has to contain all of it.
+    """
 
     def __init__(self, max_chunk: int, known: str, is_whole: bool) -> None:
-        self._is_whole = is_whole  # then nothing of what is known may be missing
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._max_characters = max(max_chunk // 4, 1)
+        self._max_chunk = max_chunk
         self._known = known
-        self._compared = 0  # characters of it
+        self._is_whole = is_whole
+        self._compared = 0  # characters of the known text
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
 
-    def feed(self, piece: bytes, is_last: bool) -> tuple[list[Chunk], Problem | None]:
-        """The chunks that are whole now, less the ``known`` text that a retry sends again."""
+    @property
+    def kept(self) -> int:
+        return len(self._known) - self._compared
+
+    def feed(self, piece: bytes, is_last: bool) -> Decoded:
         try:
             text = self._decoder.decode(piece, final=is_last)
         except UnicodeDecodeError as error:
-            return [], InvalidContent(f"The body is not valid UTF-8: {error.reason}.")
+            return [], [], InvalidContent(f"The body is not valid UTF-8: {error.reason}.")
         known = self._known[self._compared : self._compared + len(text)]
         self._compared += len(known)
         is_short = is_last and self._is_whole and self._compared < len(self._known)
         if is_short or not text.startswith(known):
-            return [], Conflict("Another text is stored from this index on: another producer writes to this message.")
-        text = text[len(known) :]
-        step = self._max_characters
-        return [Chunk(text[start : start + step]) for start in range(0, len(text), step)], None
-
-    @property
-    def kept(self) -> int:
-        """Bytes of the text that is still to be compared, at the least."""
-        return len(self._known) - self._compared
-
-    def where(self, number: int) -> str:
-        return "The text"
+            problem = Conflict("Another text is stored from this index on: another producer writes to this message.")
+            return [], [], problem
+        step = max(self._max_chunk // 4, 1)  # characters, of up to four bytes
+        chunks = [Chunk(text[start : start + step]) for start in range(len(known), len(text), step)]
+        return chunks, checked_sizes(chunks, self._max_chunk), None

@@ -1,4 +1,4 @@
-"""``format=raw``: a stream as its producer's own clients know it; and ``GET …/live``, of the message that is active."""
+"""Raw streams: ``format=raw`` sends chunks as their producer made them; ``GET …/live`` follows the active message."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def mount(parts: Parts) -> None:
 
 
 class RawEvents:
-    """Chunks as server-sent events whose data is their content, and nothing of our own besides the id.
+    """Server-sent events whose data is the content of a chunk, for clients that know only its producer.
 
-    What a client expects that knows only its producer. A line end inside the content divides the
-    data into lines, which readers join with LF (HTML, 9.2.6).
+    Only the id is ours. A line end inside the content makes several ``data`` lines, which readers join with LF
+    (HTML, 9.2.6).
     """
 
     tells_all = False
@@ -73,21 +73,21 @@ async def active_message(buffer: ChunkBuffer, thread_id: str) -> str | None:
 
 
 async def unfinished_at(buffer: ChunkBuffer, thread_id: str, cursor: Cursor, form: Format) -> str | None:
-    """The message that the cursor is in, if one who has all up to there can be sent more of it."""
+    """Return the message that the cursor is in, or None if its reader has all of that message."""
     state, page = await buffer.store.page(thread_id, None, cursor.seq - 1, 1)
-    had = page.entries[0] if page.entries else None
-    if had is None or had.seq != cursor.seq or cursor.generation not in (None, state.generation):
+    last = page.entries[0] if page.entries else None
+    if last is None or last.seq != cursor.seq or cursor.generation not in (None, state.generation):
         return None
-    state, page = await buffer.store.page(thread_id, had.message_id, cursor.seq, 1)
-    is_more = any(form.tells_all or isinstance(entry, StoredChunk) for entry in page.entries)
-    return had.message_id if is_more or state.status == "active" else None
+    state, page = await buffer.store.page(thread_id, last.message_id, cursor.seq, 1)
+    has_more = any(form.tells_all or isinstance(entry, StoredChunk) for entry in page.entries)
+    return last.message_id if has_more or state.status == "active" else None
 
 
 @get(THREAD + "/live", summary="Follow the active message of a thread (SSE)", scope="read", token_in_query=True)
 async def stream_active_message(reading: NamedDependency[Reading], thread_id: ThreadId) -> ASGIResponse:
-    """From its start; 204 where none is active. Of several it is the one that began last.
+    """From its start; 204 if no message is active. Of several active messages it is the one that began last.
 
-    One who comes back with a cursor first gets the rest of the message that it is in, though that has ended meanwhile.
+    With a cursor it is the message that the cursor is in, even if that has ended, as long as the reader lacks a part.
     """
     checked_id("thread_id", thread_id)
     buffer, message_id = reading.buffer, None

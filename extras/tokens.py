@@ -1,9 +1,9 @@
-"""Tokens (RFC 7519, 8693), where there is a secret: who may do what, and how one is made."""
+"""Access tokens (RFC 7519, 8693): with a secret, each call takes a token that allows it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -51,7 +51,7 @@ def add_commands(commands: Any) -> None:
 
 
 class TokenGrant(Grant, frozen=True):
-    """What a token allows. ``scope`` is words of read, write, abort and admin (RFC 8693, 4.2)."""
+    """What a token allows. ``scope`` has words of read, write, abort, and admin (RFC 8693, 4.2)."""
 
     scope: frozenset[str] = frozenset()
 
@@ -78,7 +78,7 @@ class TokenGrant(Grant, frozen=True):
 
 
 class Claims(msgspec.Struct, frozen=True):
-    """Those of a token (RFC 7519) that count here."""
+    """The claims of a token that this service uses."""
 
     exp: float
     scope: str = ""
@@ -95,8 +95,8 @@ def token_for(secret: str, grant: TokenGrant) -> str:
 
 
 def grant_of(token: str, secret: str) -> TokenGrant:
-    """What a token allows; its signature is compared in constant time. Raises Unauthorized."""
-    import jwt  # of no use, and 10 ms, where there is no secret
+    """Return what a token allows. Raise Unauthorized if it is not valid. (PyJWT compares in constant time.)"""
+    import jwt  # takes 10 ms, which a service without a secret saves
 
     try:
         claims = msgspec.convert(jwt.decode(token, secret, algorithms=["HS256"], options={"require": ["exp"]}), Claims)
@@ -110,44 +110,37 @@ def grant_of(token: str, secret: str) -> TokenGrant:
 
 
 async def authorize(secret: str, connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
-    """A guard: find out what the caller may do, and whether this call is among it.
-
-    An EventSource and a browser's WebSocket cannot send headers, so for what only reads, and for
-    a WebSocket, the token may be in the query too, and in a header that the handler names. Raises
-    Unauthorized or Forbidden.
-    """
-    scope = handler.opt.get("scope")  # none for what is open to all, and for Litestar's own answers to OPTIONS
+    """A guard: store the caller's grant in the scope. Raise Unauthorized or Forbidden if it does not cover the call."""
+    scope = handler.opt.get("scope")  # none: open to everybody, as are Litestar's own answers to OPTIONS
     if scope is None:
         return
     try:
-        in_query, header = bool(handler.opt.get("token_in_query")), handler.opt.get("token_header")
-        connection.scope["auth"] = grant_for(connection, secret, scope, in_query, header)
+        grant = grant_of(token_of(connection, handler.opt), secret)
+        grant.require(scope, connection.path_params.get("thread_id"))
     except Problem as problem:
         connection.scope["refusal"] = problem  # type: ignore[typeddict-unknown-key]
         raise
+    connection.scope["auth"] = grant
 
 
-def grant_for(
-    connection: ASGIConnection[Any, Any, Any, Any],
-    secret: str,
-    scope: str,
-    token_in_query: bool,
-    token_header: str | None,
-) -> Grant:
+def token_of(connection: ASGIConnection[Any, Any, Any, Any], options: Mapping[str, Any]) -> str:
+    """Return the caller's token. Raise Unauthorized if there is none.
+
+    An EventSource and a browser's WebSocket cannot send headers, so their handlers take it in the query too. The
+    option ``token_header`` names another header for it.
+    """
     scheme, _, token = connection.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":
-        token = connection.headers.get(token_header, "") if token_header else ""
-    if not token and token_in_query:
+        token = connection.headers.get(options.get("token_header", ""), "")
+    if not token and options.get("token_in_query"):
         token = connection.query_params.get("access_token", "")
     if not token:
         raise Unauthorized("This takes a token; send it as 'Authorization: Bearer …'.")
-    grant = grant_of(token.strip(), secret)
-    grant.require(scope, connection.path_params.get("thread_id"))
-    return grant
+    return token.strip()
 
 
 class TokenBody(Record, frozen=True, rename=None, forbid_unknown_fields=True):
-    """``scope`` is words of read, write and abort; ``expires_in`` is seconds, or like ``10m``."""
+    """``scope`` has words of read, write, and abort. ``expires_in`` is in seconds, or like ``10m``."""
 
     scope: str = "read"
     expires_in: float | str = 900
@@ -164,7 +157,7 @@ class Token(Record, frozen=True):
 
 @post(THREAD + "/tokens", summary="Mint a short-lived token for a browser", scope="write", body=TokenBody | None)
 async def mint_token(request: Request[Any, Any, Any], buffer: Buffer, thread_id: ThreadId) -> Token:
-    """For this thread alone, and no wider than one's own; for up to a day."""
+    """The token covers this thread alone, allows no more than the caller's own, and lasts for up to a day."""
     wanted = await json_body(request, buffer, TokenBody, TokenBody())
     own = Grant.of(request)
     if not buffer.settings.secret:
@@ -183,15 +176,14 @@ async def mint_token(request: Request[Any, Any, Any], buffer: Buffer, thread_id:
 
 
 def make_token(settings: Settings, flags: dict[str, Any]) -> None:
-    """Print a token. Raises StartupError."""
-    words = frozenset(flags["scope"].split())
-    threads: Sequence[str] = flags["thread"]
+    """Print a token. Raise StartupError if a flag is wrong."""
+    scope = frozenset(flags["scope"].split())
     if not settings.secret:
         raise StartupError("a token is made with a secret; set RESUME_STREAM_SECRET, or say --secret")
-    if not words or not words <= set(SCOPES):
+    if not scope or not scope <= set(SCOPES):
         raise StartupError(f"--scope: {flags['scope']!r} is not a scope; use words of {', '.join(SCOPES)}")
     try:
         expires = time.time() + parse_duration(flags["expires_in"])
     except ValueError as error:
         raise StartupError(f"--expires-in: {error}") from error
-    print(token_for(settings.secret, TokenGrant(tuple(threads) or None, expires, words)))
+    print(token_for(settings.secret, TokenGrant(tuple(flags["thread"]) or None, expires, scope)))

@@ -261,7 +261,7 @@ async def test_a_damaged_pack_is_a_clear_error_for_its_readers_only(
         connection.execute(f"update packs set data = cast({damage} as blob) where thread = 1")
     capsys.readouterr()
     assert main(["check", "--db", buffer.settings.db]) != 0
-    assert "'t' has a damaged pack of the places 1 to 201" in capsys.readouterr().err
+    assert "'t' has a damaged pack (seq 1 to 201)" in capsys.readouterr().err
     calls = [
         buffer.get_accumulated_content("t"),
         buffer.get_chunks("t"),
