@@ -1,7 +1,7 @@
-"""Erasing to the last byte, in parts so small that nobody waits for long.
+"""Erasure to the last byte: delete in small transactions, and overwrite the copies that SQLite leaves in pages.
 
-With secure_delete SQLite overwrites what it deletes, but the unused part of a page from which cells were
-moved to another keeps copies of them, until it is used again. This overwrites them in the file itself.
+With secure_delete SQLite overwrites deleted cells. But if it moves cells to another page, copies of them stay in the
+unused part of the old page until that part is used again. ``scrub`` overwrites these parts in the file itself.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import asyncio
 import os
 import sqlite3
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
 from ..app import BUSY_TIMEOUT, SQLiteStore, checkpoint
 
-ERASE_ROWS = 500  # rows deleted in one transaction
+ERASE_ROWS = 500  # that one transaction deletes
 ERASE_BYTES = 1024**2  # of text, likewise
-SCRUB_PAGES = 256  # of the file, looked through between two commits
+SCRUB_PAGES = 256  # that are scrubbed between two commits
 
 
 class ErasingStore(SQLiteStore):
@@ -48,8 +48,7 @@ class ErasingStore(SQLiteStore):
 KEEPER = ErasingStore
 
 
-# What is erased of threads that have lost their name: of which table, by thread and what, and how large a row is.
-ERASED = (
+ERASED = (  # table, its key beside the thread, the size of a row
     ("chunks", "seq", "coalesce(length(cast(content as blob)), 0)"),
     ("packs", "last_seq", "length(data)"),
     ("messages", "message_id", "0"),
@@ -57,16 +56,19 @@ ERASED = (
 
 
 def erase_some(db: sqlite3.Connection) -> bool:
-    """Delete a bounded part of what threads have that have lost their name; False once there are none of them."""
+    """Delete some rows of cleared threads (which have no name). Return False if there are none."""
     threads = db.execute("select thread from threads where thread_id is null limit ?", (ERASE_ROWS,)).fetchall()
     for table, key, size in ERASED:
         rows = db.execute(
             f"select thread, {key}, {size} from json_each(?) cross join {table} on thread = value ->> 0 limit ?",
             (msgspec.json.encode(threads).decode(), ERASE_ROWS),
         )
-        chosen, total = list[tuple[Any, ...]](), 0
-        while total < ERASE_BYTES and (row := next(rows, None)):
-            chosen, total = [*chosen, row[:2]], total + row[2]
+        chosen, total = list[tuple[int, Any]](), 0
+        for thread, value, row_size in rows:
+            chosen.append((thread, value))
+            total += row_size
+            if total >= ERASE_BYTES:
+                break
         rows.close()
         if chosen:
             db.executemany(f"delete from {table} where thread = ? and {key} = ?", chosen)
@@ -76,51 +78,54 @@ def erase_some(db: sqlite3.Connection) -> bool:
 
 
 async def scrub(store: SQLiteStore) -> bool:
-    """Look through the whole file; False where another process is in the way."""
-    page: int | None = 1
-    while page is not None:
-        begun_at, page = page, await store.maintain(partial(scrub_some, store, page))
-        if page == begun_at:
+    """Scrub the whole file. Return False if another process prevents it."""
+    first = pages = 1
+    while first <= pages:
+        pages = await store.maintain(partial(scrub_some, store, first))
+        if not pages:
             return False
+        first += SCRUB_PAGES
         await store.room()
     return True
 
 
-def scrub_some(store: SQLiteStore, first: int, db: sqlite3.Connection) -> int | None:
-    """Some pages, from ``first`` (1) on; the page to go on with, which is the same one where somebody is in the way.
+def scrub_some(store: SQLiteStore, first: int, db: sqlite3.Connection) -> int:
+    """Scrub some pages from ``first`` (1) on. Return the number of pages of the file, or 0 if that is not possible now.
 
-    While the WAL is empty and the lock is held nobody else writes to the file
-    (https://www.sqlite.org/wal.html, 2), and what SQLite has of it in memory is dropped.
+    Nobody else writes to the file while the WAL is empty and the lock is held (https://www.sqlite.org/wal.html, 2).
+    Afterwards SQLite drops the pages that it has in memory.
     """
     if not checkpoint(db):
-        return first
+        return 0
     db.execute("begin immediate")
     try:
         if store.wal_size():
-            return first
+            return 0
         ((pages,),) = db.execute("pragma page_count")
         ((page_size,),) = db.execute("pragma page_size")
-        overwrite_gaps(store.descriptor, page_size, first, min(SCRUB_PAGES, pages + 1 - first))
+        count = min(SCRUB_PAGES, pages + 1 - first)
+        if count > 0:  # the file may have shrunk
+            overwrite_gaps(store.descriptor, page_size, first, count)
     finally:
         db.execute("rollback")
     db.execute("pragma shrink_memory")
-    return first + SCRUB_PAGES if first + SCRUB_PAGES <= pages else None
+    return cast(int, pages)
 
 
 def overwrite_gaps(descriptor: int, page_size: int, first: int, count: int) -> None:
-    """Overwrite what lies between the cell pointers and the cells of b-tree pages, which SQLite never reads.
+    """Overwrite the bytes between the cell pointers and the cells of b-tree pages, which SQLite never reads.
 
-    Numbers, offsets and kinds of pages are those of https://www.sqlite.org/fileformat2.html, 1.6 and 1.8.
+    Numbers, offsets, and kinds of pages follow https://www.sqlite.org/fileformat2.html, 1.6 and 1.8.
     """
     data = os.pread(descriptor, page_size * count, page_size * (first - 1))
     reserved = os.pread(descriptor, 1, 20)[0]
-    map_every = (page_size - reserved) // 5 + 1  # a pointer map comes first in each such stretch, from page 2 on
+    map_every = (page_size - reserved) // 5 + 1  # from page 2 on, a pointer map comes every so many pages
     for offset in range(0, len(data) - page_size + 1, page_size):
         number = first + offset // page_size
         header = offset + (100 if number == 1 else 0)
         kind = data[header]
         map_number = (number - 2) // map_every * map_every + 2
-        map_number += map_number == 2**30 // page_size + 1  # which is the page with the locks
+        map_number += map_number == 2**30 // page_size + 1  # not the page of the locks
         if kind not in (2, 5, 10, 13) or (number > 1 and number == map_number):
             continue
         cells, content = (int.from_bytes(data[header + at : header + at + 2]) for at in (3, 5))

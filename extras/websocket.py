@@ -1,6 +1,6 @@
-"""One WebSocket for many threads: subscriptions, each a reader of its own, and appends in their order.
+"""One WebSocket for many threads, at ``/api/ws``: subscriptions, appends, and aborts.
 
-Browsers allow six connections to a host over HTTP/1.1, and a stream takes one of them.
+Over HTTP/1.1 a browser opens at most six connections to a host, and each stream takes one of them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import asyncio
 import logging
 import re
 from collections import Counter as Multiset
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import Awaitable
 from contextlib import aclosing
 from typing import Any, ClassVar, cast
 
@@ -44,10 +44,10 @@ from ..app import (
 
 log = logging.getLogger("resume_stream")
 
-UNREAD_ANSWERS = 32  # of appends on one WebSocket, past which it is not read on
+UNREAD_ANSWERS = 32  # to appends of one WebSocket; past it no more frames are read
 MOST_SUBSCRIPTIONS = 250  # of one connection
-MOST_FOR_A_TOKEN = 2_500  # of all connections with one token
-MOST_LOOKED_THROUGH = 4096  # characters of a frame that is wrong, for its id
+MOST_FOR_A_TOKEN = 2_500  # subscriptions of all connections with one token
+MOST_SEARCHED = 4096  # characters of an invalid frame, for its id
 
 
 def mount(parts: Parts) -> None:
@@ -55,8 +55,11 @@ def mount(parts: Parts) -> None:
     parts.middleware.append(DefineMiddleware(Denied))
 
 
-class Subscribe(Record, frozen=True, rename=None, tag="subscribe", forbid_unknown_fields=True):
+class Frame(Record, frozen=True, rename=None, forbid_unknown_fields=True):
     id: str | int
+
+
+class Subscribe(Frame, frozen=True, tag="subscribe"):
     thread_id: str
     message_id: str | None = None
     after: str | int | None = None
@@ -66,12 +69,10 @@ class Subscribe(Record, frozen=True, rename=None, tag="subscribe", forbid_unknow
     poll_interval: float | str | None = None
 
 
-class Unsubscribe(Record, frozen=True, rename=None, tag="unsubscribe", forbid_unknown_fields=True):
-    id: str | int
+class Unsubscribe(Frame, frozen=True, tag="unsubscribe"): ...
 
 
-class AppendFrame(Record, frozen=True, rename=None, tag="append", forbid_unknown_fields=True):
-    id: str | int
+class AppendFrame(Frame, frozen=True, tag="append"):
     thread_id: str
     message_id: str
     chunks: list[Chunk]
@@ -79,24 +80,23 @@ class AppendFrame(Record, frozen=True, rename=None, tag="append", forbid_unknown
     complete: bool = False
 
 
-class AbortFrame(Record, frozen=True, rename=None, tag="abort", forbid_unknown_fields=True):
-    id: str | int
+class AbortFrame(Frame, frozen=True, tag="abort"):
     thread_id: str
     message_id: str
     reason: str | None = None
 
 
-Frame = Subscribe | Unsubscribe | AppendFrame | AbortFrame
-FRAMES: msgspec.json.Decoder[Frame] = msgspec.json.Decoder(Frame)
+AnyFrame = Subscribe | Unsubscribe | AppendFrame | AbortFrame
+FRAMES: msgspec.json.Decoder[AnyFrame] = msgspec.json.Decoder(AnyFrame)
 
 
 class SocketFrames:
-    """Entries and signals as WebSocket messages, each less its first member, the subscriber's id."""
+    """A format: JSON objects without their first member, which is the id of the subscription."""
 
     tells_all = True
 
     def frames(self, page: Page) -> bytes:
-        """On a line each."""
+        """Return one object in each line."""
         frames = []
         for entry in page.entries:
             kind = b"complete" if isinstance(entry, MessageEnd) else b"chunk"
@@ -112,9 +112,9 @@ SOCKET_FRAMES = SocketFrames()
 
 
 class Conversation:
-    """One WebSocket: many subscriptions, each a reader of its own, and appends in their order."""
+    """One WebSocket. Each subscription is a reader with a task of its own; appends keep their order."""
 
-    of_tokens: ClassVar[Multiset[Grant]] = Multiset()  # subscriptions, by what their tokens allow
+    of_tokens: ClassVar[Multiset[Grant]] = Multiset()  # the number of subscriptions with each grant
 
     def __init__(self, socket: WebSocket[Any, Any, Any], buffer: ChunkBuffer) -> None:
         self._socket = socket
@@ -136,7 +136,7 @@ class Conversation:
                 task.cancel()
 
     async def _take(self, text: str | bytes) -> None:
-        # Not read on while too much is waiting to be committed or told, so that the producer is slowed.
+        # To wait here is backpressure: no more frames are read meanwhile.
         identity: str | int | None = None
         try:
             await self._buffer.room()
@@ -189,7 +189,7 @@ class Conversation:
     async def _acknowledge(self, identity: str | int, committing: Awaitable[Change]) -> None:
         try:
             answer = (await committing).answer
-            del committing  # and with it what was appended, as its producer may be slow to read this
+            del committing  # frees the chunks, as the producer may be slow to read its answer
             await self._send("appended", identity, answer)
         except Problem as problem:
             await self._send("error", identity, problem.document)
@@ -207,7 +207,7 @@ class Conversation:
             if not self.of_tokens[self._grant]:
                 del self.of_tokens[self._grant]
         del self._subscriptions[frame.id]
-        if not self._buffer.stopping:  # then the client is to come back, and go on
+        if not self._buffer.stopping:  # a client reconnects after a lost connection, not after this answer
             await self._send("unsubscribed", frame.id)
 
     async def _deliver(self, frame: Subscribe) -> None:
@@ -217,16 +217,14 @@ class Conversation:
             idle_timeout=seconds("idle_timeout", frame.idle_timeout),
             expires=self._grant.expires,
         )
-        seconds("poll_interval", frame.poll_interval)  # of no effect, as nothing is polled for a reader
+        seconds("poll_interval", frame.poll_interval)  # has no effect: readers do not poll
         place = await self._buffer.locate(
             frame.thread_id, frame.message_id, after=frame.after, known_content=frame.known_content, follow=frame.follow
         )
-        if not place.finished:
-            await self._pass_on(frame, self._buffer.follow(place, reader))
-
-    async def _pass_on(self, frame: Subscribe, items: AsyncGenerator[Page | Signal, None]) -> None:
+        if place.finished:
+            return
         start = b'{"id":%s,' % msgspec.json.encode(frame.id)
-        async with aclosing(items):
+        async with aclosing(self._buffer.follow(place, reader)) as items:
             async for item in items:
                 if isinstance(item, Page):
                     frames = item.encoded(SOCKET_FRAMES)
@@ -241,11 +239,11 @@ class Conversation:
         await self._send_text(msgspec.json.encode({**members, "type": kind, "id": identity}))
 
     async def _send_text(self, text: bytes) -> None:
-        """Waits while the reader is slow, which holds up nobody else."""
+        """Send, and wait while the client is slow."""
         if not self._closed:
             try:
                 await self._socket.send_text(text.decode())
-            except OSError:  # how uvicorn tells that the connection is lost
+            except OSError:  # uvicorn: the connection is lost
                 self._closed = True
 
 
@@ -253,8 +251,8 @@ IDENTITY = re.compile(r'"id"\s*:\s*("(?:[^"\\\\]|\\\\.){0,200}"|-?\d{1,18})')
 
 
 def identity_of(text: str | bytes) -> str | int | None:
-    """The id of a frame, where it can be seen however wrong the rest is, without reading all of that again."""
-    start = text[:MOST_LOOKED_THROUGH]
+    """Search the beginning of an invalid frame for its id."""
+    start = text[:MOST_SEARCHED]
     found = IDENTITY.search(start if isinstance(start, str) else start.decode(errors="replace"))
     if found is None:
         return None
@@ -264,7 +262,7 @@ def identity_of(text: str | bytes) -> str | int | None:
         return None
 
 
-def decode_frame(text: str | bytes) -> Frame:
+def decode_frame(text: str | bytes) -> AnyFrame:
     """Raises InvalidContent."""
     try:
         return FRAMES.decode(text)
@@ -281,7 +279,7 @@ async def converse(socket: WebSocket[Any, Any, Any], buffer: Buffer) -> None:
 
 
 class Denied:
-    """Answers a WebSocket that is refused before it is accepted with the problem, where that can be done."""
+    """Middleware: if a WebSocket is refused, answer with the problem document in place of a bare 403."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
