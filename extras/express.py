@@ -50,7 +50,7 @@ BODY_TIMEOUT = 1.0  # seconds, after which whoever is slower is left to the ordi
 NAME = rb"([A-Za-z0-9_:@~-][A-Za-z0-9_.:@~-]{0,199})"
 PATH = re.compile(
     rb"/api/threads/" + NAME + rb"/messages/" + NAME + rb"/chunks"
-    rb"(?:\?(?:index=([0-9]{1,15})(?:&complete=(true))?|complete=(true)))?"
+    rb"(?:\?(?:index=(0|[1-9][0-9]{0,14})(?:&complete=(true))?|complete=(true)))?"
 )
 ONCE = (b"content-type", b"content-length", b"host", b"authorization")
 UNCOMMON = frozenset({b"origin", b"x-request-id", b"content-encoding", b"transfer-encoding", b"expect", b"upgrade"})
