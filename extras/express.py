@@ -46,7 +46,7 @@ SMALL_BODY = 16 * 1024  # bytes; a larger body takes the ordinary path
 NAME = rb"([A-Za-z0-9_:@~-][A-Za-z0-9_.:@~-]{0,199})"
 PATH = re.compile(
     rb"/api/threads/" + NAME + rb"/messages/" + NAME + rb"/chunks"
-    rb"(?:\?(?:index=([0-9]{1,15})(?:&complete=(true))?|complete=(true)))?"
+    rb"(?:\?(?:index=(0|[1-9][0-9]{0,14})(?:&complete=(true))?|complete=(true)))?"
 )
 ONCE = (b"content-type", b"content-length", b"host", b"authorization")
 UNCOMMON = frozenset({b"origin", b"x-request-id", b"content-encoding", b"transfer-encoding", b"expect", b"upgrade"})

@@ -23,22 +23,12 @@ from uuid import uuid4
 
 import httpx
 import pytest
+from checkout import load_app
+from hypothesis import Phase
+from hypothesis import settings as hypothesis_settings
 
 ROOT = Path(__file__).parent.parent
-
-
-def load_app() -> Any:
-    """Import the checkout as the package ``resume_stream``, so that the tests run what is beside them."""
-    spec = importlib.util.spec_from_file_location(
-        "resume_stream", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["resume_stream"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-load_app()
+load_app()  # the tests run the code beside them, whatever else is installed
 
 from resume_stream.app import ChunkBuffer, Settings  # noqa: E402
 from resume_stream.extras import hot  # noqa: E402
@@ -56,13 +46,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores, as many tests wait for another process."""
+    """Return one more than there are cores, as many tests wait for another process."""
     return (os.cpu_count() or 1) + 1
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
-    """Cancel a coroutine that waits in vain, so that its buffers can still be left, and the next test can begin."""
+    """Cancel a coroutine test that waits in vain, so that its buffers are closed and the next test can begin."""
     test = pyfuncitem.obj
     if not inspect.iscoroutinefunction(test):
         return
@@ -76,10 +66,23 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
 
 
 TIMEOUT = 20.0  # seconds after which a test gives up waiting
+LONGER = int(os.environ.get("TESTS_LONGER", "1"))
+
+
+def generated(examples: int, **more: Any) -> hypothesis_settings:
+    """Settings for a test of generated examples: the same ones each time, or ``TESTS_LONGER`` times as many others."""
+    return hypothesis_settings(
+        **{"phases": [Phase.explicit, Phase.generate, Phase.shrink], **more},
+        max_examples=examples * LONGER,
+        derandomize=LONGER == 1,
+        deadline=None,
+        database=None,
+        print_blob=True,
+    )
 
 
 def pauses() -> Iterator[float]:
-    """Seconds between looks at what is waited for: rarer, the longer it takes, as a look may cost something."""
+    """Yield the seconds between two looks at a condition: more and more of them, as a look may cost something."""
     pause = 0.001
     while True:
         yield pause
@@ -87,7 +90,7 @@ def pauses() -> Iterator[float]:
 
 
 def wait_until(condition: Callable[[], Any], what: str | Callable[[], str] = "the condition") -> Any:
-    """The first true value of a condition that some other process is about to make true."""
+    """Wait for a condition that another process makes true, and return its first true value."""
     deadline = time.monotonic() + TIMEOUT
     for pause in pauses():
         if value := condition():
@@ -104,7 +107,7 @@ async def until(
     seconds: float = TIMEOUT,
     despite: tuple[type[Exception], ...] = (),
 ) -> Any:
-    """The first true value of a condition, which may be a coroutine's, of which some errors are no more than false."""
+    """Wait for a condition, plain or a coroutine, and return its first true value. Errors in ``despite`` are false."""
     deadline = time.monotonic() + seconds
     for pause in pauses():
         with contextlib.suppress(*despite):
@@ -118,12 +121,12 @@ async def until(
 
 
 class Service:
-    """``resume-stream serve`` as a process of its own, with its log in a file: a pipe that nobody reads would stop it.
+    """``resume-stream serve`` as a process of its own. A restart keeps the port.
 
-    Once it has been started it comes back on the port that it had.
+    Its log goes to a file, as a pipe that nobody reads would stop it.
     """
 
-    command: ClassVar[list[str]] = [sys.executable, str(ROOT / "app.py")]
+    command: ClassVar[list[str]] = [sys.executable, "-P", str(ROOT / "tests/checkout.py")]
 
     def __init__(
         self,
@@ -135,7 +138,7 @@ class Service:
     ) -> None:
         self.db = db
         self.flags = (*flags, "--store", store) if store else flags
-        self.is_elsewhere = bool(store)  # and the file is not made
+        self.is_elsewhere = bool(store)  # then there is no database file
         self.environment = environment or {}
         self.wrap = wrap
         self.log = db.with_name(f"{db.name}.log")
@@ -160,7 +163,7 @@ class Service:
         return {**os.environ, **self.environment}
 
     def spawn(self) -> subprocess.Popen[str]:
-        """Start the process, and do not wait until it serves."""
+        """Start the process without waiting until it serves."""
         command = [*self.wrap, *self.command, "serve", "--db", str(self.db), "--port", str(self.port), *self.flags]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -185,7 +188,7 @@ class Service:
         return self
 
     def end(self, sig: int = signal.SIGTERM) -> int:
-        """Its exit code. Raises TimeoutExpired, and kills it, where it goes on."""
+        """Send the signal and return the exit code. If the process goes on, kill it and raise TimeoutExpired."""
         process, self.process = self.process, None
         assert process
         assert process.stdout
@@ -203,7 +206,7 @@ class Service:
         self.end(signal.SIGKILL)
 
     def restart(self) -> Self:
-        """Die without warning, and come back on the same port."""
+        """Kill the process and start it again."""
         self.kill()
         return self.start()
 
@@ -218,11 +221,11 @@ class Service:
 
     @property
     def pids(self) -> list[int]:
-        """Of all the processes that it is."""
+        """The ids of all processes of this service."""
         return [self.pid]
 
     def memory(self) -> int:
-        """Bytes that it has in memory."""
+        """Return the bytes that its processes have in memory."""
         statuses = [Path(f"/proc/{pid}/status").read_text() for pid in self.pids]
         return sum(int(kib) * 1024 for status in statuses for kib in re.findall(r"VmRSS:\s+(\d+) kB", status))
 
@@ -231,11 +234,11 @@ class Service:
 
 
 def api_client(service: Service) -> httpx.Client:
-    return httpx.Client(base_url=service.api, timeout=TIMEOUT, verify=False)  # it is HTTP: spare the certificates
+    return httpx.Client(base_url=service.api, timeout=TIMEOUT, verify=False)  # loading certificates is slow
 
 
 class RedisServer:
-    """A Redis of its own, on a Unix socket, with a database for whoever asks; what it holds dies with it."""
+    """A Redis process on a Unix socket that keeps nothing after its end. Each address is an empty database."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         self.folder = folder
@@ -253,7 +256,7 @@ class RedisServer:
         return self
 
     def says(self, *command: str) -> bytes:
-        """To an inline command, as it comes (RESP)."""
+        """Send an inline command and return the raw answer (RESP)."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(TIMEOUT)
             connection.connect(str(self.socket))
@@ -276,7 +279,7 @@ class RedisServer:
             process.wait(TIMEOUT)
 
     def address(self) -> str:
-        """Of a database that nobody else has."""
+        """Return the address of a database that nobody else uses."""
         return f"unix://{self.socket}?db={next(self.databases)}"
 
 
@@ -288,21 +291,12 @@ def why_no_redis() -> str:
 
 @pytest.hookimpl
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Where a file says ``STORES``, its tests that have a store run on each of them; where it says ``BOTH_WAYS``,
-    what it asks of a service is asked with and without its express ways, which have to do with no store. What is
-    marked ``one_way`` has to do with neither of them."""
+    """Run the tests of a file on each store in its ``STORES``, and those marked ``sqlite`` on the first one only."""
     stores = getattr(metafunc.module, "STORES", ()) if "store" in metafunc.fixturenames else ()
     if metafunc.definition.get_closest_marker("sqlite"):
         stores = stores[:1]
-    is_asked_twice = getattr(metafunc.module, "BOTH_WAYS", False) and not inspect.iscoroutinefunction(metafunc.function)
-    ordinary = [] if metafunc.definition.get_closest_marker("one_way") else ["ordinary"]
-    if stores and is_asked_twice:
-        both = [*((stores[0], way) for way in ordinary), *((store, "express") for store in stores)]
-        metafunc.parametrize(("store", "way"), both, indirect=True, scope="module")
-    elif stores:
+    if stores:
         metafunc.parametrize("store", stores, indirect=True, scope="module")
-    elif is_asked_twice:
-        metafunc.parametrize("way", ["express", *ordinary], indirect=True, scope="module")
 
 
 @pytest.fixture(scope="session")
@@ -316,9 +310,9 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 @pytest.fixture(scope="module")
 def store(request: pytest.FixtureRequest) -> Iterator[Callable[[], str]]:
-    """Addresses of stores that hold nothing yet, as ``--store`` takes them: empty for a SQLite file.
+    """Return a function that returns the address of an empty store, as ``--store`` takes it: "" for a SQLite file.
 
-    With ``sqlite-in-thread`` the loop commits nothing itself, as on a slow disk.
+    With ``sqlite-in-thread`` the loop never commits by itself, as on a slow disk.
     """
     kind = getattr(request, "param", "sqlite")
     with pytest.MonkeyPatch.context() as patch:
@@ -332,24 +326,9 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Which way services answer; the ordinary one in a copy of this folder that lacks the other."""
-    way = getattr(request, "param", "express")
-    with pytest.MonkeyPatch.context() as patch:
-        if way == "ordinary":
-            copy = tmp_path_factory.mktemp("ordinary")
-            for name in ("app.py", "schema.sql"):
-                shutil.copy(ROOT / name, copy)
-            for name in ("extras", "static", "client"):
-                shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("express.py", "__pycache__"))
-            patch.setattr(Service, "command", [sys.executable, str(copy / "app.py")])
-        yield way
-
-
 @pytest.fixture
 def start_service(tmp_path: Path, store: Callable[[], str]) -> Iterator[Callable[..., Service]]:
-    """Start services; what is still running at the end of the test is killed."""
+    """Return a function that starts a service. Services that still run at the end of the test are killed."""
     address = store()
     with contextlib.ExitStack() as exits:
 
@@ -367,14 +346,14 @@ def service(start_service: Callable[..., Service]) -> Service:
 
 @pytest.fixture
 def client(service: Service) -> Iterator[httpx.Client]:
-    """A client of the running service's API."""
+    """A client of the service's API."""
     with api_client(service) as client:
         yield client
 
 
 @pytest.fixture
 def thread() -> str:
-    """A thread of the test's own, in a service that it shares with others."""
+    """The id of a thread that no other test uses."""
     return f"thread-{uuid4()}"
 
 
@@ -382,7 +361,7 @@ def thread() -> str:
 def make_buffer(
     tmp_path: Path, store: Callable[[], str]
 ) -> Callable[..., contextlib.AbstractAsyncContextManager[ChunkBuffer]]:
-    """Make buffers on the test's own database: ``async with make_buffer(ttl=1) as buffer``."""
+    """Return a function that makes a buffer on the test's database: ``async with make_buffer(ttl=1) as buffer``."""
     address = store()
 
     def make(**settings: Any) -> ChunkBuffer:
@@ -402,6 +381,6 @@ async def buffer(make_buffer: Callable[..., ChunkBuffer]) -> AsyncIterator[Chunk
 
 
 def append(client: httpx.Client, thread_id: str, message_id: str, *texts: str, **query: Any) -> httpx.Response:
-    """Append texts as one JSON body."""
+    """Append texts with one JSON body."""
     path = f"/threads/{thread_id}/messages/{message_id}/chunks"
     return client.post(path, params=query, json=[{"content": text} for text in texts])

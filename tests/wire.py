@@ -29,7 +29,7 @@ def shared_service(*flags: str, fill: Callable[[httpx.Client], Any] = lambda cli
     """The fixture ``service`` of a file whose tests share one, and what that holds from the start."""
 
     @pytest.fixture(scope="module")
-    def service(tmp_path_factory: pytest.TempPathFactory, store: Callable[[], str], way: str) -> Iterator[Service]:
+    def service(tmp_path_factory: pytest.TempPathFactory, store: Callable[[], str]) -> Iterator[Service]:
         with serving(tmp_path_factory.mktemp("shared"), *flags, store=store()) as service:
             with api_client(service) as client:
                 fill(client)
