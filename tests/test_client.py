@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -55,6 +56,18 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with serving(tmp_path_factory.mktemp("secured"), "--secret", SECRET) as service:
         yield service
+
+
+@pytest.fixture(scope="module")
+def mortal_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with serving(tmp_path_factory.mktemp("mortal"), "--max-readers", "1") as service:
+        yield service
+
+
+@pytest.fixture
+def mortal(mortal_service: Service) -> Service:
+    """A service that a test may kill, with room for one reader."""
+    return mortal_service if mortal_service.is_running else mortal_service.start()
 
 
 @pytest.fixture
@@ -235,17 +248,19 @@ async def test_every_public_name_is_there_and_no_other_is() -> None:
 
 # A service that dies
 
+DEATHS = int(os.environ.get("DEATHS", "3"))  # ``DEATHS=15`` tries it at length; each third one is a clean stop
 ALPHABET = ["a", "word ", "é", "ß\n", "漢字", "😀", "👩‍👩‍👧", "", "\r\n", '"\\', "\u2028", "\t", "e\u0301"]
 
 
 async def test_no_character_is_lost_or_doubled_while_the_service_dies(
     start_service: Callable[..., Service], thread: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(random, "uniform", lambda low, high: high / 8)  # the test is long enough
+    monkeypatch.setattr(random, "uniform", lambda low, high: high / 8)
     service = start_service("--idle-timeout", "1s")
     draw = random.Random(15)
-    pieces = ["".join(draw.choices(ALPHABET, k=draw.randrange(3))) + str(n % 10) * (n % 3) for n in range(5000)]
-    deaths = [service.kill] * 10 + [service.end] * 5
+    count = 150 * (DEATHS + 1)
+    pieces = ["".join(draw.choices(ALPHABET, k=draw.randrange(3))) + str(n % 10) * (n % 3) for n in range(count)]
+    deaths = [service.end if number % 3 == 2 else service.kill for number in range(DEATHS)]
     draw.shuffle(deaths)
 
     def die(death: Callable[[], Any]) -> None:
@@ -255,7 +270,7 @@ async def test_no_character_is_lost_or_doubled_while_the_service_dies(
     async def source() -> AsyncIterator[str]:
         dying = asyncio.create_task(asyncio.sleep(0))
         for number, piece in enumerate(pieces):
-            if number % 310 == 200 and deaths:
+            if number % 150 == 100 and deaths:
                 await dying
                 dying = asyncio.create_task(asyncio.to_thread(die, deaths.pop()))
             await asyncio.sleep(0)
@@ -278,7 +293,7 @@ async def test_no_character_is_lost_or_doubled_while_the_service_dies(
         readers = [tasks.create_task(follow(message)) for message in ("run", "run", None)]
         appended = await client.store(thread, "run", source())
     assert not deaths
-    assert appended == Appended(thread, "run", 5001, 5000, "completed")
+    assert appended == Appended(thread, "run", count + 1, count, "completed")
     for reader in readers:
         assert reader.result() == pieces
     async with Client(service.url) as client:
@@ -429,10 +444,9 @@ async def test_an_abort_stops_a_watched_source_at_once(service: Service, thread:
 
 @pytest.mark.parametrize("hindrance", ["restart", "no room"])
 async def test_an_abort_stops_a_silent_source_that_cannot_be_watched(
-    start_service: Callable[..., Service], thread: str, hindrance: str
+    mortal: Service, thread: str, hindrance: str
 ) -> None:
-    service = start_service("--max-readers", "1")
-    async with on_wire(service) as (client, wire), Client(service.url) as another:
+    async with on_wire(mortal) as (client, wire), Client(mortal.url) as another:
         await client.append(thread, "other", ["text"])
         reader = another.read(thread, "other")
         if hindrance == "no room":
@@ -441,7 +455,7 @@ async def test_an_abort_stops_a_silent_source_that_cannot_be_watched(
         storing = asyncio.create_task(client.store(thread, "run", source))
         await come_true(lambda: any(request.url.path.endswith("/stream") for request in wire.requests))
         if hindrance == "restart":
-            await asyncio.to_thread(service.restart)
+            await asyncio.to_thread(mortal.restart)
         signs_of_life: list[bytes] = []
         wire.after = lambda request, response: signs_of_life.append(request.content)
         await come_true(lambda: b"[]" in signs_of_life)
@@ -598,17 +612,16 @@ async def test_a_source_that_fails_aborts_the_message_behind_what_it_gave(client
 
 
 async def test_a_source_that_fails_while_the_service_is_away_is_heard_when_it_is_back(
-    start_service: Callable[..., Service], thread: str
+    mortal: Service, thread: str
 ) -> None:
-    service = start_service()
-    async with on_wire(service) as (client, wire):
+    async with on_wire(mortal) as (client, wire):
         source = Source("text")
         storing = asyncio.create_task(client.store(thread, "run", source))
         await come_true(lambda: stored(client, thread, "text"))
-        service.kill()
+        mortal.kill()
         source.give(" and more", ZeroDivisionError())
         await come_true(lambda: wire.appends()[-1] == [" and more"])
-        await asyncio.to_thread(service.start)
+        await asyncio.to_thread(mortal.start)
         with pytest.raises(ZeroDivisionError):
             await storing
         assert await ending(client, thread) == ("aborted", "ZeroDivisionError")
@@ -616,15 +629,14 @@ async def test_a_source_that_fails_while_the_service_is_away_is_heard_when_it_is
 
 
 async def test_a_service_that_stays_away_is_told_of_a_failed_source_for_a_bounded_time(
-    start_service: Callable[..., Service], thread: str, monkeypatch: pytest.MonkeyPatch
+    mortal: Service, thread: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resume_stream.client.storing, "ABORT_PATIENCE", 0.3)
-    service = start_service()
-    async with Client(service.url) as client:
+    async with Client(mortal.url) as client:
         source = Source("text")
         storing = asyncio.create_task(client.store(thread, "run", source))
         await come_true(lambda: stored(client, thread, "text"))
-        service.kill()
+        mortal.kill()
         source.give("unsent", ZeroDivisionError())
         async with asyncio.timeout(3):
             with pytest.raises(ZeroDivisionError) as caught:
@@ -790,40 +802,56 @@ async def test_a_connection_on_which_nothing_comes_is_given_up(
 
 
 class CutOff(httpx.AsyncByteStream):
+    """A body that breaks after ``size`` bytes."""
+
     def __init__(self, stream: Any, size: int) -> None:
         self.stream, self.size = stream, size
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
+        left = self.size
         async for piece in self.stream:
-            for byte in range(len(piece)):
-                if self.size == 0:
-                    raise httpx.ReadError("cut")
-                self.size -= 1
-                yield piece[byte : byte + 1]
+            yield piece[:left]
+            left -= len(piece)
+            if left < 0:
+                raise httpx.ReadError("cut")
 
     async def aclose(self) -> None:
         await self.stream.aclose()
 
 
+class Recorded(httpx.AsyncHTTPTransport):
+    """Repeats what the service answered to the same request. ``cut`` breaks the next body after so many bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: dict[Any, tuple[httpx.Response, bytes]] = {}
+        self.cut: int | None = None
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        key = request.url, request.headers.get("last-event-id"), request.content
+        if key not in self.answers:
+            response = await super().handle_async_request(request)
+            self.answers[key] = response, await response.aread()
+        response, body = self.answers[key]
+        stream: httpx.AsyncByteStream = httpx.ByteStream(body)
+        if self.cut is not None:
+            stream, self.cut = CutOff(stream, self.cut), None
+        return httpx.Response(response.status_code, headers=response.headers, stream=stream)
+
+
+@pytest.mark.parametrize("query", [{}, {"known_content": ""}])
 async def test_a_body_that_breaks_anywhere_loses_and_doubles_nothing(
-    service: Service, thread: str, monkeypatch: pytest.MonkeyPatch
+    service: Service, client: Client, thread: str, query: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(random, "uniform", lambda low, high: 0)
-    async with on_wire(service) as (client, wire):
-        await client.store(thread, "run", ["aé", "", "😀"])
-        whole = [item async for item in client.read(thread, "run")]
-        async with httpx.AsyncClient() as http:
-            size = len((await http.get(f"{service.api}/threads/{thread}/stream")).content)
-        for cut in range(size):
-            cuts = [cut]
-
-            def break_off(request: httpx.Request, response: httpx.Response, cuts: list[int] = cuts) -> None:
-                if cuts:
-                    response.stream = CutOff(response.stream, cuts.pop())
-
-            wire.after = break_off
-            query = {"known_content": ""} if cut % 2 else {}
-            assert [item async for item in client.read(thread, "run", **query)] == whole, cut
+    await client.store(thread, "run", ["aé", "", "😀"])
+    wire = Recorded()
+    async with httpx.AsyncClient(transport=wire) as http:
+        reader = Client(service.url, http=http)
+        whole = [item async for item in reader.read(thread, "run", **query)]
+        ((_, body),) = wire.answers.values()
+        for wire.cut in range(len(body)):
+            assert [item async for item in reader.read(thread, "run", **query)] == whole, wire.cut
 
 
 async def test_a_cursor_of_a_cleared_thread_gives_reset_and_everything(client: Client, thread: str) -> None:

@@ -54,6 +54,12 @@ def command(service: Service) -> Iterator[Callable[..., subprocess.Popen[bytes]]
             process.kill()
 
 
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    command_line.add_commands(parser.add_subparsers(dest="command"))
+    return parser
+
+
 def accumulated(service: Service, thread: str) -> str | None:
     answer = httpx.get(f"{service.api}/threads/{thread}/content")
     return answer.json()["content"] if answer.is_success else None
@@ -121,21 +127,33 @@ def test_publish_stops_when_the_message_is_aborted_and_tail_says_so(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("publish", "{thread}", "run"), b"can't decode"),
-        (("publish", "a/b", "run"), b"cannot be an id"),
-        (("tail", "{thread}", "none"), b"There is no"),
-        (("tail", "{thread}", "--after", "x"), b"not a cursor"),
-        (("tail", "{thread}", "--url", "nowhere"), b"not the URL"),
+        (("publish", "{thread}", "run"), "can't decode"),
+        (("publish", "a/b", "run"), "cannot be an id"),
+        (("tail", "{thread}", "none"), "There is no"),
+        (("tail", "{thread}", "--after", "x"), "not a cursor"),
+        (("tail", "{thread}", "--url", "nowhere"), "not the URL"),
     ],
 )
-def test_errors_are_one_line(thread: str, command: Any, arguments: tuple[str, ...], message: bytes) -> None:
-    process = command(*(argument.format(thread=thread) for argument in arguments))
-    output, errors = process.communicate(b"text\xf0\x9f")
-    assert process.returncode == 1
-    assert output == b""
-    assert errors.startswith(b"resume-stream: ")
+def test_errors_are_one_line(
+    service: Service,
+    thread: str,
+    arguments: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "text").write_bytes(b"text\xf0\x9f")
+    monkeypatch.setenv("RESUME_STREAM_URL", service.url)
+    flags = vars(parser().parse_args([argument.format(thread=thread) for argument in arguments]))
+    with (tmp_path / "text").open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert command_line.run(flags["command"], flags) == 1
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.startswith("resume-stream: ")
     assert message in errors
-    assert errors.count(b"\n") == 1
+    assert errors.count("\n") == 1
 
 
 def test_tail_ends_quietly_when_nobody_reads_on(service: Service, thread: str, command: Any) -> None:
@@ -152,6 +170,4 @@ def test_tail_ends_quietly_when_nobody_reads_on(service: Service, thread: str, c
 def test_the_commands_are_named_without_httpx() -> None:
     code = "import sys; import client.command_line; sys.exit('httpx' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-    parser = argparse.ArgumentParser()
-    command_line.add_commands(parser.add_subparsers(dest="command"))
-    assert vars(parser.parse_args(["tail", "t"]))["message"] is None
+    assert vars(parser().parse_args(["tail", "t"]))["message"] is None

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -206,24 +205,20 @@ def test_openais_cancel(openai: Any, upstream: Upstream) -> None:
     assert openai.responses.retrieve("resp_cancel").status == "cancelled"
 
 
-def test_openai_after_the_service_was_killed(tmp_path: Path, upstream: Upstream) -> None:
-    package = pytest.importorskip("openai")
+def test_openai_after_the_service_was_killed(openai: Any, service: Service, upstream: Upstream) -> None:
+    import openai as package
 
     upstream.answer(own("resp_killed").held(5))
-    with (
-        Service(tmp_path / "chunks.db", "--upstream", f"up={upstream.url}") as service,
-        openai_client(service.url, max_retries=0) as client,
-    ):
-        stream = response(client)
-        events = [next(stream) for _ in range(5)]
-        service.kill()
-        with pytest.raises(package.APIConnectionError):
-            next(stream)
-        service.start()
-        wait_until(lambda: client.responses.retrieve("resp_killed").status == "failed")
-        rest = list(client.responses.retrieve("resp_killed", stream=True, starting_after=2))
-        assert [event.type for event in rest] == [events[3].type, events[4].type, "error"]
-        assert rest[-1].code == "service_restarted"
+    stream = response(openai)
+    events = [next(stream) for _ in range(5)]
+    service.kill()
+    with pytest.raises(package.APIConnectionError):
+        next(stream)
+    service.start()
+    wait_until(lambda: openai.responses.retrieve("resp_killed").status == "failed")
+    rest = list(openai.responses.retrieve("resp_killed", stream=True, starting_after=2))
+    assert [event.type for event in rest] == [events[3].type, events[4].type, "error"]
+    assert rest[-1].code == "service_restarted"
 
 
 # Anthropic
@@ -366,16 +361,14 @@ async def test_langgraph_is_told_that_its_upstream_was_lost(langgraph: Any, upst
 
 
 @pytest.mark.anyio
-async def test_langgraph_after_the_service_was_killed(tmp_path: Path, upstream: Upstream) -> None:
+async def test_langgraph_after_the_service_was_killed(langgraph: Any, service: Service, upstream: Upstream) -> None:
     upstream.answer(run("run-killed").held(2))
-    with Service(tmp_path / "chunks.db", "--upstream", f"up={upstream.url}") as service:
-        async with langgraph_client(service.url) as client:
-            parts = client.runs.stream("t", "agent", input={})
-            seen = [await anext(parts), await anext(parts)]
-            await asyncio.to_thread(service.restart)
-            seen += [part async for part in parts]
-        assert [(part.event, part.data) for part in seen[:2]] == EXPECTED[:2]
-        assert [(part.event, part.data["error"]) for part in seen[2:]] == [("error", "service_restarted")]
+    parts = langgraph.runs.stream("t-killed", "agent", input={})
+    seen = [await anext(parts), await anext(parts)]
+    await asyncio.to_thread(service.restart)
+    seen += [part async for part in parts]
+    assert [(part.event, part.data) for part in seen[:2]] == EXPECTED[:2]
+    assert [(part.event, part.data["error"]) for part in seen[2:]] == [("error", "service_restarted")]
 
 
 @pytest.mark.anyio

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -23,23 +24,25 @@ if NODE is None:
 
 SECRET = "correct horse battery staple, 32+"
 
-# Waits before a retry are a hundredth of what they can be at the most. What a script says is a line of JSON.
-PRELUDE = f"""
+# Waits before a retry are a hundredth of what they can be at the most.
+IMPORTS = f"""
+import {{ createInterface }} from "node:readline";
 import {{ setTimeout as after }} from "node:timers/promises";
 import {{ abortMessage, appendChunks, getAccumulatedContent, resumeStream, store }}
   from {json.dumps((ROOT / "static" / "resume-stream.js").as_uri())};
 Math.random = () => 0.01;
-const given = JSON.parse(process.argv[1]);
-const message = {{ baseUrl: given.url, threadId: "t", messageId: "m", ...given.options }};
-const say = (value) => console.log(JSON.stringify(value));
-const told = (error) => ({{
-  name: error.name, status: error.status, message: error.message, problem: error.problem,
-  errors: error.errors?.map(told),
-}});
-const never = new Promise(() => {{}});
 """
 
-HELPERS = """// Gives what it is told to, says when it was returned, and can be idle.
+# What every script can use, besides ``say``, which passes a value to the test.
+HELPERS = """
+const message = { baseUrl: given.url, threadId: "t", messageId: "m", ...given.options };
+const told = (error) => ({
+  name: error.name, status: error.status, message: error.message, problem: error.problem,
+  errors: error.errors?.map(told),
+});
+const never = new Promise(() => {});
+
+// Yields its pieces, then does what `then` does, and notes when it was returned.
 class Source {
   constructor(pieces, then = () => never) {
     this.pieces = [...pieces];
@@ -51,7 +54,7 @@ class Source {
 }
 const outcome = (options) => store({ ...message, ...options }).then((appended) => ({ appended }), told);
 
-// A service that answers what it is told to.
+// A fetch that gives these answers, one after the other.
 const asked = [];
 const stub = (...answers) => async (url, { method, body }) => {
   asked.push([method, new URL(url).search, body === undefined ? null : JSON.parse(body).length]);
@@ -63,14 +66,34 @@ const stub = (...answers) => async (url, { method, body }) => {
 };
 """
 
+SCRIPT = """
+const given = JSON.parse(process.argv[1]);
+const say = (value) => console.log(JSON.stringify(value));
+"""
+
+# Runs the scripts that come as lines of JSON, and answers what each said and which timers it left behind.
+HOST = """
+for await (const line of createInterface({ input: process.stdin })) {
+  const { code, given } = JSON.parse(line);
+  const said = [];
+  const say = (value) => said.push(value);
+  const error = await eval(`(async () => {${code}})()`).catch((error) => error.stack);
+  const timers = process.getActiveResourcesInfo().filter((name) => name === "Timeout");
+  console.log(JSON.stringify({ said, error, timers }));
+}
+"""
+
+
+def given_to(url: str, given: dict[str, Any]) -> dict[str, Any]:
+    return {"url": url, "options": given.pop("options", {}), **given}
+
 
 class Script:
-    """A script in a Node process of its own."""
+    """A script in a Node process of its own, for a test that does something while it runs."""
 
     def __init__(self, code: str, url: str, **given: Any) -> None:
-        options = given.pop("options", {})
-        argument = json.dumps({"url": url, "options": options, **given})
-        command = [NODE, "--input-type=module", "--eval", PRELUDE + HELPERS + code, "--", argument]
+        program = IMPORTS + SCRIPT + HELPERS + code
+        command = [NODE, "--input-type=module", "--eval", program, "--", json.dumps(given_to(url, given))]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def __enter__(self) -> Self:
@@ -92,16 +115,34 @@ class Script:
         return [json.loads(line) for line in out.split("\n") if line]
 
 
-def run(code: str, url: str, **given: Any) -> Any:
-    """The one thing that a script says."""
-    with Script(code, url, **given) as script:
-        (said,) = script.end()
-        return said
+@pytest.fixture(scope="module")
+def run() -> Iterator[Callable[..., Any]]:
+    """Return a function that runs a script and returns the one thing that it says. One Node process runs them all."""
+    command = [NODE, "--input-type=module", "--eval", IMPORTS + HOST]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, text=True, bufsize=1, **pipes) as host:
+
+        def run(code: str, url: str, **given: Any) -> Any:
+            host.stdin.write(json.dumps({"code": HELPERS + code, "given": given_to(url, given)}) + "\n")
+            answer = json.loads(host.stdout.readline())
+            assert answer.get("error") is None, answer["error"]
+            assert answer["timers"] == [], "it would keep its process alive"
+            (said,) = answer["said"]
+            return said
+
+        yield run
+        host.kill()
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with serving(tmp_path_factory.mktemp("node")) as service:
+    with serving(tmp_path_factory.mktemp("node"), "--max-chunk", "1KiB") as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with serving(tmp_path_factory.mktemp("secured"), "--secret", SECRET) as service:
         yield service
 
 
@@ -180,18 +221,23 @@ say({ text, chunks, failures, resets, last });
 """
 
 
-def test_nothing_is_lost_or_doubled_through_ten_kills_and_five_stops(tmp_path: Path) -> None:
-    pieces = recorded_answer(5000)
+DEATHS = int(os.environ.get("DEATHS", "3"))  # ``DEATHS=15`` tries it at length; each third one is a clean stop
+
+
+def test_nothing_is_lost_or_doubled_while_the_service_dies(tmp_path: Path) -> None:
+    count = 250 * (DEATHS + 1)
+    pieces = recorded_answer(count)
     file = tmp_path / "answer.json"
     file.write_text(json.dumps(pieces))
-    ends = ["kill", "kill", "end"] * 5
     with serving(tmp_path) as service, Script(READ, service.url) as reader:
         with Script(STORE, service.url, file=str(file)) as producer:
-            for number, end in enumerate(ends, 1):
-                due = number * 5000 // (len(ends) + 1)
+            for number in range(1, DEATHS + 1):
                 with api_client(service) as client:
-                    wait_until(lambda: client.get("/threads/t").json().get("chunkCount", 0) >= due, f"chunk {due}")  # noqa: B023
-                getattr(service, end)()
+                    wait_until(lambda: client.get("/threads/t").json().get("chunkCount", 0) >= 250 * number)  # noqa: B023
+                if number % 3:
+                    service.kill()
+                else:
+                    service.end()
                 service.start()
             (stored,) = producer.end()
         (read,) = reader.end()
@@ -202,17 +248,19 @@ def test_nothing_is_lost_or_doubled_through_ten_kills_and_five_stops(tmp_path: P
     text = "".join(content for content, _ in wanted)
     assert held == wanted
     assert (content["content"], content["status"]) == (text, "completed")
-    assert (stored["appended"]["status"], stored["appended"]["chunkCount"]) == ("completed", 5000)
+    assert (stored["appended"]["status"], stored["appended"]["chunkCount"]) == ("completed", count)
     assert read["text"] == text
-    assert (read["chunks"], read["resets"], read["last"]["status"]) == (5000, 0, "completed")
-    assert stored["failures"] >= len(ends), "each end of the service came while something was to be stored"
-    assert read["failures"] >= len(ends) // 2
+    assert (read["chunks"], read["resets"], read["last"]["status"]) == (count, 0, "completed")
+    assert stored["failures"] >= DEATHS, "each death of the service came while something was to be stored"
+    assert read["failures"] >= DEATHS // 2
 
 
 # What ends it
 
 
-def test_source_of_any_kind_is_stored_and_completed(service: Service, client: httpx.Client) -> None:
+def test_source_of_any_kind_is_stored_and_completed(
+    run: Callable[..., Any], service: Service, client: httpx.Client
+) -> None:
     code = """
     const answers = [];
     async function* generated() { yield "a"; yield { content: "b", event: "tool" }; yield ""; }
@@ -235,7 +283,9 @@ def test_source_of_any_kind_is_stored_and_completed(service: Service, client: ht
     assert chunks_of(client)[:3] == [("a", None), ("b", "tool"), ("", None)]
 
 
-def test_source_that_throws_aborts_and_is_thrown_on(service: Service, client: httpx.Client) -> None:
+def test_source_that_throws_aborts_and_is_thrown_on(
+    run: Callable[..., Any], service: Service, client: httpx.Client
+) -> None:
     code = """
     class ModelError extends Error { name = "ModelError"; }
     async function* source() { yield "one "; yield "two"; throw new ModelError("secret"); }
@@ -247,7 +297,9 @@ def test_source_that_throws_aborts_and_is_thrown_on(service: Service, client: ht
     assert chunks_of(client) == [("one ", None), ("two", None)], "what it gave before is stored"
 
 
-def test_source_that_gives_no_text_aborts_and_is_returned(service: Service, client: httpx.Client) -> None:
+def test_source_that_gives_no_text_aborts_and_is_returned(
+    run: Callable[..., Any], service: Service, client: httpx.Client
+) -> None:
     code = """
     const source = new Source(["one", 2]);
     const error = await outcome({ source });
@@ -259,8 +311,9 @@ def test_source_that_gives_no_text_aborts_and_is_returned(service: Service, clie
 
 
 @pytest.mark.parametrize("scope", ["read write", "write"])
-def test_outside_abort_stops_an_idle_source_within_a_second(start_service: Callable[..., Service], scope: str) -> None:
-    service = start_service("--secret", SECRET)
+def test_outside_abort_stops_an_idle_source_within_a_second(
+    run: Callable[..., Any], secured: Service, thread: str, scope: str
+) -> None:
     code = """
     const source = new Source(["one "]);
     const telling = outcome({ source });
@@ -272,7 +325,8 @@ def test_outside_abort_stops_an_idle_source_within_a_second(start_service: Calla
     say({ took, error: await telling });
     """
     admin = make_token("read abort")
-    said = run(code, service.url, options={"token": make_token(scope)}, admin=admin, quiet=400)
+    options = {"threadId": thread, "token": make_token(scope)}
+    said = run(code, secured.url, options=options, admin=admin, quiet=400)
     assert said["took"] < 1000
     error = said["error"]
     assert (error["name"], error["status"]) == ("ResumeStreamError", 409)
@@ -280,7 +334,9 @@ def test_outside_abort_stops_an_idle_source_within_a_second(start_service: Calla
     assert "aborted (enough)" in error["message"]
 
 
-def test_function_that_gives_the_source_is_told_to_stop(service: Service, client: httpx.Client) -> None:
+def test_function_that_gives_the_source_is_told_to_stop(
+    run: Callable[..., Any], service: Service, client: httpx.Client
+) -> None:
     code = """
     let stopped;
     async function* source(signal) {
@@ -297,7 +353,9 @@ def test_function_that_gives_the_source_is_told_to_stop(service: Service, client
     assert error["status"] == 409
 
 
-def test_signal_ends_it_at_once_and_aborts_the_message(service: Service, client: httpx.Client) -> None:
+def test_signal_ends_it_at_once_and_aborts_the_message(
+    run: Callable[..., Any], service: Service, client: httpx.Client
+) -> None:
     code = """
     const controller = new AbortController();
     const source = new Source(["one"]);
@@ -316,7 +374,7 @@ def test_signal_ends_it_at_once_and_aborts_the_message(service: Service, client:
     ]
 
 
-def test_signal_ends_it_while_the_service_is_down(tmp_path: Path) -> None:
+def test_signal_ends_it_while_the_service_is_down(run: Callable[..., Any]) -> None:
     code = """
     const controller = new AbortController();
     const source = new Source(["one"]);
@@ -324,13 +382,11 @@ def test_signal_ends_it_while_the_service_is_down(tmp_path: Path) -> None:
     const error = await outcome({ source, signal: controller.signal, onConnection });
     say({ error, returned: await source.returned > 0 });
     """
-    with serving(tmp_path) as service:
-        url = service.url
-    said = run(code, url)
+    said = run(code, "http://127.0.0.1:9")
     assert (said["error"]["name"], said["returned"]) == ("RangeError", True)
 
 
-def test_source_that_fails_where_aborting_is_refused_has_both_errors(service: Service) -> None:
+def test_source_that_fails_where_aborting_is_refused_has_both_errors(run: Callable[..., Any], service: Service) -> None:
     code = """
     async function* source() { throw new RangeError("no"); }
     const storing = store({ ...message, source: source(), fetch: stub([201], [503], [403, { detail: "Not you." }]) });
@@ -350,7 +406,9 @@ def test_source_that_fails_where_aborting_is_refused_has_both_errors(service: Se
 # Two producers, and messages that are there
 
 
-def test_second_producer_is_told_and_does_no_harm(service: Service, client: httpx.Client) -> None:
+def test_second_producer_is_told_and_does_no_harm(
+    run: Callable[..., Any], service: Service, client: httpx.Client
+) -> None:
     append(client, "t", "m", "one ", "two ")
     code = """
     const source = new Source(["uno "]);
@@ -366,7 +424,9 @@ def test_second_producer_is_told_and_does_no_harm(service: Service, client: http
     assert append(client, "t", "m", "three", index=2, complete=True).status_code == 201
 
 
-def test_producer_that_was_started_again_goes_on_after_what_it_stored(service: Service, client: httpx.Client) -> None:
+def test_producer_that_was_started_again_goes_on_after_what_it_stored(
+    run: Callable[..., Any], service: Service, client: httpx.Client
+) -> None:
     append(client, "t", "m", "one ", "two ")
     said = run('say(await store({ ...message, source: ["one ", "two ", "three"] }));', service.url)
     assert (said["status"], said["chunkCount"]) == ("completed", 3)
@@ -376,7 +436,7 @@ def test_producer_that_was_started_again_goes_on_after_what_it_stored(service: S
 @pytest.mark.parametrize("source", [["one"], []], ids=["same", "empty"])
 @pytest.mark.parametrize("end", ["complete", "abort"])
 def test_message_that_has_ended_is_an_error(
-    service: Service, client: httpx.Client, source: list[str], end: str
+    run: Callable[..., Any], service: Service, client: httpx.Client, source: list[str], end: str
 ) -> None:
     append(client, "t", "m", *source)
     client.put("/threads/t/messages/m")
@@ -387,7 +447,9 @@ def test_message_that_has_ended_is_an_error(
     assert (error["name"], error["status"], error["problem"]["messageStatus"]) == ("ResumeStreamError", 409, status)
 
 
-def test_source_shorter_than_what_is_there_does_not_complete_it(service: Service, client: httpx.Client) -> None:
+def test_source_shorter_than_what_is_there_does_not_complete_it(
+    run: Callable[..., Any], service: Service, client: httpx.Client
+) -> None:
     append(client, "t", "m", "one ", "two ")
     error = run('say(await store({ ...message, source: ["one "] }).catch(told));', service.url)
     assert error["status"] == 409
@@ -419,8 +481,7 @@ def make_token(scope: str) -> str:
     return jwt.encode({"scope": scope, "exp": int(time.time()) + 3600}, SECRET, "HS256")
 
 
-def test_token_that_is_refused_is_an_error_at_once(start_service: Callable[..., Service]) -> None:
-    service = start_service("--secret", SECRET)
+def test_token_that_is_refused_is_an_error_at_once(run: Callable[..., Any], secured: Service) -> None:
     code = """
     const tokens = ["old", given.writer];
     const token = async () => tokens.shift() ?? given.writer;
@@ -431,7 +492,7 @@ def test_token_that_is_refused_is_an_error_at_once(start_service: Callable[..., 
     }
     say({ renewed, refused });
     """
-    said = run(code, service.url, writer=make_token("write"), reader=make_token("read"))
+    said = run(code, secured.url, writer=make_token("write"), reader=make_token("read"))
     assert said["renewed"]["appended"]["status"] == "completed"
     assert said["refused"] == [401, 401, 401, 403]
 
@@ -446,22 +507,20 @@ def test_token_that_is_refused_is_an_error_at_once(start_service: Callable[..., 
     ids=["too large", "half a pair", "reserved event"],
 )
 def test_chunk_that_cannot_be_stored_is_an_error_at_once_and_aborts(
-    start_service: Callable[..., Service], piece: Any, status: int, reason: str | None
+    run: Callable[..., Any], service: Service, client: httpx.Client, piece: Any, status: int, reason: str | None
 ) -> None:
-    service = start_service("--max-chunk", "1KiB")
     code = "say(await outcome({ source: new Source(['one', ...given.pieces]) }));"
     assert run(code, service.url, pieces=[piece])["status"] == status
-    with api_client(service) as client:
-        assert message_of(client)["status"] == "aborted"
-        assert message_of(client)["reason"] == (reason or "Invalid content")
+    assert message_of(client)["status"] == "aborted"
+    assert message_of(client)["reason"] == (reason or "Invalid content")
 
 
-def test_wrong_address_is_an_error_at_once(service: Service, client: httpx.Client) -> None:
+def test_wrong_address_is_an_error_at_once(run: Callable[..., Any], service: Service, client: httpx.Client) -> None:
     code = "say(await outcome({ source: ['one'], baseUrl: `${given.url}/nowhere` }));"
     assert run(code, service.url)["status"] == 404
 
 
-def test_bad_use_is_a_type_error(service: Service) -> None:
+def test_bad_use_is_a_type_error(run: Callable[..., Any], service: Service) -> None:
     code = """
     const bad = [
       { threadId: "" }, { messageId: 3 }, { source: undefined }, { source: null }, { source: "text" }, { source: {} },
@@ -474,7 +533,9 @@ def test_bad_use_is_a_type_error(service: Service) -> None:
     assert run(code, service.url) == ["TypeError"] * 11
 
 
-def test_retries_what_was_lost_and_what_was_busy_as_long_as_it_is_told(service: Service) -> None:
+def test_retries_what_was_lost_and_what_was_busy_as_long_as_it_is_told(
+    run: Callable[..., Any], service: Service
+) -> None:
     code = """
     const delays = [];
     const onConnection = (event) => delays.push(event.connected || Math.round(event.delay));
@@ -491,7 +552,7 @@ def test_retries_what_was_lost_and_what_was_busy_as_long_as_it_is_told(service: 
     ]
 
 
-def test_batches_what_waits_and_pulls_no_more_than_fits(service: Service) -> None:
+def test_batches_what_waits_and_pulls_no_more_than_fits(run: Callable[..., Any], service: Service) -> None:
     code = """
     let release, pulled = 0;
     const bodies = [];
@@ -557,7 +618,7 @@ def test_reader_waits_for_a_message_not_made_yet(service: Service, client: httpx
 
 @pytest.mark.parametrize("address", ["", "/nowhere"], ids=["no waiting", "wrong address"])
 def test_reader_that_has_nothing_to_wait_for_is_told_at_once(
-    service: Service, client: httpx.Client, address: str
+    run: Callable[..., Any], service: Service, client: httpx.Client, address: str
 ) -> None:
     options = {"baseUrl": service.url + address, "wait": address != ""}
     code = "try { for await (const item of resumeStream(message)) say(item); } catch (error) { say(told(error)); }"

@@ -50,18 +50,60 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def tab(browser: Browser) -> Iterator[Page]:
+    with new_tab(browser) as page:
+        yield page
+
+
 @contextlib.contextmanager
 def new_page(browser: Browser, **options: Any) -> Iterator[Page]:
-    """A page in a profile of its own; an error that nobody catches in it fails the test."""
+    """Open a page in a profile of its own. An error that nothing catches in it fails the test."""
+    with new_tab(browser, **options) as page, no_errors(page):
+        yield page
+
+
+@contextlib.contextmanager
+def new_tab(browser: Browser, **options: Any) -> Iterator[Page]:
+    """Open a page in a profile of its own, for all tests of a file: a new one costs more than most tests."""
     context = browser.new_context(**options)
     context.set_default_timeout(TIMEOUT * 1000)
-    page = context.new_page()
-    errors: list[str] = []
-    page.on("pageerror", lambda error: errors.append(str(error)))
     try:
-        yield page
+        yield context.new_page()
     finally:
         context.close()
+
+
+@contextlib.contextmanager
+def lent(page: Page) -> Iterator[Page]:
+    """Lend a shared page to one test, and leave it blank."""
+    with no_errors(page):
+        yield page
+        page.unroute_all()
+        page.emulate_media(color_scheme="null", reduced_motion="null")
+        page.goto("about:blank")
+
+
+@contextlib.contextmanager
+def emptied(page: Page, url: str) -> Iterator[Page]:
+    """Lend a shared page to one test, without what an earlier one stored at ``url``."""
+    page.goto(f"{url}/health/live")
+    page.evaluate("() => { localStorage.clear(); sessionStorage.clear() }")
+    with lent(page):
+        yield page
+
+
+@contextlib.contextmanager
+def no_errors(page: Page) -> Iterator[None]:
+    """Fail where the page has an error that nothing catches."""
+    errors: list[str] = []
+
+    def note(error: Any) -> None:
+        errors.append(str(error))
+
+    page.on("pageerror", note)
+    yield
+    page.remove_listener("pageerror", note)
     assert not errors
 
 
@@ -301,16 +343,16 @@ class Reader:
 
 @pytest.fixture(scope="module")
 def notebook(browser: Browser) -> Iterator[Page]:
-    """A page that keeps notes, for all tests of a file, as a page each would take most of the time."""
-    with new_page(browser) as page:
+    """A page that keeps notes, for all tests of a file."""
+    with new_tab(browser) as page:
         page.add_init_script(NOTES)
         yield page
 
 
 @pytest.fixture
 def page(notebook: Page) -> Iterator[Page]:
-    yield notebook
-    notebook.goto("about:blank")
+    with lent(notebook):
+        yield notebook
 
 
 def open_notebook(page: Page, url: str) -> Reader:

@@ -9,11 +9,11 @@ from typing import Any
 
 import httpx
 import pytest
-from browser_kit import Browser, Page, Proxy, browser, client, new_page, proxy
+from browser_kit import Page, Proxy, browser, client, lent, proxy, tab
 from conftest import ROOT, Service, append, wait_until
 from upstream import AG_UI, AI_SDK, ERRORS, OTHER, Upstream, plain, relaying, shared_upstream
 
-__all__ = ["browser", "client", "proxy"]  # fixtures
+__all__ = ["browser", "client", "proxy", "tab"]  # fixtures
 
 MODULES = ROOT / "node_modules"
 for package in ("esbuild", "@ai-sdk/react", "@microsoft/fetch-event-source"):
@@ -101,8 +101,8 @@ def fresh(upstream: Upstream) -> None:
 
 
 @pytest.fixture
-def page(browser: Browser, bundle: str, proxy: Proxy) -> Iterator[Page]:
-    with new_page(browser) as page:
+def page(tab: Page, bundle: str, proxy: Proxy) -> Iterator[Page]:
+    with lent(tab) as page:
         page.goto(f"{proxy.url}/health/live")
         page.add_script_tag(content=bundle, type="module")
         page.wait_for_function("() => window.chat")
@@ -208,18 +208,6 @@ def test_chat_is_told_of_an_answer_that_failed(page: Page, bundle: str, upstream
     wait_for(page, "", 'error: {"error": "too many"}')
 
 
-def test_chat_after_the_service_was_killed(
-    page: Page, upstream: Upstream, service: Service, client: httpx.Client
-) -> None:
-    upstream.answer(AI_SDK.held(4), at=AI_SDK.path)
-    ask(page, "killed")
-    service.restart()
-    wait_for(page, "Hel", "error: network error")
-    assert ended(client, "killed") == ("aborted", "service_restarted")
-    page.click("#resume")
-    wait_for(page, "Hel", f"error: {RESTARTED}")
-
-
 def test_chat_goes_on_with_what_a_producer_of_ones_own_appends(
     page: Page, bundle: str, proxy: Proxy, client: httpx.Client
 ) -> None:
@@ -279,20 +267,14 @@ def test_event_source_goes_on_by_itself(page: Page, proxy: Proxy, upstream: Upst
     assert asked(upstream) == [("GET", "/events")]
 
 
-def test_event_source_after_the_service_was_killed_or_its_upstream_lost(
-    page: Page, upstream: Upstream, service: Service
-) -> None:
-    upstream.answer(OTHER.broken(2))
+def test_event_source_ends_where_the_upstream_was_lost(page: Page, upstream: Upstream) -> None:
+    upstream.answer(OTHER.broken(2).held(2))
     page.evaluate("listen('a', '/relay/up/events')")
     wait_for_events(page, "a", *SENT[:2])
-    wait_until_closed(page, "a")
-    upstream.answer(OTHER.held(2))
-    page.evaluate("listen('a', '/relay/up/events')")
-    wait_for_events(page, "a", *SENT[:2])
-    service.restart()
+    upstream.go_on()
     wait_until_closed(page, "a")
     wait_for_events(page, "a", *SENT[:2])
-    assert len(upstream.asked) == 2
+    assert len(upstream.asked) == 1
 
 
 def test_event_source_goes_on_with_what_a_producer_of_ones_own_appends(
@@ -341,17 +323,6 @@ def test_fetch_event_source_goes_on_by_itself(page: Page, proxy: Proxy, upstream
     assert asked(upstream) == [("POST", "/agent")]
 
 
-def test_fetch_event_source_after_the_service_was_killed(page: Page, upstream: Upstream, service: Service) -> None:
-    upstream.answer(AG_UI.held(4))
-    page.evaluate("void fetchEvents('/relay/up/agent', 9)")
-    wait_for_events(page, "fetched", *RUN[:4])
-    service.restart()
-    assert wait_for_end(page) is None
-    *events, (_, last) = page.evaluate("events.fetched")
-    assert [tuple(event) for event in events] == RUN[:4]
-    assert json.loads(last) == {"type": "RUN_ERROR", "message": RESTARTED, "code": "service_restarted"}
-
-
 def test_fetch_event_source_is_told_of_an_answer_that_failed(page: Page, upstream: Upstream) -> None:
     for recording, words in ((AG_UI.broken(4, 9), LOST), (AG_UI.ended(4, ERRORS["ag-ui"]), "overloaded")):
         upstream.answer(recording)
@@ -367,3 +338,32 @@ def test_fetch_event_source_is_told_of_an_answer_that_failed(page: Page, upstrea
     upstream.answer(OTHER.broken(2))  # of which nobody knows how it says an error
     page.evaluate("fetchEvents('/relay/up/events', 0)")
     assert wait_for_end(page) == "network error"
+
+
+# All of them
+
+
+def test_clients_are_told_that_the_service_was_killed(
+    page: Page, upstream: Upstream, service: Service, client: httpx.Client
+) -> None:
+    upstream.answer(AI_SDK.held(4), at=AI_SDK.path)
+    upstream.answer(OTHER.held(2), at=OTHER.path)
+    upstream.answer(AG_UI.held(4), at=AG_UI.path)
+    ask(page, "killed")
+    page.evaluate("listen('a', '/relay/up/events')")
+    page.evaluate("void fetchEvents('/relay/up/agent', 9)")
+    wait_for_events(page, "a", *SENT[:2])
+    wait_for_events(page, "fetched", *RUN[:4])
+    service.restart()
+    wait_for(page, "Hel", "error: network error")
+    assert ended(client, "killed") == ("aborted", "service_restarted")
+    page.click("#resume")
+    wait_for(page, "Hel", f"error: {RESTARTED}")
+    wait_until_closed(page, "a")
+    wait_for_events(page, "a", *SENT[:2])
+    assert wait_for_end(page) is None
+    *events, (_, last) = page.evaluate("events.fetched")
+    assert [tuple(event) for event in events] == RUN[:4]
+    assert json.loads(last) == {"type": "RUN_ERROR", "message": RESTARTED, "code": "service_restarted"}
+    asked_once = {path for _, path in asked(upstream) if not path.startswith("/api/chat/")}
+    assert asked_once == {AI_SDK.path, OTHER.path, AG_UI.path}

@@ -8,11 +8,11 @@ from typing import Any
 
 import httpx
 import pytest
-from browser_kit import Browser, Page, Proxy, browser, client, new_page, proxy
+from browser_kit import Page, Proxy, browser, client, lent, proxy, tab
 from conftest import ROOT, append, wait_until
 from wire import shared_service
 
-__all__ = ["browser", "client", "proxy"]  # fixtures
+__all__ = ["browser", "client", "proxy", "tab"]  # fixtures
 
 ESBUILD = ROOT / "node_modules" / ".bin" / "esbuild"
 if not ESBUILD.exists():
@@ -51,10 +51,10 @@ def bundle() -> str:
 
 
 @pytest.fixture
-def app(browser: Browser, bundle: str, proxy: Proxy) -> Iterator[Page]:
-    with new_page(browser) as page:
-        page.add_init_script("Math.random = () => 0.01")
+def app(tab: Page, bundle: str, proxy: Proxy) -> Iterator[Page]:
+    with lent(tab) as page:
         page.goto(f"{proxy.url}/health/live")
+        page.evaluate("Math.random = () => 0.01")
         page.add_script_tag(content=bundle, type="module")
         page.wait_for_function("() => window.render")
         yield page

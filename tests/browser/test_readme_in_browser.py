@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from browser_kit import Browser, Page, browser, client, new_page
+from browser_kit import Page, browser, client, emptied, tab
 from conftest import ROOT, Service, append, wait_until
 from wire import shared_service
 
-__all__ = ["browser", "client"]  # fixtures
+__all__ = ["browser", "client", "tab"]  # fixtures
 
 service = shared_service()
 README = (ROOT / "README.md").read_text()
@@ -30,8 +30,8 @@ def snippets(language: str) -> list[str]:
 
 
 @pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    with new_page(browser) as page:
+def page(tab: Page, service: Service) -> Iterator[Page]:
+    with emptied(tab, service.url) as page:
         yield page
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import httpx
 import pytest
-from browser_kit import Browser, Page, browser, client, new_page
+from browser_kit import Page, browser, client, emptied
 from conftest import TIMEOUT, Service, append
 from playwright.sync_api import expect
 from relayed import Relay, bare_events
-from test_page import AXE, FAST, check_with_axe, copied
+from test_page import AXE, check_with_axe, copied, tab
 from upstream import (
     CHAT,
     DONE,
@@ -28,7 +28,7 @@ from upstream import (
     shared_upstream,
 )
 
-__all__ = ["browser", "client"]  # fixtures
+__all__ = ["browser", "client", "tab"]  # fixtures
 
 upstream, service = shared_upstream(), relaying()
 expect.set_options(timeout=TIMEOUT * 1000)
@@ -45,9 +45,8 @@ WORDS = {"openai-chat": "Hél\nlo", "sse": "one\ntwo\nlines\n{}\n"}
 
 
 @pytest.fixture
-def page(browser: Browser, service: Service) -> Iterator[Page]:
-    with new_page(browser, permissions=["clipboard-read", "clipboard-write"]) as page:
-        page.add_init_script(FAST)
+def page(tab: Page, service: Service) -> Iterator[Page]:
+    with emptied(tab, service.url) as page:
         yield page
 
 
