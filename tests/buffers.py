@@ -186,11 +186,6 @@ def watcher_of(buffer: ChunkBuffer) -> Any:
     return buffer.watch.__self__
 
 
-def watcher_of(buffer: ChunkBuffer) -> Any:
-    """What notices that another process has changed the file (extras/elsewhere.py)."""
-    return buffer.watch.__self__
-
-
 class Polls:
     """How often a buffer has looked whether another process has changed the file."""
 
