@@ -9,6 +9,7 @@ import asyncio
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar, cast
 
 from ..app import Change, ChunkBuffer, Entry, Format, MessageEnd, Page, Place, State, Status, Store, StoredChunk, Tail
@@ -114,8 +115,14 @@ class LiveTail(Tail):
         key = (seq, place.message_id)
         if (loading := self._loads.get(key)) is None:
             loading = self._loads[key] = asyncio.create_task(self._load(store, place, seq))
-            loading.add_done_callback(lambda done: self._loads.pop(key) if self._loads.get(key) is done else None)
+            loading.add_done_callback(partial(self._loaded, key))
         return await asyncio.shield(loading)
+
+    def _loaded(self, key: tuple[int, str | None], loading: asyncio.Task[tuple[State, Page]]) -> None:
+        if self._loads.get(key) is loading:
+            del self._loads[key]
+        if not loading.cancelled():
+            loading.exception()  # looked at, even if all its readers have left
 
     async def _load(self, store: Store, place: Place, seq: int) -> tuple[State, Page]:
         found, page = await super().load(store, place, seq)
