@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import sqlite3
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,7 +13,7 @@ import httpx
 import pytest
 from buffers import CommitsAtOnce, PageReads, Reading, detach, follow
 from conftest import until
-from resume_stream.app import ChunkBuffer, create_app
+from resume_stream.app import ChunkBuffer, create_app, open_packs
 from resume_stream.extras import live
 from wire import NDJSON, message_path
 
@@ -97,3 +99,18 @@ async def test_readers_of_many_messages_share_the_pages_of_each(
     assert got[: len(messages)] * 3 == got
     assert [text for _, text in got[0]] == ["a", "b", "b", "completed"]
     assert len(joined) == len(messages)
+
+
+async def test_a_change_by_another_process_is_read_once_for_all_readers(
+    make_buffer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with make_buffer(poll_interval=0.02) as buffer:
+        await buffer.add_chunks("t", "m", ["first"])
+        readings = [Reading(follow(buffer, "t")) for _ in range(READERS)]
+        await until(lambda: all(reading.got for reading in readings), "all have the first chunk")
+        reads = PageReads(buffer, monkeypatch)
+        with contextlib.closing(sqlite3.connect(buffer.settings.db, isolation_level=None)) as other:
+            open_packs(other)
+            other.execute("update messages set status = 'aborted', reason = 'by hand'")
+        assert await asyncio.gather(*readings) == [[(1, "first"), (2, "by hand")]] * READERS
+        assert 1 <= reads.count <= READERS // 20
