@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -19,7 +20,7 @@ import wire
 from conftest import ROOT, TIMEOUT, RedisServer, Service, api_client, append, wait_until
 from relayed import Relay
 from resume_stream import app
-from upstream import CHAT, Upstream
+from upstream import CHAT, Upstream, shared_upstream
 from websockets.sync.client import connect
 
 BINARY = Path(os.environ.get("BINARY", ROOT / "dist" / "resume-stream"))
@@ -36,7 +37,8 @@ class Binary(Service):
     serving: int | None = None
 
     def start(self) -> Self:
-        self.unpacked.mkdir(exist_ok=True)
+        shutil.rmtree(self.unpacked, ignore_errors=True)  # what it leaves where both are killed
+        self.unpacked.mkdir()
         super().start()
         self.serving = int(Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()[0])
         return self
@@ -77,9 +79,20 @@ def start_binary(tmp_path: Path) -> Iterator[Callable[..., Binary]]:
         yield start
 
 
+upstream = shared_upstream()
+
+
+@pytest.fixture(scope="module")
+def shared_binary(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> Iterator[Binary]:
+    folder = tmp_path_factory.mktemp("binary")
+    with Binary(folder / "chunks.db", "--upstream", f"up={upstream.url}") as binary:
+        yield binary
+
+
 @pytest.fixture
-def binary(start_binary: Callable[..., Binary]) -> Binary:
-    return start_binary()
+def binary(shared_binary: Binary) -> Binary:
+    """The binary that all tests share, which a test may end."""
+    return shared_binary if shared_binary.is_running else shared_binary.start()
 
 
 @pytest.fixture
@@ -98,34 +111,39 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
-def test_what_is_acknowledged_is_read_and_resumed_after_a_sigkill(binary: Binary) -> None:
+def test_what_is_acknowledged_is_read_and_resumed_after_a_sigkill(binary: Binary, thread: str) -> None:
     with api_client(binary) as client:
-        assert append(client, "t", "m", "Hello", " wor").json()["seq"] == 2
-        with wire.Stream(binary, "/threads/t/messages/m/stream") as reader:
+        assert append(client, thread, "m", "Hello", " wor").json()["seq"] == 2
+        with wire.Stream(binary, f"/threads/{thread}/messages/m/stream") as reader:
             assert reader.line() == b"retry: 1000\n"
             frames = [reader.frame(), reader.frame()]
             cursor = frames[1].splitlines()[0].removeprefix(b"id: ").decode()
             binary.restart()
-        assert client.get("/threads/t/content").json()["content"] == "Hello wor"
-        with wire.Stream(binary, "/threads/t/messages/m/stream", {"Last-Event-ID": cursor}) as reader:
-            assert append(client, "t", "m", "ld", index=2, complete="true").status_code == 201
+        assert client.get(f"/threads/{thread}/content").json()["content"] == "Hello wor"
+        with wire.Stream(binary, f"/threads/{thread}/messages/m/stream", {"Last-Event-ID": cursor}) as reader:
+            assert append(client, thread, "m", "ld", index=2, complete="true").status_code == 201
             rest = reader.rest()
         assert [wire.data_of(frame).get("content") for frame in rest.split(b"\n\n")[:-1]] == ["ld", None]
-        known = {"thread_id": "t", "message_id": "m", "known_content": "Hell"}
+        known = {"thread_id": thread, "message_id": "m", "known_content": "Hell"}
         with wire.Stream(binary, "/resume-stream", body=known) as reader:
             frames = reader.rest().split(b"\n\n")[:-1]
         assert [wire.data_of(frame).get("content") for frame in frames] == ["o", " wor", "ld", None]
 
 
-def test_websocket(binary: Binary) -> None:
+def test_websocket(binary: Binary, thread: str) -> None:
+    place = {"thread_id": thread, "message_id": "m"}
     with connect(f"ws://127.0.0.1:{binary.port}/api/ws", proxy=None) as socket:
-        socket.send('{"type": "subscribe", "id": 1, "thread_id": "t", "follow": true}')
-        socket.send(
-            '{"type": "append", "id": 2, "thread_id": "t", "message_id": "m", "chunks": [{"content": "Hello"}]}'
-        )
+        socket.send(json.dumps({"type": "subscribe", "id": 1, "thread_id": thread, "follow": True}))
+        socket.send(json.dumps({"type": "append", "id": 2, **place, "chunks": [{"content": "Hello"}]}))
         answers = {answer["type"]: answer for answer in (json.loads(socket.recv(TIMEOUT)) for _ in range(2))}
     assert answers["appended"]["seq"] == 1
     assert answers["chunk"]["content"] == "Hello"
+
+
+def test_it_relays(binary: Binary, upstream: Upstream) -> None:
+    upstream.answer(CHAT)
+    with Relay(binary) as relay:
+        assert relay.ask(CHAT).content.endswith(b"data: [DONE]\n\n")
 
 
 def test_what_it_serves_are_the_files_beside_these_tests(binary: Binary) -> None:
@@ -139,48 +157,31 @@ def test_what_it_serves_are_the_files_beside_these_tests(binary: Binary) -> None
         assert client.get("/schema/openapi.json").json()["info"]["version"] == app.__version__
 
 
-def test_sigterm_ends_it_with_0_and_leaves_nothing_unpacked(binary: Binary) -> None:
-    assert list(binary.unpacked.iterdir())
-    assert binary.end() == 0
-    assert list(binary.unpacked.iterdir()) == []
-
-
-def test_killing_the_process_that_was_started_ends_the_one_that_serves(binary: Binary) -> None:
-    binary.process.kill()
-    wait_until(binary.is_gone, "the end of the process that serves")
-    assert list(binary.unpacked.iterdir()) == []
-
-
 def test_version(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     result = run("version")
     assert (result.returncode, result.stdout) == (0, f"{app.__version__}\n")
 
 
 def test_healthcheck(binary: Binary, run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    port = str(binary.port)
-    assert run("healthcheck", "--port", port).returncode == 0
-    binary.end()
-    result = run("healthcheck", RESUME_STREAM_PORT=port)
+    assert run("healthcheck", "--port", str(binary.port)).returncode == 0
+    result = run("healthcheck", RESUME_STREAM_PORT="9")
     assert result.returncode == 1
     assert "does not answer" in result.stderr
 
 
-def test_check_and_backup(binary: Binary, run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+def test_check_and_backup(
+    binary: Binary, thread: str, run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
     with api_client(binary) as client:
-        append(client, "t", "m", "Hello", complete="true")
-    result = run("check", "--db", binary.db)
-    assert result.returncode == 0
-    assert result.stdout == f"completed: 1 threads, 1 messages, 1 chunks, 5 bytes of text\n{binary.db} is sound\n"
-
+        append(client, thread, "m", "Hello", complete="true")
     copy = tmp_path / "copy.db"
     assert run("backup", "--db", binary.db, copy).returncode == 0
-    before = copy.read_bytes()
-    assert run("check", "--db", copy).returncode == 0
-    assert run("backup", "--db", binary.db, copy).returncode == 1
-    assert copy.read_bytes() == before
-
+    result = run("check", "--db", copy)
+    assert result.returncode == 0
+    assert re.search(r"^completed: \d+ threads, ", result.stdout, re.MULTILINE)
+    assert result.stdout.endswith(f"{copy} is sound\n")
     damaged = tmp_path / "damaged.db"
-    damaged.write_bytes(before[:5000] + b"?" * 5000 + before[10_000:])
+    damaged.write_bytes(copy.read_bytes()[:5000] + b"?" * 5000 + copy.read_bytes()[10_000:])
     assert run("check", "--db", damaged).returncode == 1
 
 
@@ -197,28 +198,42 @@ def test_a_token_that_it_makes_opens_what_it_serves(
 
 
 def test_it_keeps_threads_in_redis_and_copies_them(
-    start_binary: Callable[..., Binary], run: Callable[..., subprocess.CompletedProcess[str]], redis_server: RedisServer
+    binary: Binary,
+    thread: str,
+    start_binary: Callable[..., Binary],
+    run: Callable[..., subprocess.CompletedProcess[str]],
+    redis_server: RedisServer,
 ) -> None:
-    binary, address = start_binary(), redis_server.address()
+    address = redis_server.address()
     with api_client(binary) as client:
-        append(client, "t", "m", "Hello")
+        append(client, thread, "m", "Hello")
     copied = run("copy", binary.db, address)
     assert copied.returncode == 0, copied.stderr
-    binary.end()
     with api_client(start_binary("--store", address)) as client:
-        assert append(client, "t", "m", " world", index=1).json()["seq"] == 2
-        assert client.get("/threads/t/content").json()["content"] == "Hello world"
+        assert append(client, thread, "m", " world", index=1).json()["seq"] == 2
+        assert client.get(f"/threads/{thread}/content").json()["content"] == "Hello world"
 
 
 def test_size() -> None:
     assert BINARY.stat().st_size < 45 * MB
 
 
+# What ends it
+
+
+def test_sigterm_ends_it_with_0_and_leaves_nothing_unpacked(binary: Binary) -> None:
+    assert list(binary.unpacked.iterdir())
+    assert binary.end() == 0
+    assert list(binary.unpacked.iterdir()) == []
+
+
 def test_first_answer_and_memory_when_idle(
-    start_binary: Callable[..., Binary], record_property: Callable[[str, object], None]
+    shared_binary: Binary, record_property: Callable[[str, object], None]
 ) -> None:
+    if shared_binary.is_running:
+        shared_binary.kill()
     began = time.perf_counter()
-    binary = start_binary()
+    binary = shared_binary.start()
     httpx.get(f"{binary.url}/health/ready", timeout=TIMEOUT).raise_for_status()
     took = time.perf_counter() - began
     memory = binary.memory()
@@ -229,9 +244,7 @@ def test_first_answer_and_memory_when_idle(
     assert memory < 80 * MB
 
 
-def test_it_relays(start_binary: Callable[..., Binary]) -> None:
-    with Upstream() as upstream:
-        upstream.answer(CHAT)
-        binary = start_binary("--upstream", f"up={upstream.url}")
-        with Relay(binary) as relay:
-            assert relay.ask(CHAT).content.endswith(b"data: [DONE]\n\n")
+def test_killing_the_process_that_was_started_ends_the_one_that_serves(binary: Binary) -> None:
+    binary.process.kill()
+    wait_until(binary.is_gone, "the end of the process that serves")
+    assert list(binary.unpacked.iterdir()) == []

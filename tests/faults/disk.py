@@ -107,10 +107,10 @@ async def survive_full_disk(folder: Path, *, times: int) -> Verdict:
             for number in range(times):
                 with verdict.trial(f"filling {number}"):
                     ballast.write_bytes(bytes(7 * 1024**2))  # as much room, once it is freed, as a checkpoint needs
-                    while (await writer.append(SIZE)).status in (200, 201):
+                    while (await writer.append(4 * SIZE)).status in (200, 201):
                         pass
                     for _ in range(5):
-                        await writer.append(SIZE)
+                        await writer.append(4 * SIZE)
                     await writer.check("while the disk is full")
                     if not number % 2:
                         service.kill()

@@ -11,7 +11,7 @@ import contextlib
 import json
 import resource
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 from conftest import Service
@@ -264,24 +264,25 @@ ATTACKS: list[Attack] = [
     messages_without_end,
     clear_what_is_large,
 ]
+EACH_ALONE = [[attack] for attack in ATTACKS]
 
 
 async def survive_heavy_work(
-    folder: Path, *, mebibytes: int, attacks: list[Attack] = ATTACKS, timed: bool = True
+    folder: Path, *, mebibytes: int, attacks: Sequence[Sequence[Attack]] = EACH_ALONE, timed: bool = True
 ) -> Verdict:
-    """What one client can ask for holds up no other: each attack with a service of its own.
+    """Heavy work for one client holds up no other. Each list of attacks has a service of its own.
 
-    How long is of no meaning where the machine has other work, and then is not ``timed``.
+    Where the machine has other work, how long it takes means nothing: then it is not ``timed``.
     """
     verdict = Verdict("heavy work for one holds up no other")
-    for attack in attacks:
-        name = attack.__name__.replace("_", " ")
+    for number, together in enumerate(attacks):
+        name = ", ".join(attack.__name__.replace("_", " ") for attack in together)
         with verdict.trial(name):
-            service = Service(folder / f"{attack.__name__}.db", "--max-message", "1GiB").start()
+            service = Service(folder / f"heavy{number}.db", "--max-message", "1GiB").start()
             try:
                 witness = Witness(service)
                 async with witness.watching():
-                    came_to = await attack(service.port, mebibytes)
+                    came_to = ", ".join([await attack(service.port, mebibytes) for attack in together])
                 began = time.perf_counter()
                 code = service.end()
                 ended = time.perf_counter() - began
