@@ -34,7 +34,7 @@ class Exchanges:
         self.claims: dict[tuple[str, str], Exchange] = {}  # who records a message, or may do so soon
         # Where several services share a store, nobody can tell whose message it is: producer_timeout ends it.
         if not self.buffer.settings.store:
-            self.buffer.begin(self.producing.patiently(self.buffer, self._abort_orphans))
+            self.buffer.begin(self._abort_orphans())
 
     def stop(self) -> None:
         """Stop recording. The next start aborts the messages: an end now would look like the upstream's."""
@@ -43,7 +43,11 @@ class Exchanges:
         self.buffer.begin(self.client.close())
 
     async def _abort_orphans(self) -> None:
-        """Abort the messages that an earlier process was recording."""
+        """Abort the messages that an earlier process was recording, once the store answers."""
+        with suppress(Stopping):
+            await self.producing.patiently(self.buffer, self._abort_all_orphans)
+
+    async def _abort_all_orphans(self) -> None:
         cursor: str | None = None
         while True:
             page = await self.buffer.get_active_threads(1000, cursor)
