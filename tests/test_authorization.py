@@ -35,8 +35,6 @@ from wire import (
     websocket_address,
 )
 
-BOTH_WAYS = True
-
 SECRET = "correct horse battery staple, 32+"
 HOUR = 3600
 EVERY_SCOPE = "read write abort admin"
@@ -53,7 +51,7 @@ def bearer(text: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, way: str) -> Iterator[Service]:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with serving(tmp_path_factory.mktemp("authorization"), "--secret", SECRET) as service:
         yield service
 
@@ -602,7 +600,6 @@ def test_a_stream_whose_token_is_good_goes_on(service: Service, admin: httpx.Cli
 # The command line
 
 
-@pytest.mark.one_way
 def test_the_token_command_makes_tokens(anyone: httpx.Client, thread: str) -> None:
     began = int(time.time())
     command = [sys.executable, str(ROOT / "app.py"), "token"]

@@ -19,12 +19,13 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jwt
 import pytest
 import uvicorn
-from conftest import ROOT, TIMEOUT, Service, generated, wait_until
+from buffers import detach
+from conftest import ROOT, TIMEOUT, Service, generated, until, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from resume_stream import app
@@ -40,7 +41,7 @@ FLAGS = (*LIMITS, "--heartbeat", "40ms", "--cors-origins", "https://chat.example
 class Ordinary(Service):
     """A service without express paths."""
 
-    command: ClassVar[list[str]] = [*Service.command, "--without=express"]
+    first = 'sys.modules["resume_stream.extras.express"] = None'
 
 
 class Pair(NamedTuple):
@@ -616,15 +617,16 @@ class Story:
         self.link = Link(service)
         self.answers: list[Answer] = []
         self.readers: list[tuple[Reader, str | None, int]] = []  # each with its message, and where it begins
-        self.text = ""  # of the message a
+        self.text, self.text_end = "", 0  # of the message a, and the sequence number of its last chunk
         self.last: dict[str | None, int] = {}  # sequence number of each message, and of the thread
 
     def append(self, message: str, count: int, complete: bool) -> None:
         texts = [f"{message}{number}" for number in range(count)]
         body = json.dumps([{"content": text} for text in texts]).encode()
         answer = self.asked(Request(self.thread, message, "?complete=true" * complete, body=body))
-        if answer.status == 201 and message == "a":
+        if answer.status == 201 and message == "a" and texts:
             self.text += "".join(texts)
+            self.text_end = json.loads(answer.body)["seq"] - complete
 
     def abort(self, message: str) -> None:
         self.asked(Request(self.thread, message, call="/abort", body=b'{"reason":"stop"}'))
@@ -647,7 +649,7 @@ class Story:
         answer = self.link.send(get(self.thread).replace(b"GET", b"DELETE")).answer()
         self.answers.append(answer)
         if answer.status == 204:
-            self.text, self.last = "", {}
+            self.text, self.text_end, self.last = "", 0, {}
             for reader, _, _ in self.readers:
                 reader.whole()
 
@@ -659,7 +661,7 @@ class Story:
         if where == "text":
             known = {"start": "", "0": self.text[:-1], "2": self.text[:3], "x": "nowhere"}.get(place, self.text)
             request = resume(thread_id=self.thread, message_id=message, known_content=known)
-            begins = last if known == self.text else 0
+            begins = self.text_end if known == self.text else 0
         else:
             path = f"{self.thread}/messages/{message}" if message else self.thread
             name, _, cursor = place.format(now=now, old=now - 1).rpartition(" ")
@@ -741,11 +743,29 @@ def test_a_request_waits_for_the_end_of_the_stream_before_it(pair: Pair) -> None
         reader = Reader(service, get(f"{thread}/stream") + bytes(Request(other)))
         with reader.link as link:
             assert reader.has(b'"content":"text"')
+            link.send(bytes(Request(other)))
             ended = ask(service, bytes(Request(thread, query="?complete=true")))
-            return [ended, reader.whole(), link.answer(), link.send(bytes(Request(other))).answer()]
+            return [ended, reader.whole(), link.answer(), link.answer()]
 
     *_, waited, last = pair.both(told)
     assert [json.loads(answer.body)["seq"] for answer in (waited, last)] == [1, 2]
+
+
+@pytest.mark.parametrize("rest", [b"{}", b""])
+def test_a_stream_whose_request_has_a_body_is_the_same(pair: Pair, rest: bytes) -> None:
+    """Also if the body has not come by the end of the stream."""
+    thread = thread_name()
+    pair.both(ask, bytes(Request(thread)))
+
+    def told(service: Service) -> list[Any]:
+        reader = Reader(service, get(f"{thread}/stream", "Content-Length: 2"))
+        with reader.link as link:
+            assert reader.has(b'"content":"text"')
+            link.send(rest)
+            ask(service, bytes(Request(thread, query="?complete=true")))
+            return [reader.whole(), *link.send(get(thread)).answers(1)]
+
+    pair.both(told)
 
 
 def readers_of(service: Service, thread: str) -> int:
@@ -788,6 +808,21 @@ def test_a_slow_reader_gets_everything_once_it_reads(pair: Pair) -> None:
 
     seen = pair.both(told).body
     assert [int(number) for number in re.findall(rb'"content":"(\d{3})x', seen)] == list(range(len(texts)))
+
+
+@pytest.mark.anyio
+async def test_a_connection_that_takes_no_more_is_sent_nothing_until_it_does(buffer: ChunkBuffer) -> None:
+    await buffer.add_chunks("t", "m", ["a"])
+    wire = detach(buffer, await buffer.locate("t"))
+    await until(lambda: wire.pieces)
+    wire.write_paused = True
+    sent = len(wire.pieces)
+    await buffer.add_chunks("t", "m", ["b"])
+    await buffer.add_chunks("t", "m", ["c"], complete=True)
+    assert len(wire.pieces) == sent
+    wire.write_paused = False
+    wire.detached()
+    assert await wire.lines() == [(1, "a"), (2, "b"), (3, "c"), (4, "completed")]
 
 
 def test_a_thread_that_somebody_deletes_with_sqlite_is_gone_for_its_readers(pair: Pair) -> None:

@@ -16,8 +16,6 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 from wire import JSON, NDJSON, TEXT, Stream, contents, message_path, problem, serving, shared_service, websocket_address
 
-BOTH_WAYS = True
-
 CHUNK, BODY, MESSAGE = 100, 1024, 500
 WEIGHT = 16  # of a chunk, besides its text
 
@@ -252,7 +250,6 @@ def test_a_stream_goes_on_over_a_full_database(start_service: Callable[..., Serv
 
 
 @pytest.mark.sqlite
-@pytest.mark.one_way
 def test_a_size_that_holds_no_database_is_refused(start_service: Callable[..., Service]) -> None:
     """Not taken for no limit at all."""
     with pytest.raises(RuntimeError, match=r"max_db|max-db"):
@@ -263,7 +260,7 @@ def test_a_size_that_holds_no_database_is_refused(start_service: Callable[..., S
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory, way: str) -> Iterator[Service]:
+def few(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with serving(tmp_path_factory.mktemp("few"), "--max-readers", "2") as service:
         with api_client(service) as client:
             append(client, "t", "run", "x").raise_for_status()

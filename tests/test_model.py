@@ -1,4 +1,7 @@
-"""Hypothesis drives a buffer and a plain Python model of it, and compares what both say."""
+"""Hypothesis drives a buffer and a plain Python model of it, and compares what both say.
+
+``TESTS_LONGER=100 pytest tests/test_model.py`` compares them a hundred times as long, on other examples each time.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from typing import Any
 import conftest
 import pytest
 from buffers import follow, locate_text, pack
-from hypothesis import HealthCheck, Phase, settings
+from conftest import generated
+from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from resume_stream import app
@@ -469,13 +473,9 @@ def test_the_buffer_is_like_its_model(store: Callable[[], str]) -> None:
 
     run_state_machine_as_test(
         OnThisStore,
-        settings=settings(
-            max_examples=60 if store is str else 20,
+        settings=generated(
+            25 if store is str else 10,
             stateful_step_count=30,
-            deadline=None,
-            derandomize=True,
-            database=None,
-            print_blob=True,
             phases=[Phase.generate],  # to shrink a case that waits in vain would take minutes
             suppress_health_check=list(HealthCheck),
         ),

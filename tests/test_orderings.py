@@ -1,8 +1,7 @@
-"""Every ordering of what a reader does and what a producer does, forced with gates.
+"""Every ordering of the steps of a reader and of a producer, forced with gates.
 
-A reader *locates* its place, *registers* for wake-ups, *reads* and *gets* what it read. A producer's
-change is *committed* and then *published*. Whatever comes between what, the reader gets everything
-once, in order, and the end last, and no wake-up is lost.
+A reader *locates* its place, *registers* for wake-ups, *reads*, and *gets* what it read. A producer's change is
+*committed* and then *published*. In every ordering, the reader gets everything once and in order, with the end last.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ PRODUCER = ("commits 1", "publishes 1", "commits 2", "publishes 2")
 
 
 def interleavings(one: tuple[str, ...], other: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Every order of all steps in which each of the two keeps its own."""
+    """Yield every order of all steps that keeps the order of each of the two."""
     total = len(one) + len(other)
     for places in itertools.combinations(range(total), len(one)):
         ones, others = iter(one), iter(other)
@@ -36,13 +35,14 @@ ORDERS = list(interleavings(READER, PRODUCER))
 
 
 class Gates:
-    """Stops the reader's first two reads and the producer's two commits, before and after each."""
+    """Stops a reader before and after each of its first two reads, and a producer around each of its two commits."""
 
     def __init__(self, buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reader: asyncio.Task[Any] | None = None
         self._open = {step: asyncio.Event() for step in (*READER, *PRODUCER)}
         self.reached = {step: asyncio.Event() for step in (*READER, *PRODUCER)}
-        self._busy = 0
+        self._idle = asyncio.Event()  # set while nothing is read or committed
+        self._idle.set()
         self._reads = iter([READER[:2], READER[2:]])
         self._commits = iter([PRODUCER[:2], PRODUCER[2:]])
         store = store_of(buffer)
@@ -65,11 +65,11 @@ class Gates:
         before, after = steps
         self.reached[before].set()
         await self._open[before].wait()
-        self._busy += 1
+        self._idle.clear()
         try:
             return await call()
         finally:
-            self._busy -= 1
+            self._idle.set()
             self.reached[after].set()
             await self._open[after].wait()
 
@@ -78,17 +78,16 @@ class Gates:
             gate.set()
 
     async def step(self, name: str) -> None:
-        """Let one step happen, and everything that follows from it up to the next gate.
+        """Let one step happen, and all that follows from it up to the next gate.
 
-        A reader need not read again where what it reads is in memory, all else has to come.
+        A reader may skip its second read, as recent chunks are in memory. All other steps come.
         """
         if name not in READER[2:]:
             await self.reached[name].wait()
         self._open[name].set()
-        quiet = 0
-        while quiet < 10:
+        for _ in range(10):
             await asyncio.sleep(0)
-            quiet = 0 if self._busy else quiet + 1
+            await self._idle.wait()
 
 
 async def read_message(buffer: ChunkBuffer, thread_id: str, after: str | None) -> list[Any]:
@@ -111,14 +110,18 @@ async def read_thread_detached(buffer: ChunkBuffer, thread_id: str, after: str |
     return await detached(buffer, thread_id, after=after)
 
 
-BY_CURSOR = [read_message, read_thread, read_message_detached, read_thread_detached]
-READERS = [read_by_content, *BY_CURSOR]
+# All readers go through the SQLite store, and on the others one in a task, and one on a connection.
+BY_CURSOR = [
+    *(pytest.param(read, marks=pytest.mark.sqlite) for read in (read_message, read_thread_detached)),
+    *(read_thread, read_message_detached),
+]
+READERS = [pytest.param(read_by_content, marks=pytest.mark.sqlite), *BY_CURSOR]
 
 
 async def happen(
     buffer: ChunkBuffer, order: tuple[str, ...], reading: Awaitable[Any], changes: Callable[[Gates], Awaitable[Any]]
 ) -> Any:
-    """What the reader got (or raised), when it and the changes go through their steps in this order."""
+    """Go through the steps in this order, and return what the reader got, or the error that it raised."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         gates = Gates(buffer, monkeypatch)
         gates.reader = reader = asyncio.ensure_future(reading)

@@ -16,21 +16,19 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 from wire import serving, websocket_address
 
-BOTH_WAYS = True
-
 ALLOWED, FOREIGN = "https://chat.example", "https://evil.example"
 SECRET = "correct horse battery staple, 32+"
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, way: str) -> Iterator[Service]:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Without a secret, and with one allowed origin."""
     with serving(tmp_path_factory.mktemp("origins"), "--cors-origins", f"{ALLOWED},http://localhost:3000/") as service:
         yield service
 
 
 @pytest.fixture(scope="module")
-def closed(tmp_path_factory: pytest.TempPathFactory, way: str) -> Iterator[Service]:
+def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Without a secret, and with no other origin."""
     with serving(tmp_path_factory.mktemp("closed")) as service:
         yield service
@@ -311,7 +309,6 @@ def test_with_a_secret_any_host_but_no_foreign_origin(tmp_path: Path) -> None:
 # Where it listens
 
 
-@pytest.mark.one_way
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "localhost.evil.example"])
 def test_others_are_served_only_when_told_so(tmp_path: Path, host: str) -> None:
     with pytest.raises(StartupError, match=r"secret.*--allow-anonymous"):
@@ -319,7 +316,6 @@ def test_others_are_served_only_when_told_so(tmp_path: Path, host: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.one_way
 @pytest.mark.parametrize("flags", [["--secret", SECRET], ["--allow-anonymous"]])
 def test_others_are_served_when_told_so(start_service: Callable[..., Service], flags: list[str]) -> None:
     service = start_service("--host", "0.0.0.0", *flags)
@@ -329,7 +325,6 @@ def test_others_are_served_when_told_so(start_service: Callable[..., Service], f
     assert raw_status(service, "Host: streams.example", f"Origin: {FOREIGN}") == 403
 
 
-@pytest.mark.one_way
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.2", "::1"])
 def test_loopback_needs_no_secret(start_service: Callable[..., Any], host: str) -> None:
     service = start_service("--host", host)

@@ -20,7 +20,6 @@ from resume_stream.app import ChunkBuffer, Signal
 from wire import NDJSON, Upload, message_path
 
 pytestmark = pytest.mark.anyio
-BOTH_WAYS = True
 
 SOON = 1.0  # seconds: the default poll_interval of 100 ms, and room for two busy cores
 DELETE = "delete from threads where thread_id = 't'"

@@ -13,13 +13,12 @@ from conftest import api_client, append
 from wire import JSON, NDJSON, TEXT, contents, message_path, problem, serving, shared_service
 
 STORES = ("sqlite", "redis")
-BOTH_WAYS = True
 
 service = shared_service()
 
 
 @pytest.fixture(scope="module")
-def limited(tmp_path_factory: pytest.TempPathFactory, way: str) -> Iterator[httpx.Client]:
+def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """A client of a service with small limits."""
     limits = ("--max-chunk", "64B", "--max-body", "1KiB", "--max-message", "320B")
     with serving(tmp_path_factory.mktemp("limited"), *limits) as service, api_client(service) as client:

@@ -5,46 +5,34 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import httpx
 import pytest
-from conftest import ROOT, TIMEOUT, Service, append, wait_until
+from conftest import TIMEOUT, Service, append, wait_until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 from wire import message_path, problem, websocket_address
 
-IMPATIENT = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import app
+
+class Impatient(Service):
+    """A service with short time-outs."""
+
+    first = """
 from resume_stream.extras import limits, producing, websocket
 limits.HEAD_TIMEOUT, limits.STALLED_AFTER, limits.KEPT_FOR_HEALTH = 0.3, 0.3, 2
 websocket.MOST_SUBSCRIPTIONS = 3
 producing.BODY_TIMEOUT = 0.3
-most = int(sys.argv.pop(1))
-if most:
-    limits.most_connections = lambda: most
-sys.exit(app.main())
 """
 
 
-class Impatient(Service):
-    """A service with short time-outs, and few connections where it is told so."""
-
-    most: ClassVar[int] = 0
-
-    @property
-    def command(self) -> list[str]:  # type: ignore[override]
-        return [sys.executable, "-c", IMPATIENT, str(self.most)]
-
-
 class Crowded(Impatient):
-    most = 4
+    """A service with room for four connections, too."""
+
+    first = f"{Impatient.first}limits.most_connections = lambda: 4"
 
 
 @pytest.fixture(scope="module")

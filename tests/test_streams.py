@@ -13,8 +13,6 @@ from conftest import Service, api_client, append, wait_until
 from httpx_sse import EventSource
 from wire import JSON, Stream, data_of, generation, message_path, problem, serving, shared_service
 
-BOTH_WAYS = True
-
 TIMEOUT_FRAME = b"event: timeout\ndata: {}\n\n"
 RESET_FRAME = b"event: reset\ndata: {}\n\n"
 GONE_FRAME = b"event: gone\ndata: {}\n\n"
