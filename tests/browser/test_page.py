@@ -20,7 +20,7 @@ from browser_kit import Browser, Page, browser, client, emptied, new_page, new_t
 from conftest import ROOT, TIMEOUT, Service, append, wait_until
 from playwright.sync_api import expect
 from resume_stream.app import ChunkBuffer, Settings
-from wire import api_client, shared_service
+from wire import api_client, contents, shared_service
 
 __all__ = ["browser", "client"]  # fixtures
 
@@ -810,3 +810,22 @@ def test_asks_for_a_token_and_keeps_it_in_the_tab(browser: Browser, start_servic
         page.get_by_role("button", name="Clear…").click()
         page.get_by_role("button", name="Clear it").click()
         expect(page.locator("#notice")).to_contain_text("scope")
+
+
+# Swagger UI
+
+
+def test_an_append_is_tried_out_in_swagger_as_it_is_filled_in(
+    page: Page, service: Service, client: httpx.Client
+) -> None:
+    page.goto(f"{service.url}/schema/swagger")
+    call = page.locator("#operations-Producers-appendChunks")
+    call.locator(".opblock-summary").click()
+    call.get_by_role("button", name="Try it out").click()
+    body = call.locator("textarea").first
+    assert json.loads(body.input_value()) == {"content": "Hello"}
+    call.get_by_role("button", name="Execute").click()
+    answer = call.locator(".live-responses-table .response-col_status").last
+    answer.wait_for()
+    assert answer.inner_text().startswith("201")
+    assert contents(client, "thread-1") == ["Hello"]

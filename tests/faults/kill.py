@@ -43,6 +43,7 @@ class Producer:
         self.acknowledged = 0
         self.index = 0  # the service's number of the next chunk: plain text is cut by the service
         self.finishing = False
+        self.was_acknowledged = asyncio.Event()
         self.refusals: Counter[int] = Counter()
 
     async def run(self) -> None:
@@ -64,6 +65,7 @@ class Producer:
             else:
                 self.acknowledged += len(batch)
                 self.index = answer.json["chunkCount"]
+                self.was_acknowledged.set()
                 if closing:
                     return
                 await asyncio.sleep(self.rng.uniform(0, 0.02))
@@ -280,9 +282,21 @@ class World:
         self.verdict.expect(answer == "ok", f"integrity_check: {answer}")
 
 
+async def acknowledgement(producer: Producer) -> None:
+    """Wait for the next one."""
+    producer.was_acknowledged.clear()
+    async with asyncio.timeout(TIMEOUT):
+        await producer.was_acknowledged.wait()
+
+
 async def kill(world: World, rng: random.Random) -> None:
-    """Kill the service, perhaps again while it starts, and let it come back on its port."""
+    """Kill the service, perhaps again while it starts, and let it come back on its port.
+
+    Half of the kills come right after an acknowledgement, before a later commit can hide that it came too early.
+    """
     service = world.service
+    if rng.random() < 0.5:
+        await acknowledgement(rng.choice(world.producers))
     acknowledged = {producer.message: producer.acknowledged for producer in world.producers}
     service.kill()
     for _ in range(rng.choice((0, 0, 0, 1))):
