@@ -17,7 +17,7 @@ import msgspec
 from litestar import WebSocket, websocket
 from litestar.enums import ScopeType
 from litestar.exceptions import WebSocketDisconnect
-from litestar.middleware import DefineMiddleware
+from litestar.middleware import ASGIMiddleware, DefineMiddleware
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..app import (
@@ -52,7 +52,7 @@ MOST_SEARCHED = 4096  # characters of an invalid frame, for its id
 
 def mount(parts: Parts) -> None:
     parts.api.append(converse)
-    parts.middleware.append(DefineMiddleware(Denied))
+    parts.middleware.append(DefineMiddleware(Denied()))
 
 
 class Frame(Record, frozen=True, rename=None, forbid_unknown_fields=True):
@@ -278,32 +278,26 @@ async def converse(socket: WebSocket[Any, Any, Any], buffer: Buffer) -> None:
     await Conversation(socket, buffer).hold()
 
 
-class Denied:
-    """Middleware: if a WebSocket is refused, answer with the problem document in place of a bare 403."""
+class Denied(ASGIMiddleware):
+    """Answers a refused WebSocket with the problem document, in place of a bare 403."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    scopes = (ScopeType.WEBSOCKET,)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._app(scope, receive, denied(scope, send) if scope["type"] == ScopeType.WEBSOCKET else send)
+    async def handle(self, scope: Scope, receive: Receive, send: Send, next_app: ASGIApp) -> None:
+        can_answer = "websocket.http.response" in (cast(Any, scope).get("extensions") or {})
 
+        async def send_denied(message: Message) -> None:
+            nonlocal can_answer
+            can_answer = can_answer and message["type"] != "websocket.accept"
+            if not can_answer or message["type"] != "websocket.close":
+                await send(message)
+                return
+            problem: Problem = cast(Any, scope).get("refusal") or Unavailable("The service cannot answer; try again.")
+            headers = [(b"content-type", b"application/problem+json")]
+            headers += [(name.lower().encode(), value.encode()) for name, value in (problem.headers or {}).items()]
+            start = {"type": "websocket.http.response.start", "status": problem.status_code, "headers": headers}
+            await send(cast(Message, start))
+            body = msgspec.json.encode(problem.document)
+            await send(cast(Message, {"type": "websocket.http.response.body", "body": body}))
 
-def denied(scope: Scope, send: Send) -> Send:
-    can_answer = "websocket.http.response" in (cast(Any, scope).get("extensions") or {})
-    is_accepted = False
-
-    async def send_denied(message: Message) -> None:
-        nonlocal is_accepted
-        is_accepted = is_accepted or message["type"] == "websocket.accept"
-        if is_accepted or not can_answer or message["type"] != "websocket.close":
-            await send(message)
-            return
-        problem: Problem = cast(Any, scope).get("refusal") or Unavailable("The service cannot answer; try again.")
-        headers = [(b"content-type", b"application/problem+json")]
-        headers += [(name.lower().encode(), value.encode()) for name, value in (problem.headers or {}).items()]
-        start = {"type": "websocket.http.response.start", "status": problem.status_code, "headers": headers}
-        await send(cast(Message, start))
-        body = msgspec.json.encode(problem.document)
-        await send(cast(Message, {"type": "websocket.http.response.body", "body": body}))
-
-    return send_denied
+        await next_app(scope, receive, send_denied)
