@@ -41,7 +41,7 @@ def add_commands(commands: Any) -> None:
     summary = "copy every thread from one store to another, while the service runs on the first"
     command = commands.add("copy", summary, lambda settings, flags: asyncio.run(copy(settings, flags)), "ttl")
     command.add_argument("source", help="a SQLite file, or redis://…")
-    command.add_argument("target", help="likewise; a file is to be new, or of an earlier copy")
+    command.add_argument("target", help="likewise; a file must be new, or the result of an earlier copy")
 
 
 class Target(Protocol):
@@ -163,7 +163,7 @@ async def target_at(settings: Settings, where: str) -> AsyncIterator[Target]:
     with sole_owner(file.path), contextlib.closing(sqlite3.connect(file.path, isolation_level=None)) as connection:
         open_packs(connection)
         if connection.execute("select 1 from threads where thread <> generation").fetchone():
-            raise StartupError(f"{where} has threads of its own; name a file that is new, or of an earlier copy")
+            raise StartupError(f"{where} has threads of its own; name a new file, or the result of an earlier copy")
         yield FileTarget(connection)
 
 

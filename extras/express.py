@@ -137,16 +137,12 @@ class Taken:
 class ExpressAppend(Taken):
     """An append, from its headers to its answer."""
 
-    __slots__ = ("_grant", "_timer", "body", "complete", "headers", "index", "message_id", "scope", "thread_id", "url")
+    __slots__ = ("_grant", "_match", "_scope", "_timer", "body")
 
     def __init__(self, connection: Express, keep_alive: bool, match: re.Match[bytes], grant: Grant) -> None:
         super().__init__(connection, keep_alive)
-        self._grant = grant
+        self._match, self._grant, self._scope = match, grant, cast(dict[str, Any], connection.scope)
         self._timer: asyncio.TimerHandle | None = None
-        self.thread_id, self.message_id = match[1].decode(), match[2].decode()
-        self.index = None if match[3] is None else int(match[3])
-        self.complete = bool(match[4] or match[5])
-        self.scope, self.url = cast(dict[str, Any], connection.scope), connection.url
         self.body = b""
 
     def wait_for_body(self) -> None:
@@ -162,10 +158,14 @@ class ExpressAppend(Taken):
         if self._timer is not None:
             self._timer.cancel()
         buffer = self.connection.buffer
+        thread_id, message_id, index, complete, only_complete = self._match.groups()
         try:
-            chunks = chunks_from_json(self.body)
             append = buffer.checked_append(
-                self.thread_id, self.message_id, chunks, index=self.index, complete=self.complete
+                thread_id.decode(),
+                message_id.decode(),
+                chunks_from_json(self.body),
+                index=None if index is None else int(index),
+                complete=bool(complete or only_complete),
             )
         except Problem:
             self.hand_on()  # the ordinary path meets the same problem, and answers it
@@ -178,7 +178,7 @@ class ExpressAppend(Taken):
     def _answer(self, asked: asyncio.Future[Change]) -> None:
         connection = self.connection
         if asked.cancelled() or asked.exception() is not None or connection.flow.write_paused:
-            self.scope["asked"] = asked
+            self._scope["asked"] = asked
             self.hand_on()
             return
         change = asked.result()
@@ -190,7 +190,7 @@ class ExpressAppend(Taken):
                 STATUS_LINE[201 if change.changed else 200],
                 head,
                 len(body),
-                self.connection.rules.headers,
+                connection.rules.headers,
                 b"" if self.keep_alive else b"connection: close\r\n",
                 body,
             )
@@ -198,10 +198,10 @@ class ExpressAppend(Taken):
 
     def hand_on(self, is_whole: bool = True) -> None:
         """Start the ordinary path, as uvicorn would have done at once."""
-        connection, path, query = self.connection, *self.url.partition(b"?")[::2]
-        self.scope |= {"method": "POST", "path": path.decode(), "raw_path": path, "query_string": query}
+        connection, path, query = self.connection, *self._match[0].partition(b"?")[::2]
+        self._scope |= {"method": "POST", "path": path.decode(), "raw_path": path, "query_string": query}
         cycle = RequestResponseCycle(
-            scope=cast(Any, self.scope),
+            scope=cast(Any, self._scope),
             transport=connection.transport,
             flow=connection.flow,
             logger=connection.logger,
