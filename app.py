@@ -1397,7 +1397,13 @@ _EXTRAS = (
 _STORES = {"redis": "redis_store", "rediss": "redis_store", "unix": "redis_store"}  # by the scheme of the address
 
 
-_KEEPERS = ("guard", "hot", "packs", "erasure")  # each has a KEEPER, a subclass of SQLiteStore that adds to it
+_KEEPERS = (
+    "guard",
+    "hot",
+    "packs",
+    "erasure",
+    "elsewhere",
+)  # each has a KEEPER, a subclass of SQLiteStore that adds to it
 _ATTENDANTS = ("live", "producing", "guard", "clock", "elsewhere")  # each has attend(buffer), which adds to the buffer
 
 
@@ -2035,6 +2041,8 @@ class ChunkBuffer:
         tail.followers += reader is not None
         if reader is not None:
             reader.tail = tail
+            if 0 < tail.generation < reader.place.generation:
+                tail.clear(tail.generation)  # another process made the thread anew
         try:
             yield tail
         finally:

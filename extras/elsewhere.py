@@ -23,12 +23,10 @@ class WatchfulStore(Store, Protocol):
 
 
 def attend(buffer: ChunkBuffer) -> None:
-    opened = buffer.store
-    store = cast(WatchfulStore, WatchfulFile(opened) if isinstance(opened, SQLiteStore) else opened)
-    if not hasattr(store, "watch"):
-        return  # somebody's own store, which no other process changes
-    buffer.watch = store.watch
-    buffer.begin(watch_forever(buffer, store))
+    if hasattr(buffer.store, "watch"):  # else it is somebody's own store, which no other process changes
+        store = cast(WatchfulStore, buffer.store)
+        buffer.watch = store.watch
+        buffer.begin(watch_forever(buffer, store))
 
 
 async def watch_forever(buffer: ChunkBuffer, store: WatchfulStore) -> None:
@@ -55,31 +53,35 @@ async def doubt(buffer: ChunkBuffer, thread_id: str, tail: Any) -> None:
             tail.cut(message_id)
 
 
-class WatchfulFile:
+class WatchfulFile(SQLiteStore):
     """Polls PRAGMA data_version, once for all readers and only while there are any."""
 
-    def __init__(self, store: SQLiteStore) -> None:
-        self._store = store
-        self._watched: AbstractSet[str] = frozenset()
-        self._version: int | None = None
+    _watched: AbstractSet[str] = frozenset()
+
+    def prepare(self, was_killed: bool, db: sqlite3.Connection) -> None:
+        super().prepare(was_killed, db)
+        self._version = data_version(db)
 
     def watch(self, thread_ids: AbstractSet[str]) -> None:
         self._watched = thread_ids
 
     async def changed_elsewhere(self) -> AsyncGenerator[AbstractSet[str], None]:
         """Yield all watched threads, because SQLite does not say what another process wrote."""
-        if self._version is None:
-            self._version = await self.data_version()
         while True:
-            await asyncio.sleep(max(self._store.settings.poll_interval, 0.01))
+            await asyncio.sleep(max(self.settings.poll_interval, 0.01))
             latest = await self.data_version() if self._watched else self._version
             if latest != self._version:
                 yield set(self._watched)
                 self._version = latest  # only after the buffer has handled it
 
     async def data_version(self) -> int:
-        def version(db: sqlite3.Connection) -> int:
-            ((number,),) = db.execute("pragma data_version")
-            return cast(int, number)
+        return await self.maintain(data_version)
 
-        return await self._store.maintain(version)
+
+def data_version(db: sqlite3.Connection) -> int:
+    """Return a number that changes each time another process writes."""
+    ((number,),) = db.execute("pragma data_version")
+    return cast(int, number)
+
+
+KEEPER = WatchfulFile

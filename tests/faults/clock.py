@@ -18,14 +18,15 @@ HOUR, DAY = 3_600_000, 86_400_000  # ms
 def clock() -> Iterator[list[int]]:
     """Set the service's clock: the first member is added to the time, in ms."""
     from resume_stream import app
+    from resume_stream.extras import clock as clock_extra
 
     added = [0]
     real = app.now_ms
-    app.now_ms = lambda: time.time_ns() // 1_000_000 + added[0]
+    app.now_ms = clock_extra.now_ms = lambda: time.time_ns() // 1_000_000 + added[0]
     try:
         yield added
     finally:
-        app.now_ms = real
+        app.now_ms = clock_extra.now_ms = real
 
 
 async def follow(buffer: Any, thread: str) -> tuple[str, list[Any]]:
