@@ -1396,15 +1396,8 @@ _EXTRAS = (
 )
 _STORES = {"redis": "redis_store", "rediss": "redis_store", "unix": "redis_store"}  # by the scheme of the address
 
-
-_KEEPERS = (
-    "guard",
-    "hot",
-    "packs",
-    "erasure",
-    "elsewhere",
-)  # each has a KEEPER, a subclass of SQLiteStore that adds to it
-_ATTENDANTS = ("live", "producing", "guard", "clock", "elsewhere")  # each has attend(buffer), which adds to the buffer
+_KEEPERS = ("guard", "hot", "packs", "erasure", "elsewhere")  # each has KEEPER, a mixin of SQLiteStore
+_ATTENDANTS = ("live", "producing", "guard", "clock", "elsewhere")  # each has attend(buffer)
 
 
 def _extra(name: str) -> ModuleType | None:

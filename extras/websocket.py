@@ -134,6 +134,7 @@ class Conversation:
             self._closed = True
             for task in self._subscriptions.values():
                 task.cancel()
+            self._subscriptions.clear()  # or a cycle would keep their readers until the collector comes
 
     async def _take(self, text: str | bytes) -> None:
         # To wait here is backpressure: no more frames are read meanwhile.
@@ -206,7 +207,7 @@ class Conversation:
             self.of_tokens[self._grant] -= 1
             if not self.of_tokens[self._grant]:
                 del self.of_tokens[self._grant]
-        del self._subscriptions[frame.id]
+        self._subscriptions.pop(frame.id, None)
         if not self._buffer.stopping:  # a client reconnects after a lost connection, not after this answer
             await self._send("unsubscribed", frame.id)
 

@@ -22,7 +22,7 @@ from buffers import impatient
 from conftest import TIMEOUT, Service, append, until, wait_until
 from resume_stream import app
 from resume_stream.app import ChunkBuffer, MessageEnd
-from resume_stream.extras import clock
+from resume_stream.extras import clock as clock_extra
 
 pytestmark = pytest.mark.anyio
 STORES = ("sqlite", "redis")
@@ -50,7 +50,7 @@ class Clock:
         self.now = 1_763_829_000_000
         self.looks = 0
         monkeypatch.setattr(app, "now_ms", self)
-        monkeypatch.setattr(clock, "now_ms", self)
+        monkeypatch.setattr(clock_extra, "now_ms", self)
 
     @property
     def now(self) -> int:
