@@ -1,4 +1,4 @@
-"""The Python client: against real service processes that are killed, stopped, and in its way."""
+"""The Python client, against real service processes that are killed, stopped, busy, and slow."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def mortal_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service
 
 @pytest.fixture
 def mortal(mortal_service: Service) -> Service:
-    """A service that a test may kill, with room for one reader."""
+    """Return a service that a test may kill. It has room for one reader."""
     return mortal_service if mortal_service.is_running else mortal_service.start()
 
 
@@ -81,7 +81,7 @@ def token(scope: str, expires: float = 4e9) -> str:
 
 
 class Wire(httpx.AsyncHTTPTransport):
-    """A network that a test can spoil: ``before`` sees each request first, ``after`` each answer."""
+    """A network that a test can disturb: ``before`` sees each request, ``after`` each answer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Wire(httpx.AsyncHTTPTransport):
         return self.after(request, response) or response
 
     def appends(self) -> list[list[str]]:
-        """The texts of each append."""
+        """Return the texts of each append."""
         sent = [request for request in self.requests if request.url.path.endswith("/chunks")]
         return [[chunk["content"] for chunk in json.loads(request.content)] for request in sent]
 
@@ -113,7 +113,7 @@ async def on_wire(service: Service, **options: Any) -> AsyncIterator[tuple[Clien
 
 
 class Source:
-    """Yields what a test gives it, and knows whether it was closed."""
+    """Yields what a test gives it, and notes whether it was closed."""
 
     def __init__(self, *pieces: str | Chunk | BaseException) -> None:
         self.queue: asyncio.Queue[str | Chunk | BaseException | None] = asyncio.Queue()
@@ -139,7 +139,7 @@ class Source:
 
 
 async def come_true(condition: Callable[[], Any], what: str = "the condition") -> Any:
-    """As ``wait_until``, for what comes about in this event loop."""
+    """Wait until a condition is true that this event loop makes true, and return its value."""
     async with asyncio.timeout(TIMEOUT):
         while True:
             found = condition()
@@ -248,7 +248,7 @@ async def test_every_public_name_is_there_and_no_other_is() -> None:
 
 # A service that dies
 
-DEATHS = int(os.environ.get("DEATHS", "3"))  # ``DEATHS=15`` tries it at length; each third one is a clean stop
+DEATHS = int(os.environ.get("DEATHS", "3"))  # of the service, each third one a clean stop; DEATHS=15 tries it at length
 ALPHABET = ["a", "word ", "é", "ß\n", "漢字", "😀", "👩‍👩‍👧", "", "\r\n", '"\\', "\u2028", "\t", "e\u0301"]
 
 
@@ -412,7 +412,7 @@ async def test_the_window_is_limited_in_bytes_too(service: Service, thread: str)
         Client(service.url, window_chunks=0)
 
 
-# Others who end the message, or write to it
+# Others that end the message, or write to it
 
 
 @pytest.mark.parametrize("scope", ["read write", "write"])
@@ -754,7 +754,7 @@ async def test_a_reader_can_wait_for_a_message_not_made_yet(client: Client, thre
     await client.open(thread, "other")
     with pytest.raises(NotFound, match="no message"):
         await anext(client.read(thread, "run"))
-    # At once: to a message that has less than one knows, one's text does not belong.
+    # In one append: a message that is shorter than the known text is another message.
     await client.append(thread, "run", ["a", "b"], complete=True)
     assert await reading == ["a", "b"]
     assert await knowing == ["b"]

@@ -1,4 +1,4 @@
-"""``publish`` and ``tail``, as processes with pipes, files and signals."""
+"""The commands ``publish`` and ``tail``, with pipes, files, and signals."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ sys.exit(command_line.run(flags.pop("command"), flags))
 
 @pytest.fixture
 def command(service: Service) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Run ``publish`` or ``tail`` as a process."""
+    """Return a function that runs ``publish`` or ``tail`` as a process."""
     running: list[subprocess.Popen[bytes]] = []
     environment = {**os.environ, "RESUME_STREAM_URL": service.url, "LC_ALL": "C"}
 

@@ -1,6 +1,7 @@
-"""Clients that nobody here wrote, unchanged, through the relay: what they have in the end is what the upstream sent.
+"""Other people's Python clients, unchanged, through the relay.
 
-Or they are told the truth in their own form. Each is the real package; where it is not installed its tests are skipped.
+Each client gets what the upstream sent, or is told the truth in its own form. The tests of a package that
+is not installed are skipped.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def response(client: Any, **more: Any) -> Any:
 
 
 def own(name: str, recording: Recording = RESPONSES) -> Recording:
-    """The recording with an id of its own."""
+    """Return the recording with its own id."""
     pieces = tuple(piece.replace(b"resp_1", name.encode()) for piece in recording.pieces)
     return dataclasses.replace(recording, pieces=pieces)
 
@@ -130,7 +131,7 @@ def test_openai_chat_asked_again_is_the_same_answer(openai: Any, upstream: Upstr
 
 @pytest.mark.parametrize("more", [0, 30])
 def test_openais_own_retry_joins_the_first(cutter: Cutter, upstream: Upstream, more: int) -> None:
-    """Which it does where the connection is lost before the answer begins."""
+    """It retries if the connection is lost before the answer begins."""
     upstream.answer(CHAT)
     cutter.cut(0, more)
     with openai_client(cutter.url, max_retries=1) as client:
@@ -245,7 +246,7 @@ def test_anthropic_messages(anthropic: Any, upstream: Upstream) -> None:
         assert stream.get_final_text() == TEXT
     assert upstream.asked[0].target.startswith("/v1/messages")
     keys = (upstream.asked[0].headers.get("x-api-key"), upstream.asked[0].headers.get("authorization"))
-    assert "key" in keys or "Bearer key" in keys  # one of them by the SDK's version
+    assert "key" in keys or "Bearer key" in keys  # it depends on the version of the SDK
     assert upstream.asked[0].headers["anthropic-version"]
 
 

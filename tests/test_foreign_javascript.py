@@ -1,6 +1,6 @@
-"""JavaScript clients that nobody here wrote, unchanged, in Node, through the relay (in the browser: ``browser/``).
+"""Other people's JavaScript clients, unchanged, in Node, through the relay (in the browser: ``browser/``).
 
-What they have in the end is what the upstream sent, or they are told the truth in their own form.
+Each client gets what the upstream sent, or is told the truth in its own form.
 """
 
 from __future__ import annotations
@@ -48,29 +48,29 @@ for package in ("openai", "ai", "@langchain/langgraph-sdk", "@tanstack/ai-client
 
 upstream, service = shared_upstream(), relaying()
 NOTHING = "nothing is active"
-TERMINATED = "terminated"  # what Node says of a connection that was lost
+TERMINATED = "terminated"  # Node's error for a lost connection
 
 
 class Call:
-    """What one client has, as it says so."""
+    """What one client receives, as it reports it."""
 
     def __init__(self) -> None:
         self.lines: queue.Queue[dict[str, Any]] = queue.Queue()
 
     def hear(self, count: int) -> list[Any]:
-        """The next so many things that it has."""
+        """Return the next ``count`` things that it received."""
         return [self._line()["said"] for _ in range(count)]
 
     def rest(self) -> list[Any]:
-        """All that it has up to its end, which is one without an error, and then what its end says, if it says more."""
+        """Return all that it receives up to an end without an error, and what the end says if it says more."""
         said, line = self._rest()
         assert "ended" in line, line
         return said if line["ended"] is None else [*said, line["ended"]]
 
     def error(self) -> str:
-        """What its end says, which is an error, and all that is left."""
+        """Return the error with which it ends. Nothing else may be left."""
         said, line = self._rest()
-        if "failed" not in line:  # LangGraph's has no error but the event
+        if "failed" not in line:  # LangGraph's client has no error besides the event
             assert said[-1]["event"] == "error", (said, line)
             return str(said.pop()["data"]["message"])
         assert said == []
@@ -87,7 +87,7 @@ class Call:
 
 
 class Clients:
-    """All of them, in one process."""
+    """All clients, in one Node process."""
 
     def __init__(self) -> None:
         self._calls: dict[int, Call] = {}
@@ -130,7 +130,7 @@ NAMES = (f"n{number}" for number in itertools.count())
 
 @dataclass(frozen=True)
 class Client:
-    """One of them, what it is streamed, and what it has of that, piece by piece (None: nothing)."""
+    """A client, the recording that it is sent, and what it receives of each piece (None: nothing)."""
 
     name: str
     dialect: str
@@ -138,7 +138,7 @@ class Client:
     has: tuple[Any, ...]
 
     def of(self, name: str, recording: Recording | None = None) -> Recording:
-        """A recording with ids of its own."""
+        """Return the recording with its own ids."""
         recording = recording or self.recording
         run = f"/threads/t-1/runs/{name}"
         said = {"Location": f"{run}/stream", "Content-Location": run} if self.dialect == "langgraph" else {}
@@ -146,7 +146,7 @@ class Client:
         return dataclasses.replace(recording, pieces=pieces, headers={**recording.headers, **said})
 
     def had(self, after: int, name: str = "resp_1") -> list[Any]:
-        """What it has after so many pieces."""
+        """Return what it has received after this many pieces."""
         has = [piece for piece in self.has[:after] if piece is not None]
         return json.loads(json.dumps(has).replace("resp_1", name))
 
@@ -183,7 +183,7 @@ class Asking:
     url: str
 
     def __call__(self, client: Client, recording: Recording | None = None, **given: Any) -> tuple[str, Call]:
-        """The name that this answer goes by, and a client that reads it."""
+        """Return the name of this answer, and the call of a client that reads it."""
         name = next(NAMES)
         self.upstream.answer(client.of(name, recording), at=client.recording.path)
         return name, self.go(client.name, name, **given)
@@ -239,7 +239,7 @@ def test_where_the_service_is_killed_its_clients_are_told(ask: Asking, service: 
         assert call.hear(len(had)) == had
     service.restart()
     restarted = "The service that recorded this answer was restarted in its middle."
-    for reader in (LANGGRAPH_CLIENT, TANSTACK):  # which come back by themselves
+    for reader in (LANGGRAPH_CLIENT, TANSTACK):  # which reconnect by themselves
         assert calls[reader.name][1].error() == restarted
     for reader in (CHAT_CLIENT, RESPONSES_CLIENT, AI):
         assert calls[reader.name][1].error() == TERMINATED

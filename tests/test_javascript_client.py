@@ -1,4 +1,4 @@
-"""The JavaScript client in Node: what it stores through crashes and stops, what it is told, what it waits for."""
+"""The JavaScript client in Node: storing over crashes and stops, errors, retries, waiting."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if NODE is None:
 
 SECRET = "correct horse battery staple, 32+"
 
-# Waits before a retry are a hundredth of what they can be at the most.
+# Each wait before a retry is a hundredth of its maximum.
 IMPORTS = f"""
 import {{ createInterface }} from "node:readline";
 import {{ setTimeout as after }} from "node:timers/promises";
@@ -33,7 +33,7 @@ import {{ abortMessage, appendChunks, getAccumulatedContent, resumeStream, store
 Math.random = () => 0.01;
 """
 
-# What every script can use, besides ``say``, which passes a value to the test.
+# What every script can use, besides `say`, which passes a value to the test.
 HELPERS = """
 const message = { baseUrl: given.url, threadId: "t", messageId: "m", ...given.options };
 const told = (error) => ({
@@ -42,7 +42,7 @@ const told = (error) => ({
 });
 const never = new Promise(() => {});
 
-// Yields its pieces, then does what `then` does, and notes when it was returned.
+// Yields its pieces, then waits for `then`, and notes when it was returned.
 class Source {
   constructor(pieces, then = () => never) {
     this.pieces = [...pieces];
@@ -54,7 +54,7 @@ class Source {
 }
 const outcome = (options) => store({ ...message, ...options }).then((appended) => ({ appended }), told);
 
-// A fetch that gives these answers, one after the other.
+// Return a fetch that gives these answers, one after the other.
 const asked = [];
 const stub = (...answers) => async (url, { method, body }) => {
   asked.push([method, new URL(url).search, body === undefined ? null : JSON.parse(body).length]);
@@ -71,7 +71,7 @@ const given = JSON.parse(process.argv[1]);
 const say = (value) => console.log(JSON.stringify(value));
 """
 
-# Runs the scripts that come as lines of JSON, and answers what each said and which timers it left behind.
+# Runs scripts, each a line of JSON, and answers what each said and which timers it left behind.
 HOST = """
 for await (const line of createInterface({ input: process.stdin })) {
   const { code, given } = JSON.parse(line);
@@ -89,7 +89,7 @@ def given_to(url: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 class Script:
-    """A script in a Node process of its own, for a test that does something while it runs."""
+    """A script in its own Node process, for a test that acts while the script runs."""
 
     def __init__(self, code: str, url: str, **given: Any) -> None:
         program = IMPORTS + SCRIPT + HELPERS + code
@@ -104,12 +104,12 @@ class Script:
         self.process.communicate()
 
     def hear(self) -> Any:
-        """The next thing that it says."""
+        """Return the next value that it says."""
         line = self.process.stdout.readline()
         return json.loads(line) if line else pytest.fail(self.process.stderr.read())
 
     def end(self) -> list[Any]:
-        """What it says until it ends, as it should, by itself."""
+        """Wait until it ends by itself, and return what it said."""
         out, errors = self.process.communicate(timeout=60)
         assert (self.process.returncode, errors) == (0, "")
         return [json.loads(line) for line in out.split("\n") if line]
@@ -117,7 +117,7 @@ class Script:
 
 @pytest.fixture(scope="module")
 def run() -> Iterator[Callable[..., Any]]:
-    """Return a function that runs a script and returns the one thing that it says. One Node process runs them all."""
+    """Return a function that runs a script and returns the one value that it says. One process runs all scripts."""
     command = [NODE, "--input-type=module", "--eval", IMPORTS + HOST]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(command, text=True, bufsize=1, **pipes) as host:
@@ -167,11 +167,11 @@ def chunks_of(client: httpx.Client) -> list[tuple[str, str | None]]:
     return found
 
 
-# Through crashes and stops
+# Crashes and stops
 
 
 def recorded_answer(count: int) -> list[str | dict[str, str]]:
-    """Pieces of every kind that a model gives: of any script, of parts of graphemes, of nothing."""
+    """Return pieces like those of a model: of any script, parts of graphemes, and empty ones."""
     dice = random.Random(5)
     kinds = [
         "",
@@ -221,7 +221,7 @@ say({ text, chunks, failures, resets, last });
 """
 
 
-DEATHS = int(os.environ.get("DEATHS", "3"))  # ``DEATHS=15`` tries it at length; each third one is a clean stop
+DEATHS = int(os.environ.get("DEATHS", "3"))  # of the service, each third one a clean stop; DEATHS=15 tries it at length
 
 
 def test_nothing_is_lost_or_doubled_while_the_service_dies(tmp_path: Path) -> None:
@@ -403,7 +403,7 @@ def test_source_that_fails_where_aborting_is_refused_has_both_errors(run: Callab
     ]
 
 
-# Two producers, and messages that are there
+# Two producers, and messages that exist
 
 
 def test_second_producer_is_told_and_does_no_harm(
@@ -477,7 +477,7 @@ def test_message_that_is_cleared_meanwhile_is_an_error(service: Service, client:
 
 
 def make_token(scope: str) -> str:
-    """As ``resume-stream token`` does."""
+    """Return a token like those of ``resume-stream token``."""
     return jwt.encode({"scope": scope, "exp": int(time.time()) + 3600}, SECRET, "HS256")
 
 

@@ -1,4 +1,4 @@
-"""``npm install`` of this folder gives both modules with types that ``tsc --strict`` takes."""
+"""``npm install`` of this folder installs both modules, with types that ``tsc --strict`` accepts."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ export const never = (state: MessageState) => state.status === "done";
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Somebody's project, with the package in it as npm packs it."""
+    """Return a project that has installed the package as npm packs it."""
     folder = tmp_path_factory.mktemp("project")
     packed = subprocess.run(
         [NPM, "pack", "--silent", "--pack-destination", folder], cwd=ROOT, capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""What tests in a real browser need: Chromium, a page that keeps notes, connections that can be cut."""
+"""Helpers for tests in a real browser: Chromium, a page that keeps notes, a proxy that cuts connections."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Browser, Page = sync_api.Browser, sync_api.Page
 
 @pytest.fixture
 def client(service: Service) -> Iterator[httpx.Client]:
-    """A client of the module's service, which holds nothing of an earlier test."""
+    """Return a client of the module's service, without the threads of earlier tests."""
     with api_client(service) as client:
         for thread in client.get("/threads").json()["threads"]:
             client.delete(f"/threads/{thread['threadId']}")
@@ -65,7 +65,7 @@ def new_page(browser: Browser, **options: Any) -> Iterator[Page]:
 
 @contextlib.contextmanager
 def new_tab(browser: Browser, **options: Any) -> Iterator[Page]:
-    """Open a page in a profile of its own, for all tests of a file: a new one costs more than most tests."""
+    """Open a page in a profile of its own, for all tests of a file: a new profile costs more than most tests."""
     context = browser.new_context(**options)
     context.set_default_timeout(TIMEOUT * 1000)
     try:
@@ -108,7 +108,7 @@ def no_errors(page: Page) -> Iterator[None]:
 
 
 def opened_sockets(page: Page) -> tuple[list[Any], list[str]]:
-    """The WebSockets that a page opens from now on, and the frames it sends."""
+    """Return two lists: the WebSockets that a page opens from now on, and the frames that it sends."""
     sockets: list[Any] = []
     frames: list[str] = []
 
@@ -121,12 +121,12 @@ def opened_sockets(page: Page) -> tuple[list[Any], list[str]]:
 
 
 def restart(service: Service) -> None:
-    """SIGKILL, and back on the same port."""
+    """Kill the service and start it again on the same port."""
     service.restart()
 
 
 class Origin:
-    """A web server with nothing but a blank page, as the origin of somebody else's page."""
+    """A web server with one blank page: an origin that is not the service's."""
 
     def __enter__(self) -> Self:
         class Blank(BaseHTTPRequestHandler):
@@ -154,7 +154,7 @@ class Origin:
 
 
 class Proxy:
-    """A TCP proxy before the service whose connections can be cut, and which can be down."""
+    """A TCP proxy in front of the service. A test can cut its connections and take it down."""
 
     def __init__(self, port: int) -> None:
         self._to = ("127.0.0.1", port)
@@ -175,7 +175,7 @@ class Proxy:
         self.cut()
 
     def cut(self) -> None:
-        """Reset every connection, as a network that goes away does."""
+        """Reset every connection, as a lost network does."""
         with self._lock:
             pairs, self._pairs = self._pairs, []
         for pair in pairs:
@@ -183,9 +183,9 @@ class Proxy:
                 reset(end)
 
     def go_silent(self) -> None:
-        """Lose all that the service sends on the connections there are; who sends to it finds them reset.
+        """Drop what the service sends on the open connections, and reset each one when its client sends.
 
-        As a router does that was restarted, while the laptop slept.
+        A router that restarts while the laptop sleeps does this.
         """
         with self._lock:
             self._dead.update(end for pair in self._pairs for end in pair)
@@ -237,10 +237,9 @@ def proxy(service: Service) -> Iterator[Proxy]:
         yield proxy
 
 
-# A page whose readings can be looked at from outside. `read` notes every item of one reading; text
-# and cursor of the reading are kept in sessionStorage, as a page that wants to survive a reload does.
-# `readStub` reads from answers that are made up by the test. Waits before a reconnect are a hundredth
-# of what they can be at the most.
+# A page that keeps notes which a test can look at. `read` notes every item of one reading, and keeps its
+# text in sessionStorage, as a page does that survives a reload. `readStub` reads from answers that the
+# test makes up. Each wait before a reconnect is a hundredth of its maximum.
 NOTES = """
 Math.random = () => 0.01;
 window.notes = {};
@@ -292,7 +291,7 @@ window.readStub = async (answers, options = {}) => {
 
 
 class Reader:
-    """One reading of the page, by its name in the page's notes."""
+    """One reading of the page, under its name in the page's notes."""
 
     def __init__(self, page: Page, name: str = "reader") -> None:
         self.page = page
@@ -304,7 +303,7 @@ class Reader:
         return self
 
     def wait(self, condition: str) -> Self:
-        """Until a JavaScript expression of ``note`` is true."""
+        """Wait until a JavaScript expression of ``note`` is true."""
         self.page.wait_for_function(
             f"() => {{ const note = window.notes[{json.dumps(self.name)}]; return note && ({condition}) }}", polling=10
         )
@@ -330,7 +329,7 @@ class Reader:
 
     @property
     def types(self) -> list[str]:
-        """The kinds of its items, each run of chunks as one."""
+        """Return the types of its items, with each run of chunks as one."""
         types = [item["type"] for item in self.items]
         return [
             kind for index, kind in enumerate(types) if index == 0 or kind != "chunk" or types[index - 1] != "chunk"
@@ -356,7 +355,7 @@ def page(notebook: Page) -> Iterator[Page]:
 
 
 def open_notebook(page: Page, url: str) -> Reader:
-    """Go to a page of the service's own origin."""
+    """Go to a page of the service's own origin, and return its reader."""
     page.goto(f"{url}/health/live")
     page.evaluate("sessionStorage.clear()")
     return Reader(page)

@@ -1,4 +1,4 @@
-"""The client module, and a browser's own EventSource, in Chromium: cut, restarted, reloaded, refused."""
+"""The client module and EventSource in Chromium, over cut connections, restarts, reloads, and refusals."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SECRET = "correct horse battery staple, 32+"
 
 
 def make_token(scope: str) -> str:
-    """As ``resume-stream token`` does."""
+    """Return a token like those of ``resume-stream token``."""
     return jwt.encode({"scope": scope, "exp": int(time.time()) + 3600}, SECRET, "HS256")
 
 
@@ -90,7 +90,7 @@ def test_client_module_works_from_an_allowed_origin(
     page: Page, service: Service, client: httpx.Client, allowed: Origin
 ) -> None:
     append(client, "t", "m", "Hello", complete=True)
-    # A page of another origin brings its own copy of the module.
+    # A page of another origin serves its own copy of the module.
     page.route("**/copy.js", lambda route: route.fulfill(path=STATIC_MODULE, content_type="text/javascript"))
     page.goto(allowed.url)
     read = """async ([baseUrl, options]) => {
@@ -150,7 +150,7 @@ def test_page_of_a_foreign_origin_gets_nothing(page: Page, service: Service, cli
     assert [thread["threadId"] for thread in client.get("/threads").json()["threads"]] == ["secret"]
 
 
-# Once, in order, to the end
+# Each chunk once, in order, to the end
 
 
 @over_both
@@ -355,7 +355,7 @@ def test_network_that_comes_back_is_tried_at_once(page: Page, client: httpx.Clie
     append(client, "t", "m", "two", complete=True)
     wait_until(lambda: readers(client) == 0, "the end of the reader")
     proxy.up()
-    # Nothing tells from outside when a socket waits, so the network comes back as often as need be.
+    # A test cannot see when a socket waits, so it announces the network until the reader ends.
     wait_until(
         lambda: page.evaluate("() => { dispatchEvent(new Event('online')); return notes.reader.ended }"), "the end"
     )
@@ -387,7 +387,7 @@ def chunk(seq: int, content: str, generation: int = 7) -> str:
 
 @pytest.fixture
 def stubbed(page: Page, service: Service) -> Callable[..., dict[str, Any]]:
-    """Read from answers made up here."""
+    """Return a function that reads from made-up answers."""
     open_notebook(page, service.url)
 
     def read(*answers: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -650,7 +650,7 @@ def test_socket_appends_and_aborts_over_a_lost_network(page: Page, client: httpx
 
 
 def test_slow_consumer_of_a_socket_loses_nothing_and_holds_up_nobody(reader: Reader, client: httpx.Client) -> None:
-    texts = [f"{number} " for number in range(1500)]  # more than the client queues for one consumer
+    texts = [f"{number} " for number in range(1500)]  # more than the client queues for a slow consumer
     append(client, "t", "m", *texts, complete=True)
     _, frames = opened_sockets(reader.page)
     reader.page.evaluate("""async () => {
@@ -668,7 +668,7 @@ def test_slow_consumer_of_a_socket_loses_nothing_and_holds_up_nobody(reader: Rea
         };
         window.slow = readAll(true);
     }""")
-    # Playwright tells of frames while it is asked for something.
+    # Playwright reports frames only while a test calls it.
     wait_until(lambda: reader.page.evaluate("0") or any('"unsubscribe"' in frame for frame in frames), "the pause")
     assert reader.page.evaluate("readAll(false).then(({text}) => text)") == "".join(texts)
     reader.page.evaluate("release()")

@@ -1,4 +1,4 @@
-"""Clients that nobody here wrote, unchanged, in Chromium: through the relay, and on what one's own producer appends."""
+"""Other people's clients, unchanged, in Chromium: through the relay, and on what a producer appends."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ upstream, service = shared_upstream(), relaying()
 LOST = "The upstream broke the answer off."
 RESTARTED = "The service that recorded this answer was restarted in its middle."
 
-# `chat` shows a chat as a page does that has kept what its user said; its Stop is the one of the AI SDK's own guide.
-# `listen` and `fetchEvents` note what an EventSource and fetch-event-source have.
+# `chat` shows a chat, on a page that kept the user's message. Its Stop button follows the AI SDK's own guide.
+# `listen` and `fetchEvents` note the events of an EventSource and of fetch-event-source.
 APP = """
 import { createElement } from "react";
 import { createRoot } from "react-dom/client";
@@ -97,7 +97,7 @@ def bundle() -> str:
 @pytest.fixture(autouse=True)
 def fresh(upstream: Upstream) -> None:
     upstream.forget()
-    upstream.answer(plain(404, {}), at="/api/chat/")  # it knows of no resuming
+    upstream.answer(plain(404, {}), at="/api/chat/")  # this upstream cannot resume
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def show(page: Page, chat: str, **options: Any) -> None:
 
 
 def wait_for(page: Page, text: str, status: str) -> None:
-    """Until the page shows this answer and this status, and nothing but."""
+    """Wait until the page shows exactly this answer and this status."""
     shown = "[document.querySelector('p')?.textContent, document.querySelector('output')?.textContent]"
     try:
         page.wait_for_function(
@@ -132,7 +132,7 @@ def wait_for(page: Page, text: str, status: str) -> None:
 
 
 def ask(page: Page, chat: str, had: str = "Hel") -> None:
-    """What its user says, until so much of the answer has come."""
+    """Send the user's message, and wait for this part of the answer."""
     show(page, chat)
     wait_for(page, "", "ready")
     page.click("#send")
@@ -165,7 +165,7 @@ def test_chat_goes_on_after_a_reload_in_the_middle(page: Page, bundle: str, upst
     assert upstream.left == 0
     reload(page, bundle)
     show(page, "reloaded", kept=True)
-    wait_for(page, "", "ready")  # nothing is active, which is no error
+    wait_for(page, "", "ready")  # nothing is active, and that is no error
 
 
 def test_stop_after_a_reload_reaches_the_upstream(
@@ -238,7 +238,7 @@ CLOSED = 2
 
 
 def wait_for_events(page: Page, name: str, *events: tuple[str, str]) -> None:
-    """Until one has these, and nothing but."""
+    """Wait until the client has exactly these events."""
     try:
         page.wait_for_function(
             "([name, wanted]) => JSON.stringify(events[name]) === JSON.stringify(wanted)",
@@ -304,7 +304,7 @@ def test_event_source_goes_on_with_what_a_producer_of_ones_own_appends(
 
 
 def wait_for_end(page: Page) -> str | None:
-    """What it has thrown, if it has."""
+    """Wait for its end, and return what it threw, or None."""
     page.wait_for_function("window.ended", polling=10)
     return page.evaluate("window.thrown")
 
@@ -335,7 +335,7 @@ def test_fetch_event_source_is_told_of_an_answer_that_failed(page: Page, upstrea
         upstream.answer(plain(status, {}))
         page.evaluate("fetchEvents('/relay/up/agent', 0)")
         assert "application/json" in (wait_for_end(page) or "")
-    upstream.answer(OTHER.broken(2))  # of which nobody knows how it says an error
+    upstream.answer(OTHER.broken(2))  # a format for which the relay knows no error event
     page.evaluate("fetchEvents('/relay/up/events', 0)")
     assert wait_for_end(page) == "network error"
 

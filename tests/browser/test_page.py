@@ -1,4 +1,4 @@
-"""The page at / in Chromium: the list, a thread's two views, search, keys, plots, the demo, on a phone, offline."""
+"""The page at / in Chromium: list, search, keys, the two views of a thread, plots, demo, phone, offline."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ service = shared_service()
 SECRET = "correct horse battery staple, 32+"
 AXE = ROOT / "node_modules" / "axe-core" / "axe.min.js"
 PHONE: dict[str, Any] = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
-# Time goes ten times as fast.
+# Makes time pass ten times as fast.
 FAST = """{
     const [began, now, timeout] = [Date.now(), Date.now, setTimeout];
     Date.now = () => began + 10 * (now() - began);
@@ -55,7 +55,7 @@ def phone_tab(browser: Browser) -> Iterator[Page]:
 
 @pytest.fixture
 def page(tab: Page, service: Service) -> Iterator[Page]:
-    """A page that asks nobody but the service, and of which its content security policy has no complaint."""
+    """Return a page. The test fails if it asks another origin, or if its content security policy blocks something."""
     origins: set[str] = set()
     complaints: list[str] = []
     handlers: dict[str, Callable[[Any], None]] = {
@@ -84,14 +84,14 @@ def phone(phone_tab: Page, service: Service) -> Iterator[Page]:
 
 
 def make_threads(db: Path, count: int) -> None:
-    """Finished threads from chat-0000 on, in the database of a service that is yet to start."""
+    """Store finished threads, from chat-0000 on, in the database of a service that has not started."""
 
     async def make() -> None:
         async with ChunkBuffer(Settings(db=str(db))) as buffer:
             names = [f"chat-{number:04}" for number in range(count)]
             await asyncio.gather(*(buffer.add_chunks(name, "run-1", ["x"], complete=True) for name in names))
 
-    with ThreadPoolExecutor(1) as pool:  # as Playwright has a loop of its own in this thread
+    with ThreadPoolExecutor(1) as pool:  # Playwright has its own loop in this thread
         pool.submit(asyncio.run, make()).result()
 
 
@@ -100,7 +100,7 @@ def copied(page: Page) -> str:
 
 
 def run(line: str) -> str:
-    """What a line for the shell prints."""
+    """Run a line in the shell, and return what it prints."""
     return subprocess.run(line, shell=True, capture_output=True, text=True, timeout=TIMEOUT, check=True).stdout
 
 
@@ -115,7 +115,7 @@ def is_in_sight(page: Page, selector: str) -> bool:
 
 
 def gap(page: Page) -> float:
-    """Pixels from what is on the screen to the end of the thread."""
+    """Return the pixels between the bottom of the screen and the end of the thread."""
     return page.evaluate(
         """() => {
             const pane = document.querySelector("#thread");
@@ -155,7 +155,7 @@ def test_lists_threads_with_their_state_and_last_words(page: Page, service: Serv
     expect(rows.nth(2).locator(".status")).to_have_text("active")
     expect(rows.nth(2).locator(".words")).to_contain_text("the very last words")
     expect(rows.nth(2)).to_contain_text("2 messages")
-    expect(rows.nth(3).locator(".words")).to_contain_text("…xxx")  # no place to cut it
+    expect(rows.nth(3).locator(".words")).to_contain_text("…xxx")  # it has no space to cut at
     expect(rows.nth(3)).to_contain_text("1.5 kB")
     expect(rows.nth(3)).to_contain_text(re.compile(r"\d+ s ago"))
     append(client, "second", "b", ", and one more", complete=True)
@@ -196,7 +196,7 @@ def test_finds_every_thread_and_fetches_no_more_than_a_page_of_them(
         page.add_init_script(FAST)
         lists: list[dict[str, str]] = []
         page.on("request", lambda request: "/api/threads?" in request.url and lists.append(query_of(request.url)))
-        # A search asks for so many at a time that all of these threads would fit.
+        # A search asks for 1,000 threads at a time, so these would all be on its first page.
         fewer = lambda route: route.continue_(url=route.request.url.replace("limit=1000", "limit=100"))  # noqa: E731
         page.route("**/api/threads?*limit=1000*", fewer)
         page.goto(service.url)
@@ -206,7 +206,7 @@ def test_finds_every_thread_and_fetches_no_more_than_a_page_of_them(
         wait_until(lambda: page.evaluate("1") and len(lists) > looks + 4, "more looks")
         assert {query["limit"] for query in lists} == {"50", "200"}
         assert {query["status"] for query in lists if query["limit"] == "200"} == {"active"}
-        # by its id, wherever it stands
+        # A thread is found by its id, wherever it is in the list.
         page.keyboard.press("/")
         expect(page.locator("#search")).to_be_focused()
         page.keyboard.type("T-0007")
@@ -217,7 +217,7 @@ def test_finds_every_thread_and_fetches_no_more_than_a_page_of_them(
         page.keyboard.press("/")
         page.keyboard.press("Escape")
         expect(rows).to_have_count(50)
-        # and by going on to the last
+        # The button leads to the last thread.
         for _ in range(3):
             count = rows.count()
             page.locator("#more").press("Enter")
@@ -225,7 +225,7 @@ def test_finds_every_thread_and_fetches_no_more_than_a_page_of_them(
         expect(rows).to_have_count(251)
         expect(page.locator("#more")).to_be_hidden()
         expect(rows.last.locator(".name")).to_have_text(re.compile(r"chat-00\d\d"))
-        # what changes far below is seen, too
+        # A change far down in the list is shown.
         append(client, "chat-0007", "run-2", "again")
         row = rows.filter(has_text="chat-0007")
         expect(row.locator(".status")).to_have_text("active")
@@ -246,7 +246,7 @@ def test_looks_less_often_when_nothing_changes_and_never_unseen(
     page.goto(service.url)
 
     def waits() -> list[float]:
-        page.evaluate("1")  # lets events come in
+        page.evaluate("1")  # Playwright reports events during a call
         return [later - sooner for sooner, later in itertools.pairwise(looks)]
 
     wait_until(lambda: len(waits()) > 5 and waits()[-1] > 0.4, "a long wait")  # 5 s, ten times as fast
@@ -295,7 +295,7 @@ def test_keys_lead_through_the_page(page: Page, service: Service, client: httpx.
     expect(page.locator("#events li")).to_have_count(2)
     page.keyboard.press("p")
     expect(page.locator("#publish-content")).to_be_focused()
-    page.keyboard.type("/p")  # is text there
+    page.keyboard.type("/p")  # a shortcut is text in here
     expect(page.locator("#publish-content")).to_have_value("/p")
     page.keyboard.press("Escape")
     expect(page.locator("#publish")).to_be_hidden()
@@ -355,7 +355,7 @@ def test_text_is_as_it_was_written(page: Page, service: Service, client: httpx.C
     expect(page.get_by_role("button", name="Mono")).to_have_attribute("aria-pressed", "true")
     expect(body).to_contain_text("Done.")
     assert "mono" in body.evaluate(family)
-    expect(block).to_have_text('{"city": "Bern"}')  # what was kept knows what it was
+    expect(block).to_have_text('{"city": "Bern"}')  # the kept text still has its event
 
 
 def test_events_are_the_sequence_itself(page: Page, service: Service, client: httpx.Client) -> None:
@@ -382,7 +382,7 @@ def test_events_are_the_sequence_itself(page: Page, service: Service, client: ht
     client.post("/threads/t/messages/run-1/abort", json={"reason": "enough"})
     expect(events.nth(5).locator(".kind")).to_have_text("aborted")
     expect(events.nth(5).locator(".content")).to_have_text("enough")
-    page.reload()  # the address knows the view
+    page.reload()  # the address holds the view
     expect(events).to_have_count(6)
     page.get_by_role("tab", name="Text").click()
     expect(page.locator("#messages .reason").first).to_have_text("enough")
@@ -397,7 +397,7 @@ def test_events_of_a_long_thread_come_by_pages(page: Page, service: Service, cli
     append(client, "t", "m", *WORDS)
     page.goto(f"{service.url}/#/t?events")
     events = page.locator("#events li")
-    expect(events).to_have_count(200)  # the last, as it is being written
+    expect(events).to_have_count(200)  # the last ones, as the message is active
     wait_until(lambda: gap(page) < 2, "the end")
     page.get_by_role("button", name="Show 200 earlier events").click()
     expect(events).to_have_count(400)
@@ -408,7 +408,7 @@ def test_events_of_a_long_thread_come_by_pages(page: Page, service: Service, cli
     append(client, "t", "m", "!", complete=True)
     expect(events).to_have_count(602)
     page.reload()
-    expect(events).to_have_count(200)  # the first, as it is finished
+    expect(events).to_have_count(200)  # the first ones, as it is complete
     assert events.first.locator(".seq").text_content() == "1"
     page.get_by_role("button", name="Show 200 later events of 402").click()
     expect(events).to_have_count(400)
@@ -433,7 +433,7 @@ def test_copies_text_cursor_and_a_curl_that_resumes_there(page: Page, service: S
     append(client, thread, "m", "reader", complete=True)
     events = [json.loads(data) for data in re.findall("^data: (.*)$", run(line), re.M)]
     assert [event.get("content") or event["status"] for event in events] == ["reader", "completed"]
-    page.reload()  # what was kept has its cursor, too
+    page.reload()  # the kept text still has its cursor
     page.get_by_role("tab", name="Events").click()
     page.get_by_role("button", name=f"Copy cursor {cursor}").click()
     expect(page.locator("#announce")).to_have_text(f"Copied cursor {cursor}")
@@ -441,7 +441,7 @@ def test_copies_text_cursor_and_a_curl_that_resumes_there(page: Page, service: S
     page.get_by_role("button", name="Copy curl that resumes after 2").click()
     expect(page.locator("#announce")).to_have_text("Copied curl that resumes after 2")
     assert '"reader"' in run(copied(page))
-    # over plain HTTP from another machine a page has no clipboard, and copies in the old way
+    # Over plain HTTP from another machine the clipboard API is missing.
     page.evaluate("Object.defineProperty(navigator, 'clipboard', {get: () => undefined})")
     page.get_by_role("button", name="Copy curl that resumes after 1").click()
     expect(page.locator("#announce")).to_have_text("Copied curl that resumes after 1")
@@ -508,7 +508,7 @@ def test_thread_that_is_cleared_by_another_says_so_and_comes_back(
     expect(page.locator("#gone")).to_be_hidden()
 
 
-# Where it is scrolled to
+# Scrolling
 
 
 @pytest.mark.parametrize("kind", ["page", "phone"])
@@ -692,10 +692,10 @@ def test_plots_what_happens_while_they_are_unfolded(page: Page, service: Service
     assert page.locator("#chunks-plot .plot-line").get_attribute("d") != before
     assert page.locator("#readers-plot .plot-line").get_attribute("d").startswith("M")
     page.reload()
-    expect(page.locator("#readers-now")).to_have_text("1")  # it stays as it was left
+    expect(page.locator("#readers-now")).to_have_text("1")  # it stays unfolded
 
 
-# For everybody
+# Small screens, preferences, accessibility
 
 
 def test_fits_a_phone_and_what_its_owner_prefers(phone: Page, service: Service, client: httpx.Client) -> None:
@@ -732,7 +732,7 @@ def test_back_on_a_phone_leads_to_where_one_was(phone: Page, service: Service, c
     assert phone.evaluate("scrollY") == 0
     phone.go_back()
     expect(row).to_be_focused()
-    assert abs(phone.evaluate("scrollY") - before) < 50  # the ages in the rows may take another line by now
+    assert abs(phone.evaluate("scrollY") - before) < 50  # a row may have grown by a line
     assert before > 300
 
 
@@ -770,7 +770,7 @@ def test_axe_finds_no_violation(
 
 
 def check_with_axe(page: Page) -> None:
-    """Check all rules, and in the other scheme those of colours."""
+    """Check all rules in the light scheme, and the colours in the dark one."""
     if page.evaluate("() => !window.axe"):
         page.evaluate(AXE.read_text())
     for scheme, rules in (("light", {}), ("dark", {"runOnly": ["color-contrast"]})):

@@ -1,4 +1,4 @@
-"""The React hook in Chromium, under React 19's StrictMode, which mounts everything twice."""
+"""The React hook in Chromium, in React 19's StrictMode, which mounts every component twice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if not ESBUILD.exists():
 
 service = shared_service()
 
-# `render` shows a message, or another one in its place; a render for no reason passes a new token function.
+# `render` shows a message in place of the last one. Every render passes a new token function.
 APP = """
 import { StrictMode, createElement, useEffect, version } from "react";
 import { createRoot } from "react-dom/client";
@@ -45,7 +45,7 @@ window.unmount = () => root.unmount();
 
 @pytest.fixture(scope="module")
 def bundle() -> str:
-    """The app as a bundler makes it, in development, where StrictMode mounts twice."""
+    """Return the app as a bundler makes it for development, where StrictMode mounts twice."""
     command = [ESBUILD, "--bundle", "--format=esm", '--define:process.env.NODE_ENV="development"']
     return subprocess.run(command, cwd=ROOT, input=APP, capture_output=True, text=True, check=True).stdout
 
@@ -65,7 +65,7 @@ def render(app: Page, message: str | None = "m", **options: Any) -> None:
 
 
 def wait_for(app: Page, text: str, status: str) -> None:
-    """Until the page shows this text and this status, and nothing but."""
+    """Wait until the page shows exactly this text and this status."""
     shown = "[document.querySelector('p')?.textContent, document.querySelector('output')?.textContent]"
     app.wait_for_function(
         f"wanted => JSON.stringify({shown}) === JSON.stringify(wanted)", arg=[text, status], polling=10
@@ -88,7 +88,7 @@ def test_message_is_shown_once_over_lost_connections_though_it_is_mounted_twice(
     proxy.cut()
     append(client, "t", "m", "two ")
     wait_for(app, "one two ", "active")
-    render(app)  # with another token function, which is no reason to read anew
+    render(app)  # another token function does not begin a new reading
     append(client, "t", "m", "three", complete=True)
     wait_for(app, "one two three", "completed")
     texts = [render["text"] for render in app.evaluate("renders")]
@@ -102,7 +102,7 @@ def test_stop_aborts_the_message(app: Page, client: httpx.Client) -> None:
     app.click("button")
     wait_for(app, "one ", "aborted enough")
     assert client.get("/threads/t").json()["messages"][0]["reason"] == "enough"
-    app.click("button")  # again, which changes nothing
+    app.click("button")  # a second click changes nothing
     append(client, "t", "done", "all", complete=True)
     render(app, "done")
     wait_for(app, "all", "completed")

@@ -36,7 +36,7 @@ def page(tab: Page, service: Service) -> Iterator[Page]:
 
 
 def show(page: Page, service: Service, html: str) -> None:
-    """As a page that the service's own origin has."""
+    """Show this HTML as a page of the service's own origin."""
     here = html.replace("http://127.0.0.1:8000", service.url)
     page.route("**/my-page", lambda route: route.fulfill(body=f"<!doctype html>{here}", content_type="text/html"))
     page.goto(f"{service.url}/my-page")

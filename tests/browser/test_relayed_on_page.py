@@ -1,4 +1,4 @@
-"""Relayed messages on the page, in Chromium: whose they are, and their words in place of the upstream's JSON."""
+"""Relayed messages on the page, in Chromium: their upstream, and their words in place of the upstream's JSON."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def relay(service: Service, upstream: Upstream, client: httpx.Client) -> Iterato
 
 
 def record(relay: Relay, upstream: Upstream, recording: Recording, thread: str, message: str = "m") -> None:
-    """Have the whole answer recorded; a thread in which it is ended before."""
+    """Have the relay record the whole answer as a message of this thread."""
     upstream.answer(recording)
     with relay.reading(recording, resume_thread=thread, resume_message=message) as reading:
         assert reading.status == 200
@@ -101,7 +101,7 @@ def test_shows_the_words_and_whose_they_are(
 
 
 def meaning(text: str) -> Any:
-    """JSON may be indented, to be read."""
+    """Return the value of JSON, as the page may indent it; other text as it is."""
     try:
         return json.loads(text)
     except ValueError:
@@ -122,7 +122,7 @@ def test_words_come_live_and_go_on_after_a_reload(
         expect(page.locator(".text")).to_have_text("Hel")
         expect(page.locator(".source")).to_have_text("up · LangGraph")
         upstream.go_on()
-        expect(page.locator(".text")).to_have_text("Hello")  # of "Hello", which came whole
+        expect(page.locator(".text")).to_have_text("Hello")  # this event repeats the whole text
         expect(page.locator(".carried")).to_be_visible()
         upstream.go_on()
         expect(page.locator("#messages .status")).to_have_text("completed")
@@ -179,7 +179,7 @@ def test_list_has_the_last_words_of_a_long_answer(
 ) -> None:
     append(client, "t", "before", "plain words", complete=True)
     words = [chat_chunk(content=f"word-{number} ") for number in range(300)]
-    closing = chat_chunk(content="", padding="x" * 2000)  # such as the whole response once more
+    closing = chat_chunk(content="", padding="x" * 2000)  # some upstreams repeat the whole response at the end
     record(relay, upstream, dataclasses.replace(CHAT, pieces=(*frames(*words, closing, chat_chunk()), DONE)), "t")
     page.goto(service.url)
     row = page.locator("#threads li")
@@ -261,7 +261,7 @@ SAID: dict[str, tuple[list[tuple[str | None, Any]], list[list[str | None]]]] = {
         ],
         [["tool call", "f "], ["tool call", "{}"], ["reasoning", "Hm"]],
     ),
-    "langgraph": (  # every mode at once
+    "langgraph": (  # with all stream modes
         [
             ("values", {"messages": [{**AI, "id": "0", "content": "of before"}, {"type": "human", "content": "Hi"}]}),
             ("messages", [{**PIECE, "content": "Hel"}, {}]),

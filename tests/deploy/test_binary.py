@@ -1,4 +1,4 @@
-"""The single binary, as it is on a host that has no Python: ``python deploy/build_binary.py`` makes it."""
+"""The single binary on a host without Python. ``python deploy/build_binary.py`` makes it."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ pytestmark = pytest.mark.skipif(not BINARY.is_file(), reason=f"there is no {BINA
 
 
 class Binary(Service):
-    """The binary as two processes, with nothing in its environment: one unpacks it, and the other serves."""
+    """The binary with an empty environment. It is two processes: one unpacks, the other serves."""
 
     command: ClassVar[list[str]] = [str(BINARY)]
     serving: int | None = None
 
     def start(self) -> Self:
-        shutil.rmtree(self.unpacked, ignore_errors=True)  # what it leaves where both are killed
+        shutil.rmtree(self.unpacked, ignore_errors=True)  # a kill of both leaves it behind
         self.unpacked.mkdir()
         super().start()
         self.serving = int(Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()[0])
@@ -52,7 +52,7 @@ class Binary(Service):
         return {"PATH": "", "TMPDIR": str(self.unpacked), **self.environment}
 
     def kill(self) -> None:
-        """Both at once, as the kernel does when the power goes."""
+        """Kill both processes, as a power cut does."""
         if self.serving is not None and not self.is_gone():
             os.kill(self.serving, signal.SIGKILL)
             wait_until(self.is_gone, "the end of the process that serves")
@@ -61,7 +61,7 @@ class Binary(Service):
     def is_gone(self) -> bool:
         try:
             return Path(f"/proc/{self.serving}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-        except (FileNotFoundError, ProcessLookupError):  # before the open, and between open and read
+        except (FileNotFoundError, ProcessLookupError):  # it may go before the open, or between open and read
             return True
 
     @property
@@ -91,13 +91,13 @@ def shared_binary(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) 
 
 @pytest.fixture
 def binary(shared_binary: Binary) -> Binary:
-    """The binary that all tests share, which a test may end."""
+    """Return the binary that the tests share. A test may end it."""
     return shared_binary if shared_binary.is_running else shared_binary.start()
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run one of the binary's commands, with nothing in its environment."""
+    """Return a function that runs one of the binary's commands with an empty environment."""
 
     def run(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -218,7 +218,7 @@ def test_size() -> None:
     assert BINARY.stat().st_size < 45 * MB
 
 
-# What ends it
+# Its end
 
 
 def test_sigterm_ends_it_with_0_and_leaves_nothing_unpacked(binary: Binary) -> None:

@@ -42,7 +42,7 @@ def free_port() -> int:
 
 
 def site(service: Service, port: int, folder: Path) -> str:
-    """``deploy/nginx.conf`` without TLS, with ports and files of the test's own."""
+    """Return ``deploy/nginx.conf`` without TLS, with the test's own ports and files."""
     changes = {
         "server 127.0.0.1:8000;": f"server 127.0.0.1:{service.port};",
         "listen 443 ssl http2;": f"listen 127.0.0.1:{port};",
@@ -59,7 +59,7 @@ def site(service: Service, port: int, folder: Path) -> str:
 
 
 class Proxy:
-    """nginx as a process of its own; has what the helpers of ``wire`` need of a service."""
+    """nginx as a process. The helpers of ``wire`` take it for a service."""
 
     def __init__(self, service: Service, folder: Path) -> None:
         self.folder = folder
@@ -105,10 +105,10 @@ def test_a_stream_arrives_chunk_by_chunk(client: httpx.Client, proxy: Proxy, thr
     client.put(f"/threads/{thread}/messages/m")
     with wire.Stream(proxy, f"/threads/{thread}/messages/m/stream") as reader:
         assert reader.headers["content-type"] == "text/event-stream"
-        assert reader.line() == b"retry: 1000\n"  # before there is a chunk
+        assert reader.line() == b"retry: 1000\n"  # before the first chunk
         for text in ("one", "two", "three"):
             append(client, thread, "m", text)
-            assert wire.data_of(reader.frame())["content"] == text  # before there is another
+            assert wire.data_of(reader.frame())["content"] == text  # before the next chunk
         client.post(f"/threads/{thread}/messages/m/complete")
         assert b"event: complete\n" in reader.frame()
         assert reader.rest() == b""

@@ -1,4 +1,4 @@
-"""``python -m tests.faults --minutes N``: every fault at length, and a line for each."""
+"""``python -m tests.faults --minutes N``: try every fault at length, and print a line for each."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from conftest import load_app, why_no_redis
 from . import clock, crowd, disk, fuzz, heavy, instances, kill, power
 from .base import Verdict
 
-EXPECTED_MINUTES = 20  # in which every count below is tried once
+EXPECTED_MINUTES = 20  # that the counts below take
 
 
 def faults(minutes: float) -> Iterator[tuple[str, Callable[[Path], Verdict | Coroutine[Any, Any, Verdict]]]]:
-    """Each fault, tried as often as the time allows; a reason in place of a name why it cannot be."""
+    """Yield each fault, with counts that fit the time, and the reason why it cannot be tried ("" if it can)."""
     share = minutes / EXPECTED_MINUTES
 
     def times(count: int, least: int = 1) -> int:

@@ -1,4 +1,4 @@
-"""What the faults share: the verdict, and a client that expects its death."""
+"""What the faults share: the verdict, and a client that copes with broken connections."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ eventually = partial(until, seconds=TIMEOUT, despite=BROKEN_LINK)
 
 @dataclass
 class Verdict:
-    """How often a fault was tried, how often every promise was kept, and what broke."""
+    """How often a fault was tried and survived, and what broke."""
 
     fault: str
     tried: int = 0
@@ -35,7 +35,7 @@ class Verdict:
 
     @contextlib.contextmanager
     def trial(self, name: str) -> Iterator[None]:
-        """One trial: it is survived if nothing breaks in it."""
+        """Count a trial. It is survived if nothing breaks in the block."""
         self.tried += 1
         before = len(self.broken)
         try:
@@ -53,7 +53,7 @@ class Verdict:
             self.fail(what)
 
     def compare(self, where: str, found: str, pieces: Sequence[str], acknowledged: int) -> None:
-        """A message's text, as it was found, with the numbered pieces that its producer made."""
+        """Compare a message's text, as found, with the numbered pieces that its producer made."""
         numbers = [int(number) for number in re.findall(r"(\d+)~", found)]
         lost = len(set(range(acknowledged)) - set(numbers))
         duplicated = len(numbers) - len(set(numbers))
@@ -76,7 +76,7 @@ class Verdict:
 
 
 def piece(number: int, size: int) -> str:
-    """The numbered pieces of which producers make their texts."""
+    """Return a numbered piece, of which producers make their texts."""
     return f"{number}~" + ("wörd 🙂\n" * (size // 7 + 1))[:size]
 
 
@@ -91,12 +91,12 @@ class Answer(NamedTuple):
 
     @property
     def is_problem(self) -> bool:
-        """An error in the form that all of them have."""
+        """True if it is a problem document with a detail."""
         return self.headers.get("content-type") == "application/problem+json" and bool(self.json["detail"])
 
 
 class Link:
-    """One HTTP/1.1 connection, of which every byte is sent and read by hand."""
+    """One HTTP/1.1 connection that sends and reads every byte by hand."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -124,7 +124,7 @@ class Link:
         self.writer.write("\r\n".join([*lines, "", ""]).encode())
 
     async def send_piece(self, data: bytes) -> None:
-        """A piece of a chunked body; an empty one ends it."""
+        """Send a piece of a chunked body. An empty piece ends the body."""
         self.writer.write(b"%x\r\n%s\r\n" % (len(data), data))
         await self.writer.drain()
 
@@ -155,7 +155,7 @@ class Link:
         return await self.answer()
 
     async def events(self) -> AsyncIterator[dict[str, str]]:
-        """The server-sent events of a stream: ``id``, ``event`` and ``data`` where they are given."""
+        """Yield the server-sent events of a stream, with their ``id``, ``event``, and ``data``."""
         rest = b""
         async for piece in self.pieces():
             *blocks, rest = (rest + piece).split(b"\n\n")
@@ -165,7 +165,7 @@ class Link:
 
 
 async def call(port: int, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
-    """One request on a connection of its own; a body that is not bytes is sent as JSON."""
+    """Send one request on its own connection. A body that is not bytes is sent as JSON."""
     data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     kind = {} if body is None else {"Content-Type": "application/json"}
     async with Link.to(port) as link:

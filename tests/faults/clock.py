@@ -16,7 +16,7 @@ HOUR, DAY = 3_600_000, 86_400_000  # ms
 
 @contextlib.contextmanager
 def clock() -> Iterator[list[int]]:
-    """Set the service's clock: the first member is added to the time, in ms."""
+    """Yield a list whose first member, in ms, is added to the service's time."""
     from resume_stream import app
     from resume_stream.extras import clock as clock_extra
 
@@ -30,7 +30,7 @@ def clock() -> Iterator[list[int]]:
 
 
 async def follow(buffer: Any, thread: str) -> tuple[str, list[Any]]:
-    """What one reader gets of a message, whatever it is told meanwhile."""
+    """Return the text that one reader gets of a message, and all other items."""
     text, told = "", []
     async for item in buffer.resume_stream(thread, "m", idle_timeout=5):
         if hasattr(item, "content"):
@@ -41,7 +41,7 @@ async def follow(buffer: Any, thread: str) -> tuple[str, list[Any]]:
 
 
 async def survive_clock(folder: Path, *, step: int) -> Verdict:
-    """Through the jump, and through a restart after it: nothing lost, nothing ended, no cursor that lies."""
+    """Set the clock, then restart: nothing is lost, no message ends, and no cursor lies."""
     from resume_stream.app import ChunkBuffer, MessageEnd, Problem, Settings
 
     verdict = Verdict(f"clock set {'back an hour' if step < 0 else 'forward a day'}")
@@ -74,7 +74,7 @@ async def survive_clock(folder: Path, *, step: int) -> Verdict:
             await compare(verdict, buffer, "made", pieces, before)
             await remake(verdict, buffer, generation)
     with clock() as added, verdict.trial("after a restart"):
-        added[0] = min(step, 0)  # set right again, or still wrong
+        added[0] = min(step, 0)  # with the clock set right, or still wrong
         async with asyncio.timeout(TIMEOUT), ChunkBuffer(settings) as buffer:
             await asyncio.sleep(0.3)
             await compare(verdict, buffer, "t", pieces, stored)
@@ -94,7 +94,7 @@ async def compare(verdict: Verdict, buffer: Any, thread: str, pieces: list[str],
 
 
 async def remake(verdict: Verdict, buffer: Any, generation: int) -> None:
-    """A thread that is cleared and made again has a higher generation, and the old cursor is known as old."""
+    """Clear a thread and make it again: its generation is higher, and the old cursor is refused."""
     from resume_stream.app import NotFound, Signal
 
     with contextlib.suppress(NotFound):

@@ -1,4 +1,4 @@
-"""Clients as they are: slow, rude, silent, gone in the middle, and many."""
+"""Difficult clients: slow, rude, silent, gone in the middle, and many."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NDJSON = {"Content-Type": "application/x-ndjson", "Transfer-Encoding": "chunked"
 
 
 async def small_link(port: int) -> Link:
-    """A connection whose own side holds next to nothing, so that what is not read stays with the service."""
+    """Return a connection with a tiny receive buffer, so that unread data stays with the service."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.setblocking(False)
@@ -47,7 +47,7 @@ async def follow_by_websocket(link: Link, thread: str) -> None:
     link.writer.write(masked({"type": "subscribe", "id": 1, "thread_id": thread}))
 
 
-# Each leaves at another place.
+# Each of these clients leaves at another place.
 
 
 async def leave_in_head(link: Link, thread: str) -> None:
@@ -162,7 +162,7 @@ async def read_slowly(port: int, thread: str) -> None:
 
 
 async def survive_slow_readers(folder: Path, *, readers: int, mebibytes: int) -> Verdict:
-    """Readers who do not read cost neither memory nor time of anybody else."""
+    """Readers that do not read cost the service little memory, and other readers no time."""
     verdict = Verdict("readers that never read, or a byte a second")
     with Service(folder / "slow.db") as service, verdict.trial(f"{readers} of each"):
         await append(service.port, "t", "m", piece(0, 10))
@@ -191,7 +191,7 @@ async def survive_slow_readers(folder: Path, *, readers: int, mebibytes: int) ->
                 waits.append(time.perf_counter() - sent)
                 verdict.expect(json.loads(event["data"])["seq"] == number + 1, f"{event['data'][-80:]} came")
             grown = (service.memory() - before) / MIB
-            # What one of them may hold: its socket's buffer is the kernel's, and uvicorn's high water is 64 KiB.
+            # Each may hold a little: the kernel has the socket's buffer, and uvicorn's high-water mark is 64 KiB.
             verdict.expect(grown < 20 + 3 * readers * 0.6, f"memory grew by {grown:.0f} MiB")
             verdict.expect(statistics.median(waits) < 0.1, f"delivery took {statistics.median(waits):.3f} s")
             verdict.notes.append(f"{grown:.0f} MiB more, delivery p50 {statistics.median(waits) * 1000:.1f} ms")
@@ -212,7 +212,7 @@ async def readers_are(port: int, count: int) -> bool:
 
 
 async def survive_rudeness(folder: Path, *, times: int, seed: int = 1) -> Verdict:
-    """Clients who leave in every state leave nothing behind: no reader, no file, no half line."""
+    """Clients that leave in every state leave no reader, no open file, and no half line behind."""
     verdict = Verdict("clients that leave in every state")
     rng = random.Random(seed)
     with Service(folder / "rude.db") as service:
@@ -239,7 +239,7 @@ async def survive_rudeness(folder: Path, *, times: int, seed: int = 1) -> Verdic
 
 
 async def survive_idle_readers(folder: Path, *, readers: int) -> Verdict:
-    """Many who wait, of whom every one gets what comes; and they cost little."""
+    """Many idle readers all get what is appended, and cost little memory."""
     verdict = Verdict("idle readers")
     flags = ("--idle-timeout", "0", "--heartbeat", "0")
     with Service(folder / "idle.db", *flags) as service, verdict.trial(f"{readers} readers"):
@@ -269,7 +269,7 @@ async def survive_idle_readers(folder: Path, *, readers: int) -> Verdict:
 
 
 async def survive_churn(folder: Path, *, seconds: float) -> Verdict:
-    """Threads come and go, are read and cleared and expire: memory and files stay what they were."""
+    """Make, read, clear, and expire threads: memory and files do not grow."""
     verdict = Verdict("memory under churn")
     flags = ("--ttl", "2s", "--cleanup-interval", "500ms", "--producer-timeout", "5s")
     with Service(folder / "churn.db", *flags) as service, verdict.trial(f"{seconds:g} s"):

@@ -1,4 +1,4 @@
-"""What happens to files: full, read-only, locked, damaged, deleted, replaced, and a disk that fails."""
+"""Faults of files and disks: full, read-only, locked, damaged, deleted, replaced, failing."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from resume_stream import app
 
 from .base import TIMEOUT, Answer, Verdict, append, call, eventually, piece, thread_path
 
-SIZE = 5000  # characters of the pieces that fill a disk
+SIZE = 5000  # characters of a piece that fills a disk
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path, mebibytes: int) -> Iterator[Path | None]:
-    """A file system of a few MiB, or None where this process may not mount one."""
+    """Mount a file system of a few MiB and yield its path, or None if this process may not mount."""
     place = folder / "disk"
     place.mkdir()
     options = f"size={mebibytes}m"
@@ -53,7 +53,7 @@ def integrity(db: Path) -> str:
 
 
 class Writer:
-    """One producer that knows what was acknowledged, and retries what was not."""
+    """A producer that retries what was not acknowledged."""
 
     def __init__(self, verdict: Verdict, service: Service, thread: str = "t") -> None:
         self.verdict, self.service, self.thread = verdict, service, thread
@@ -77,7 +77,7 @@ class Writer:
         self.verdict.expect(is_clear, f"{what} was answered {answer.status} {answer.body[:150]!r}")
 
     async def check(self, where: str) -> None:
-        """Everything acknowledged can be read."""
+        """Check that everything acknowledged can be read."""
         answer = await call(self.service.port, "GET", thread_path(self.thread, "/content"))
         if answer.status == 200:
             self.verdict.compare(where, answer.json["content"], self.pieces, self.acknowledged)
@@ -86,7 +86,7 @@ class Writer:
             self.verdict.fail(f"{where}: the text was answered {answer.status} {answer.body[:150]!r}")
 
     async def resume(self, where: str) -> None:
-        """Appends are taken again, with no help, soon after the cause is gone."""
+        """Wait until appends are taken again, which needs no help once the cause is gone, and check."""
 
         async def taken() -> bool:
             return (await self.append()).status in (200, 201)
@@ -96,7 +96,7 @@ class Writer:
 
 
 async def survive_full_disk(folder: Path, *, times: int) -> Verdict:
-    """Fill it to the last byte, go on asking, kill the service in the middle, and make room."""
+    """Fill the disk to the last byte, go on appending, kill the service, and make room."""
     verdict = Verdict("disk full, and freed")
     with small_disk(folder, 12) as place:
         if place is None:
@@ -106,7 +106,7 @@ async def survive_full_disk(folder: Path, *, times: int) -> Verdict:
             writer = Writer(verdict, service)
             for number in range(times):
                 with verdict.trial(f"filling {number}"):
-                    ballast.write_bytes(bytes(7 * 1024**2))  # as much room, once it is freed, as a checkpoint needs
+                    ballast.write_bytes(bytes(7 * 1024**2))  # once freed, it is room enough for a checkpoint
                     while (await writer.append(4 * SIZE)).status in (200, 201):
                         pass
                     for _ in range(5):
@@ -209,7 +209,7 @@ async def survive_read_only(folder: Path) -> Verdict:
 
 
 async def survive_failing_disk(folder: Path, *, errors: tuple[str, ...], calls: tuple[str, ...]) -> Verdict:
-    """System calls of the running service fail for a while (strace makes them), and then do not."""
+    """strace makes system calls of the running service fail for a while."""
     verdict = Verdict("disk fails while running (EIO, EROFS, ENOSPC)")
     with Service(folder / "failing.db") as service:
         writer = Writer(verdict, service)
@@ -245,7 +245,7 @@ def failing(pid: int, name: str, error: str) -> Iterator[None]:
     )
     assert strace.stderr
     try:
-        strace.stderr.readline()  # attached
+        strace.stderr.readline()  # it says that it is attached
         yield
     finally:
         strace.send_signal(signal.SIGINT)
@@ -257,7 +257,7 @@ def failing(pid: int, name: str, error: str) -> Iterator[None]:
 
 
 def damage(file: Path, rng: random.Random) -> str:
-    """Do one thing to the file that a failing disk, or a failing person, could do."""
+    """Damage the file in one way, and return which."""
     size = file.stat().st_size
     place, length = rng.randrange(size), rng.choice((1, 1, 4, 16, 512))
     with file.open("r+b") as opened:
@@ -282,7 +282,7 @@ def damage(file: Path, rng: random.Random) -> str:
 
 
 async def make_good(db: Path) -> dict[str, str]:
-    """A database of a hundred pages, and the text of its threads."""
+    """Make a database of a hundred pages, and return the text of each thread."""
     from resume_stream.app import ChunkBuffer, Settings
 
     texts: dict[str, str] = {}
@@ -295,7 +295,7 @@ async def make_good(db: Path) -> dict[str, str]:
 
 
 async def survive_damage(folder: Path, *, places: int, seed: int = 1) -> Verdict:
-    """It is refused in one line, or served: then no text that SQLite can know to be wrong."""
+    """A damaged file is refused in one line, or served without text that SQLite can know to be wrong."""
     from resume_stream.app import ChunkBuffer, Parts, Settings, StartupError
 
     verdict = Verdict("damaged while stopped")
@@ -340,7 +340,7 @@ def integrity_or_error(db: Path) -> str:
 
 
 async def wrong_texts(verdict: Verdict, client: httpx.AsyncClient, texts: dict[str, str], what: str) -> list[str]:
-    """The threads that are answered with other text, and without an error."""
+    """Return the threads that are answered with wrong text and without an error."""
     wrong = []
     for thread, text in texts.items():
         message = f"m{thread[1:]}"
@@ -353,7 +353,7 @@ async def wrong_texts(verdict: Verdict, client: httpx.AsyncClient, texts: dict[s
             if answer.status_code == 200 and "event: error" not in answer.text:
                 wrong += [thread] * (text_of(answer) != text)
             elif answer.status_code in (204, 404):
-                wrong.append(thread)  # as if it were not there
+                wrong.append(thread)  # the thread seems to be missing
             else:
                 clear = answer.status_code in (200, 503) and '"detail"' in answer.text
                 verdict.expect(clear, f"{what}: {answer.status_code} {answer.text:.150}")
@@ -367,7 +367,7 @@ def text_of_stream(answer: httpx.Response) -> str:
     return "".join(json.loads(frame).get("content", "") for frame in frames)
 
 
-# A file that is taken away
+# A file that is deleted or replaced
 
 
 def delete_all(db: Path) -> None:
@@ -384,7 +384,7 @@ def delete_wal(db: Path) -> None:
 
 
 def replace(db: Path) -> None:
-    """With a copy, as somebody does who restores a backup without stopping the service."""
+    """Replace the file by a copy, as a backup restored without stopping the service does."""
     copy = db.with_name("copy.db")
     with contextlib.closing(sqlite3.connect(db)) as source, contextlib.closing(sqlite3.connect(copy)) as target:
         source.backup(target)
@@ -395,7 +395,7 @@ TAKEN_AWAY: tuple[Callable[[Path], Any], ...] = (delete_all, delete_database, de
 
 
 async def survive_taken_away(folder: Path, ways: Sequence[Callable[[Path], Any]] = TAKEN_AWAY) -> Verdict:
-    """After that nothing may be acknowledged that is not there after a restart."""
+    """From then on, whatever is acknowledged must be there after a restart."""
     verdict = Verdict("deleted or replaced under the service")
     for number, take_away in enumerate(ways):
         with verdict.trial(take_away.__name__), Service(folder / f"away{number}.db") as service:

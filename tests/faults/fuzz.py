@@ -1,4 +1,4 @@
-"""Bad input of every kind: never a 500, never a hang, and on a refusal never a change of state."""
+"""Bad input of every kind: it causes no 500 and no hang, and a refusal changes no state."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .base import BROKEN_LINK, Answer, Link, Verdict, append, call, message_path
 
 FLAGS = ("--idle-timeout", "50ms", "--max-chunk", "200", "--max-body", "4KiB", "--max-message", "20KiB")
 REFUSALS = {400, 404, 405, 409, 410, 413, 415, 422}
-QUICK = 5.0  # seconds within which anything is answered
+QUICK = 5.0  # seconds within which every request is answered
 
 text = st.text(st.characters(), max_size=30)
 numbers = st.one_of(st.integers(-3, 3), st.integers(), st.floats())
@@ -58,14 +58,14 @@ ids = st.one_of(st.integers(), text, values)
 
 
 def queries(*parameters: str) -> st.SearchStrategy[str]:
-    """Some of the parameters, now and then twice, with likely and unlikely values."""
+    """Return queries with some of the parameters, perhaps twice, and likely and unlikely values."""
     value = st.one_of(numbers.map(str), cursors, durations, st.sampled_from(["true", "active", "False", ""]))
     pairs = st.lists(st.tuples(st.sampled_from(parameters), value), max_size=4)
     return pairs.map(lambda pairs: "&".join(f"{n}={quote_from_bytes(v.encode(errors='replace'))}" for n, v in pairs))
 
 
 class Fuzzer:
-    """One service, and a canary: a thread that nothing may change."""
+    """A service with a canary: a thread that nothing may change."""
 
     def __init__(self, verdict: Verdict, service: Service, examples: int) -> None:
         self.verdict, self.service, self.examples = verdict, service, examples
@@ -78,7 +78,7 @@ class Fuzzer:
         return (await call(self.service.port, "GET", "/api/threads/canary/chunks")).body
 
     def try_all(self, attack: Callable[..., Awaitable[None]], **strategies: st.SearchStrategy[Any]) -> None:
-        """Run one kind of attack; the smallest input that breaks something is what is told."""
+        """Run one kind of attack, and report the smallest input that breaks something."""
 
         async def one(arguments: dict[str, Any]) -> None:
             async with asyncio.timeout(QUICK):
@@ -122,7 +122,7 @@ UNREAD = Answer(400, {"content-type": "application/problem+json"}, b'{"detail": 
 
 
 def expect_clear(answer: Answer) -> None:
-    """Not a server error, and if a refusal, one that says what is wrong."""
+    """Check that the answer is no server error, and that a refusal says what is wrong."""
     refused = answer.status in REFUSALS and (answer.is_problem or b'"detail"' in answer.body)
     assert answer.status in (200, 201, 204) or refused, (answer.status, answer.body[:300])
 
@@ -131,13 +131,13 @@ async def upload(fuzzer: Fuzzer, kind: str, body: bytes, cut: int, query: str = 
     path = message_path(fuzzer.thread, "m", f"chunks?{query}")
     async with Link.to(fuzzer.service.port) as link:
         link.send_head("POST", path, {"Content-Type": kind, "Transfer-Encoding": "chunked"})
-        with contextlib.suppress(OSError):  # it may have answered, and closed, before the end
+        with contextlib.suppress(OSError):  # it may answer and close before the end
             for start in range(0, len(body), cut):
                 await link.send_piece(body[start : start + cut])
             await link.send_piece(b"")
         try:
             return await link.answer()
-        except BROKEN_LINK:  # TCP drops an answer that was on its way to one who was still sending
+        except BROKEN_LINK:  # TCP may drop the answer to a client that still sends
             return UNREAD
 
 
@@ -209,7 +209,7 @@ async def bad_request(fuzzer: Fuzzer, data: bytes) -> None:
 
 
 async def bad_frames(fuzzer: Fuzzer, frames: list[Any]) -> None:
-    """Each frame is answered; binary ones may end the connection, with the code that says why."""
+    """Check that each frame is answered. A binary frame may close the connection, with a code that says why."""
     async with connect(f"ws://127.0.0.1:{fuzzer.service.port}/api/ws", close_timeout=0) as ws:
         try:
             for content in frames:
@@ -313,11 +313,11 @@ def why_no_schemathesis() -> str:
 
 
 def as_schemathesis_can(schema: dict[str, Any]) -> dict[str, Any]:
-    """Less what it cannot make, or would take for something else."""
+    """Return the document without what Schemathesis cannot make or would misunderstand."""
     for methods in schema["paths"].values():
         for operation in methods.values():
-            # The raw format's bodies are broken off on purpose, and it would wait for the end of a stream as long as
-            # it has asked for itself.
+            # The raw format's bodies are broken off on purpose, and Schemathesis would wait for the end of a stream
+            # for as long an idle_timeout as it made up.
             operation["parameters"] = [
                 p for p in operation.get("parameters", []) if p["name"] not in ("format", "idle_timeout")
             ]
@@ -325,13 +325,13 @@ def as_schemathesis_can(schema: dict[str, Any]) -> dict[str, Any]:
             for kind in bodies.keys() - {"application/json"}:
                 del bodies[kind]
             for answer in operation["responses"].values():
-                # Of all events together, which it takes for that of each.
+                # This schema is of the whole stream, and Schemathesis would apply it to each event.
                 answer.get("content", {}).get("text/event-stream", {}).pop("schema", None)
     return schema
 
 
 def survive_schemathesis(folder: Path, *, examples: int, phases: str = "examples,coverage,fuzzing") -> Verdict:
-    """Schemathesis against the service's own OpenAPI document: no answer is another than that says."""
+    """Try Schemathesis with the service's OpenAPI document: every answer is one that the document describes."""
     verdict = Verdict("bad input (Schemathesis)")
     conformance = ",".join(f"{kind}_conformance" for kind in ("status_code", "content_type", "response_schema"))
     checks = f"not_a_server_error,{conformance},response_headers_conformance"

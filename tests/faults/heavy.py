@@ -1,7 +1,7 @@
-"""One client asks for what takes long or is much, or takes without asking; what the others see of it meanwhile.
+"""Attacks by one client that take much time or memory, and what other clients see of them.
 
-A witness appends, follows what it appends, and asks whether the service lives. No attack may hold its
-appends, fill the memory, or keep the service from ending; and nothing acknowledged is lost.
+A witness appends, follows its own appends, and asks for /health/live. No attack may delay its appends,
+fill the memory, keep the service from stopping, or lose anything acknowledged.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from websockets.asyncio.client import connect
 from .base import BROKEN_LINK, Link, Verdict, append, call, eventually, message_path, piece, thread_path
 
 MIB = 1024**2
-MOST_HELD = 0.25  # seconds that an append may be held by somebody else's work
+MOST_HELD = 0.25  # seconds that the work for another client may delay an append
 MOST_MEMORY = 200 * MIB
 MOST_SECONDS_TO_END = 1.0
 JSON = {"Content-Type": "application/json"}
 NDJSON = {"Content-Type": "application/x-ndjson"}
 TEXT = {"Content-Type": "text/plain"}
 
-Attack = Callable[[int, int], Awaitable[str]]  # on a port, with so many MiB; what it came to
+Attack = Callable[[int, int], Awaitable[str]]  # takes the port and a number of MiB, and returns its result in words
 
 
 class Witness:
-    """One who appends and follows, and asks for /health/live, again and again."""
+    """A client that appends, follows, and asks for /health/live, again and again."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -95,7 +95,7 @@ class Witness:
 
 
 async def fill(port: int, thread: str, mebibytes: int, line: int = MIB // 2) -> None:
-    """A message of so much text, in chunks of this size."""
+    """Store a message of this size, in chunks of ``line`` bytes."""
     async with Link.to(port) as link:
         link.send_head("POST", message_path(thread, "m"), {**NDJSON, "Transfer-Encoding": "chunked"})
         text = json.dumps({"content": "x" * (line - 64)}).encode() + b"\n"
@@ -108,7 +108,7 @@ async def fill(port: int, thread: str, mebibytes: int, line: int = MIB // 2) -> 
 
 
 async def known_text_and_hang_up(port: int, mebibytes: int) -> str:
-    """Look for a text that is not there in a long message, a hundred times, and wait for none of the answers."""
+    """Look a hundred times for a missing text in a long message, and wait for no answer."""
     await fill(port, "long", mebibytes)
     body = json.dumps({"thread_id": "long", "message_id": "m", "known_content": "y" * 1000}).encode()
     for _ in range(100):
@@ -120,7 +120,7 @@ async def known_text_and_hang_up(port: int, mebibytes: int) -> str:
 
 
 async def chunks_without_text(port: int, mebibytes: int) -> str:
-    """As many chunks as a body can have."""
+    """Send as many chunks as fit into a body."""
     body = b"[" + b",".join([b'{"content":""}'] * (9 * MIB // 15)) + b"]"
     statuses = [(await call(port, "POST", message_path("empty", "m"), body)).status for _ in range(5)]
     return f"answered {statuses}"
@@ -140,19 +140,19 @@ async def text_again_in_small_pieces(port: int, mebibytes: int) -> str:
 
 
 async def intervals_without_end(port: int, mebibytes: int) -> str:
-    """Readers each with a poll_interval of its own."""
+    """Open many readers, each with its own poll_interval."""
     await append(port, "polled", "m", "text")
     async with contextlib.AsyncExitStack() as links:
         for number in range(400):
             link = await links.enter_async_context(Link.to(port))
             link.send_head("GET", thread_path("polled", f"/stream?poll_interval={0.05 + number / 10_000}"))
             await link.read_head()
-        await asyncio.sleep(0.5)  # in which they are polled for
+        await asyncio.sleep(0.5)  # time for many polls
     return "400 readers"
 
 
 async def messages_without_end(port: int, mebibytes: int) -> str:
-    """A thread of very many messages, and all that can be asked about it."""
+    """Make a thread of very many messages, and ask for everything about it."""
     count = 500 * mebibytes
     async with Link.to(port) as link:
         for number in range(count):
@@ -163,7 +163,7 @@ async def messages_without_end(port: int, mebibytes: int) -> str:
 
 
 async def clear_what_is_large(port: int, mebibytes: int) -> str:
-    """Forget a large thread, and then a small one beside another large one."""
+    """Clear a large thread, then a small one beside another large one."""
     for thread in ("doomed", "large"):
         await fill(port, thread, mebibytes)
     await append(port, "small", "m", "text")
@@ -174,7 +174,7 @@ async def clear_what_is_large(port: int, mebibytes: int) -> str:
 
 
 async def headers_without_end(port: int, mebibytes: int) -> str:
-    """Forty connections that send headers and more headers."""
+    """Send headers without end on forty connections."""
 
     async def send() -> int:
         async with Link.to(port) as link:
@@ -192,18 +192,18 @@ async def headers_without_end(port: int, mebibytes: int) -> str:
 
 
 async def sockets_that_say_nothing(port: int, mebibytes: int) -> str:
-    """As many as this process may open, up to 5,000."""
+    """Open as many sockets as this process may, up to 5,000."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     count = min(5_000, soft - 200)
     async with contextlib.AsyncExitStack() as links:
         for _ in range(count):
             await links.enter_async_context(Link.to(port))
-        await asyncio.sleep(1)  # in which they are there
+        await asyncio.sleep(1)  # they stay open for a while
     return f"{count} sockets"
 
 
 async def bodies_without_end(port: int, mebibytes: int) -> str:
-    """Forty bodies of nearly 10 MiB, and forty unfinished lines, all at the same time."""
+    """Send forty bodies of nearly 10 MiB and forty unfinished lines at the same time."""
 
     async def send(path: str, kind: dict[str, str], text: bytes) -> None:
         async with Link.to(port) as link:
@@ -212,7 +212,7 @@ async def bodies_without_end(port: int, mebibytes: int) -> str:
                 for _ in range(9 * 16):
                     link.writer.write(text * 64 * 1024)
                     await link.writer.drain()
-            await asyncio.sleep(1)  # in which they are held
+            await asyncio.sleep(1)  # the service holds them for a while
 
     bodies = [send(message_path("bodies", f"m{n}"), JSON, b" ") for n in range(40)]
     lines = [send(message_path("lines", f"m{n}"), NDJSON, b"x") for n in range(40)]
@@ -222,7 +222,7 @@ async def bodies_without_end(port: int, mebibytes: int) -> str:
 
 
 async def readers_that_never_read(port: int, mebibytes: int) -> str:
-    """A hundred of them, of a thread to which much is appended."""
+    """Open a hundred readers that do not read, and append much to their thread."""
     async with contextlib.AsyncExitStack() as links:
         for _ in range(100):
             link = await links.enter_async_context(Link.to(port))
@@ -234,7 +234,7 @@ async def readers_that_never_read(port: int, mebibytes: int) -> str:
 
 
 async def junk_on_a_websocket(port: int, mebibytes: int) -> str:
-    """Frames that are none, of nearly 10 MiB, and as many subscriptions as it takes."""
+    """Send invalid frames of nearly 10 MiB, and subscribe to a thousand threads."""
     async with connect(f"ws://127.0.0.1:{port}/api/ws", max_size=None) as socket:
         for _ in range(10):
             await socket.send("[" * (9 * MIB))

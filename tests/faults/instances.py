@@ -1,4 +1,4 @@
-"""Instances of the service on one Redis: any of them is killed, and Redis is killed, cut off, stopped and full."""
+"""Instances of the service on one Redis. Instances are killed, and Redis is killed, cut off, stopped, and full."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .kill import Broken, World
 
 PATIENCE = 1.0  # seconds that an instance waits for Redis
 KEEPS = ("--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction")
-ALL_PER_SET = 8  # faults, after which everything is finished and compared
+ALL_PER_SET = 8  # faults, before everything is finished and compared
 
 
 class Instances:
-    """Those on one Redis. Who asks for a port is given that of any of them, perhaps of one that is dead."""
+    """The instances on one Redis. ``port`` is that of any of them, even of a dead one."""
 
     is_running = True
 
@@ -57,7 +57,7 @@ class Instances:
 
 
 class SharedWorld(World):
-    """What is in it is asked of the instances, and at the end of Redis itself."""
+    """A world that is compared through the instances, and at the end in Redis itself."""
 
     def __init__(self, verdict: Verdict, instances: Instances, name: str, **size: int) -> None:
         super().__init__(verdict, instances, name, **size)
@@ -101,7 +101,7 @@ async def cut_connections(instances: Instances) -> None:
 
 
 async def pause_redis(instances: Instances) -> None:
-    """Past the time that instances wait."""
+    """Pause Redis for longer than the instances wait."""
     instances.redis.says("CLIENT", "PAUSE", str(round(1.5 * PATIENCE * 1000)), "ALL")
     await asyncio.sleep(1.5 * PATIENCE)
 
@@ -123,7 +123,7 @@ Fault = Callable[[Instances], Awaitable[Any]]
 
 @contextlib.asynccontextmanager
 async def under_load(world: SharedWorld, seconds: float) -> AsyncIterator[None]:
-    """Until all is written and read, which has to be within these seconds after the block, or something broke."""
+    """Run producers and readers during the block, and give them this many seconds to finish after it."""
     await world.open()
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -136,7 +136,7 @@ async def under_load(world: SharedWorld, seconds: float) -> AsyncIterator[None]:
                 world.verdict.fail(f"{len(late)} of those who write and read hang")
                 raise Broken
     except* Broken:
-        pass  # the verdict has it
+        pass  # the verdict says why
 
 
 async def survive_on_redis(
@@ -149,7 +149,7 @@ async def survive_on_redis(
     longest: float = 2,
     seed: int = 1,
 ) -> Verdict:
-    """Each fault so many times, in any order, under producers that retry and readers that resume."""
+    """Cause the faults in random order, under producers that retry and readers that resume."""
     verdict = Verdict(f"{instances} instances on one Redis")
     rng = random.Random(seed)
     plan = [fault for fault, times in faults for _ in range(times)]

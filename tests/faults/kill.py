@@ -27,13 +27,13 @@ WAYS_TO_READ = ("sse", "websocket", "poll", "known")
 
 
 class Broken(Exception):
-    """There is no point in going on."""
+    """Raised where it makes no sense to go on."""
 
 
 class Producer:
-    """Sends the pieces of one message, and sends again, with ``index``, what was not acknowledged."""
+    """Sends the pieces of one message, and sends again what was not acknowledged, with ``index``."""
 
-    for_now: tuple[int, ...] = (503,)  # what it is answered where it is to try again
+    for_now: tuple[int, ...] = (503,)  # statuses after which it tries again
 
     def __init__(self, verdict: Verdict, service: Service, thread: str, message: str, way: str, rng: random.Random):
         self.verdict, self.service, self.rng = verdict, service, rng
@@ -41,7 +41,7 @@ class Producer:
         self.pieces: list[str] = []
         self.text = ""
         self.acknowledged = 0
-        self.index = 0  # the service's number of the next chunk: plain text is cut by the service
+        self.index = 0  # number of the next chunk; the service cuts plain text into chunks
         self.finishing = False
         self.was_acknowledged = asyncio.Event()
         self.refusals: Counter[int] = Counter()
@@ -71,7 +71,7 @@ class Producer:
                 await asyncio.sleep(self.rng.uniform(0, 0.02))
 
     def _batch(self) -> list[str]:
-        """What was not acknowledged, and perhaps more: a retry need not be the same request."""
+        """Return what was not acknowledged, and perhaps more: a retry need not be the same request."""
         wanted = self.acknowledged + (self.rng.randint(1, 3) if self.way == "single" else self.rng.randint(1, 40))
         while len(self.pieces) < wanted:
             self.pieces.append(piece(len(self.pieces), self.rng.choice((0, 5, 40, 900))))
@@ -97,7 +97,7 @@ class Producer:
 
 
 class Reader:
-    """Follows one message, or a whole thread, and after every end of a connection carries on."""
+    """Follows one message or a whole thread, and resumes after every lost connection."""
 
     def __init__(
         self, service: Service, thread: str, producers: list[Producer], whole: bool, way: str, rng: random.Random
@@ -107,7 +107,7 @@ class Reader:
         self.verdict = producers[0].verdict
         self.message = None if whole else producers[0].message
         self.name = f"{way} reader of {self.message or thread}"
-        self.read: dict[str, int] = defaultdict(int)  # characters, of each message
+        self.read: dict[str, int] = defaultdict(int)  # characters of each message
         self.ended: set[str] = set()
         self.cursor = ""
         self.seq = 0
@@ -117,7 +117,7 @@ class Reader:
     async def run(self) -> None:
         while not self.bad and len(self.ended) < len(self.producers):
             with contextlib.suppress(*BROKEN_LINK, WebSocketException):
-                async with asyncio.timeout(self.rng.choice((0.3, 2, 20))):  # a reader who goes away
+                async with asyncio.timeout(self.rng.choice((0.3, 2, 20))):  # then this reader goes away
                     async for entry in getattr(self, f"_{self.way}")():
                         self._take(entry)
             self.resumes += 1
@@ -128,9 +128,9 @@ class Reader:
         self.verdict.fail(f"{self.name}, after seq {self.seq}: {what}")
 
     def _take(self, entry: dict[str, Any]) -> None:
-        """A chunk or an end, as it came."""
+        """Check a chunk or an end as it comes."""
         seq, message = entry["seq"], entry["messageId"]
-        known = self.way == "known"  # resumes inside a chunk, whose seq comes again
+        known = self.way == "known"  # it may resume inside a chunk, and then gets its seq again
         if (seq != self.seq + 1) if self.message is None else not (seq > self.seq or known):
             self.verdict.lost += seq > self.seq
             self.verdict.duplicated += seq == self.seq
@@ -228,7 +228,7 @@ class Reader:
 
 
 class World:
-    """Threads of two messages each, those who write them, and those who read them."""
+    """Threads of two messages each, with their producers and readers."""
 
     def __init__(self, verdict: Verdict, service: Service, name: str, producers: int, readers: int, seed: int) -> None:
         rng = random.Random(seed)
@@ -257,7 +257,7 @@ class World:
             await call(self.service.port, "PUT", message_path(producer.thread, producer.message, "").rstrip("/"))
 
     def check(self, acknowledged: dict[str, int]) -> None:
-        """What is in the file now, with what had been acknowledged."""
+        """Compare the file with what had been acknowledged."""
         with contextlib.closing(sqlite3.connect(f"file:{self.service.db}?mode=ro", uri=True)) as connection:
             app.open_packs(connection)
             for producer in self.producers:
@@ -283,7 +283,7 @@ class World:
 
 
 async def acknowledgement(producer: Producer) -> None:
-    """Wait for the next one."""
+    """Wait for the next acknowledgement."""
     producer.was_acknowledged.clear()
     async with asyncio.timeout(TIMEOUT):
         await producer.was_acknowledged.wait()
@@ -310,7 +310,7 @@ async def kill(world: World, rng: random.Random) -> None:
 async def survive_kills(
     folder: Path, *, kills: int, producers: int, readers: int, longest: float, seed: int = 1
 ) -> Verdict:
-    """Up to five kills to each set of threads, which are then finished and compared."""
+    """Kill the service under load. After at most five kills, finish and compare the threads and make new ones."""
     verdict = Verdict("SIGKILL under load")
     rng = random.Random(seed)
     flags = ("--idle-timeout", "1s", "--poll-interval", "50ms")
@@ -328,12 +328,12 @@ async def survive_kills(
 
 
 async def kill_often(world: World, numbers: range, longest: float, rng: random.Random) -> None:
-    """Under load, which goes on until everything is written and read, or something is broken."""
+    """Kill the service under load, until everything is written and read, or something is broken."""
     await world.open()
     try:
         await load_and_kill(world, numbers, longest, rng)
     except* Broken:
-        pass  # the verdict has it
+        pass  # the verdict says why
     except* TimeoutError:
         world.verdict.fail("something hangs")
 

@@ -1,8 +1,8 @@
-"""Power cuts: the service's writes are recorded with strace, and played up to a random place.
+"""Power cuts: strace records the service's writes, and they are replayed up to a random place.
 
-At the cut, what was synced is on the disk. Of the writes after that any part may be there, in any
-order, down to single sectors; a new or a removed file is certain only once its folder was synced.
-Then the service must start, and have all that it had told anyone before.
+At the cut, everything synced is on the disk. Any part of the later writes may be there, in any order,
+down to single sectors. A new or removed file is certain only after a sync of its folder. From this disk
+the service must start, and must have everything that it had told anyone before.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ CLEARED = b"HTTP/1.1 204"
 
 
 def why_not() -> str:
-    """Why this cannot be tried here; nothing, if it can."""
+    """Return why this cannot be tried here, or "" if it can."""
     return "" if shutil.which("strace") else "strace is not installed"
 
 
 @dataclass
 class Step:
-    """Something that happened to a file, or that somebody was told."""
+    """A change of a file, or something that the service told a client."""
 
     kind: str
     path: str = ""
@@ -53,7 +53,7 @@ def unescape(text: str) -> bytes:
 
 
 def whole_calls(trace: Path) -> Iterator[tuple[str, str, int]]:
-    """Each call with its arguments and its result, when it returned; what is told, when it began."""
+    """Yield the name, arguments, and result of each system call, in the order in which they returned."""
     unfinished: dict[str, str] = {}
     with trace.open() as lines:
         for line in lines:
@@ -70,7 +70,7 @@ def whole_calls(trace: Path) -> Iterator[tuple[str, str, int]]:
 
 
 def steps_of(trace: Path, db: Path) -> list[Step]:
-    """What the service did to its database, and what it told whom, in order."""
+    """Return what the service did to its database, and what it told its clients, in order."""
     steps = []
     known: set[str] = set()
     for name, arguments, result in whole_calls(trace):
@@ -100,7 +100,7 @@ def steps_of(trace: Path, db: Path) -> list[Step]:
 
 @dataclass
 class Disk:
-    """What is certain to be on the disk, and what is not yet: files by number, and their names."""
+    """What is certainly on the disk, as numbered files and their names, and what is not yet synced."""
 
     files: dict[int, bytearray] = field(default_factory=dict)
     names: dict[str, int] = field(default_factory=dict)
@@ -139,7 +139,7 @@ class Disk:
             data[step.offset : step.offset + len(step.data)] = step.data
 
     def cut(self, rng: random.Random) -> Disk:
-        """The disk after a power cut now."""
+        """Return the disk after a power cut at this moment."""
         disk = Disk({number: bytearray(data) for number, data in self.files.items()}, dict(self.names))
         way = rng.choice(("nothing", "everything", "some first ones", "some", "sectors"))
         first = rng.randint(0, len(self.unsynced))
@@ -164,7 +164,7 @@ def text_of(message: str, number: int) -> str:
 
 
 async def write_much(port: int, appends: int) -> None:
-    """Single appends, an upload, readers, and threads that are cleared."""
+    """Make single appends and an upload, with readers, and clear threads."""
 
     async def single(message: str) -> None:
         for number in range(appends):
@@ -197,19 +197,19 @@ async def write_much(port: int, appends: int) -> None:
 
 
 def record(folder: Path, appends: int, *flags: str) -> list[Step]:
-    """Run the service under strace, and return what it did, until it is killed."""
+    """Run the service under strace, kill it, and return what it did."""
     db, trace = folder / "power.db", folder / "trace"
     strace = ("strace", "-D", "-f", "-q", "-y", "-xx", "-s", "100000000", "--seccomp-bpf", "-o", str(trace))
     with Service(db, *flags, wrap=(*strace, "-e", f"trace={SYSCALLS}", "-e", "signal=none")) as service:
         asyncio.run(write_much(service.port, appends))
     size = -1
     while size != (size := trace.stat().st_size):
-        time.sleep(0.1)  # strace writes on
+        time.sleep(0.1)  # strace may still write
     return steps_of(trace, db)
 
 
 def told_before(steps: list[Step]) -> tuple[dict[str, int], set[str]]:
-    """The last place of each message that anybody was told of, and the threads told to be cleared."""
+    """Return the last seq that a client was told for each message, and the threads reported as cleared."""
     places: dict[str, int] = {}
     cleared: set[str] = set()
     for step in steps:
@@ -245,13 +245,13 @@ async def check(verdict: Verdict, db: Path, where: str, places: dict[str, int], 
 
 
 def survive_power_cuts(folder: Path, *flags: str, cuts: int, appends: int, seed: int = 1) -> Verdict:
-    """With the flags ``--synchronous NORMAL`` this must fail, which shows that it can."""
+    """Cut the power at random places. With ``--synchronous NORMAL`` this must fail, which shows that it can."""
     verdict = Verdict("power cut (FULL)")
     rng = random.Random(seed)
     steps = record(folder, appends, *flags)
     places, cleared = told_before(steps)
     verdict.expect(len(places) > 6 and cleared, f"too little was recorded: {places}")
-    # Most cuts right before somebody is told, or right after: there a missing sync would show.
+    # Most cuts are right after a client is told something, where a missing sync shows.
     told = [number for number, step in enumerate(steps) if step.kind == "told" and TOLD.search(step.data)]
     places_to_cut = (lambda: rng.choice(told) + 1, lambda: rng.randrange(len(steps)), lambda: rng.randrange(told[0]))
     ends = sorted(rng.choices(places_to_cut, (7, 2, 1))[0]() for _ in range(cuts))

@@ -1,4 +1,4 @@
-"""Each fault in short; ``python -m tests.faults`` tries them at length, with the same code."""
+"""Each fault, briefly. ``python -m tests.faults`` tries them at length, with the same code."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 /**
- * Clients that nobody here wrote, unchanged, in Node.
+ * Other people's clients, unchanged, in Node.
  *
- * In come calls, a line of JSON each: `{call, client, ...given}`. Out goes what a client has as it comes, `{call, said}`,
- * and how it ended, `{call, ended}` or `{call, failed}`. A client that is to `take` only so many things then leaves.
+ * Standard input has a call in each line of JSON: `{call, client, ...given}`. Standard output has what a client
+ * receives, `{call, said}`, and how it ends, `{call, ended}` or `{call, failed}`. With `take`, a client leaves after
+ * so many things.
  */
 import { createInterface } from "node:readline";
 
