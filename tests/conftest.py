@@ -19,6 +19,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -187,6 +188,18 @@ class ForkServer:
 @functools.cache
 def fork_server() -> ForkServer:
     return ForkServer()
+
+
+def run_command(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    """Run ``resume-stream`` in a process of its own."""
+    how = {"environment": dict(os.environ), "folder": str(Path.cwd()), "first": ""}
+    with tempfile.TemporaryFile() as errors:
+        process = fork_server().start(errors, arguments=[*map(str, arguments)], **how)
+        with process.stdout:
+            output = process.stdout.read()
+        code = process.wait()
+        errors.seek(0)
+        return subprocess.CompletedProcess(arguments, code, output, errors.read().decode())
 
 
 class Service:

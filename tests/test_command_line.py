@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import ROOT, TIMEOUT, Service
+from conftest import ROOT, Service, run_command
 from resume_stream import app
 from resume_stream.app import Settings, _parse_size, parse_duration
 
@@ -263,18 +263,8 @@ def test_settings_that_cannot_be_are_refused_where_they_are_made(settings: dict[
         Settings(**settings)
 
 
-def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, ROOT / "app.py", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
-
-
 def refusal(*arguments: Any) -> str:
-    done = run(*arguments)
+    done = run_command(*arguments)
     assert done.returncode == 1, done
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -282,9 +272,9 @@ def refusal(*arguments: Any) -> str:
 
 
 def test_the_version_is_that_of_the_module() -> None:
-    done = run("version")
+    done = run_command("version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{app.__version__}\n", "")
-    done = run("--version")
+    done = subprocess.run([sys.executable, ROOT / "app.py", "--version"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"resume-stream {app.__version__}\n", "")
 
 
@@ -348,13 +338,15 @@ def test_port_0_is_a_free_one_which_is_printed(service: Service) -> None:
     assert httpx.get(f"{service.url}/health/live").status_code == 200
 
 
-def test_a_unix_socket_is_served_in_place_of_a_port(tmp_path: Path, start_process: Callable[..., str]) -> None:
+def test_a_unix_socket_is_served_in_place_of_a_port(tmp_path: Path) -> None:
     uds = tmp_path / "resume.sock"
-    line = start_process("serve", "--db", tmp_path / "chunks.db", "--uds", uds)
-    assert str(uds) in line
-    assert not re.search(r"http://\S+:\d", line)
+    service = Service(tmp_path / "chunks.db", "--uds", str(uds))
+    line = service.spawn().stdout.readline()
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(uds)), base_url="http://localhost") as client:
         assert client.put("/api/threads/t/messages/m").status_code == 201
+    assert service.end() == 0
+    assert str(uds) in line
+    assert not re.search(r"http://\S+:\d", line)
 
 
 def test_the_environment_of_a_real_process_is_read(tmp_path: Path, start_service: Callable[..., Service]) -> None:
@@ -363,28 +355,6 @@ def test_the_environment_of_a_real_process_is_read(tmp_path: Path, start_service
     url = f"{service.api}/threads/t/messages/m/chunks"
     assert httpx.post(url, json={"content": "x" * 10}).status_code == 201
     assert httpx.post(url, json={"content": "x" * 11}).status_code == 413
-
-
-@pytest.fixture
-def start_process() -> Any:
-    """Start the command, and return its first line; it is killed at the end of the test."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(*arguments: Any) -> str:
-        process = subprocess.Popen(
-            [sys.executable, ROOT / "app.py", *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        started.append(process)
-        return process.stdout.readline()
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
-        process.stdout.close()
 
 
 def test_a_clean_up_that_would_never_pause_is_refused() -> None:

@@ -734,16 +734,17 @@ def test_a_stream_ends_with_its_token(guarded: Pair) -> None:
     assert re.search(rb'\n\nevent: error\ndata: {"status":401,[^\n]*\n\n$', first[0].body)
 
 
-def test_a_request_waits_for_the_end_of_the_stream_before_it(pair: Pair) -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_request_waits_for_the_end_of_the_stream_before_it(pair: Pair, at_once: bool) -> None:
     thread, other = thread_name(), thread_name()
     first = pair.both(ask, bytes(Request(thread)))
     assert first.status == 201
 
     def told(service: Service) -> list[Answer]:
-        reader = Reader(service, get(f"{thread}/stream") + bytes(Request(other)))
+        reader = Reader(service, get(f"{thread}/stream") + bytes(Request(other)) * at_once)
         with reader.link as link:
             assert reader.has(b'"content":"text"')
-            link.send(bytes(Request(other)))
+            link.send(bytes(Request(other)) * (2 - at_once))
             ended = ask(service, bytes(Request(thread, query="?complete=true")))
             return [ended, reader.whole(), link.answer(), link.answer()]
 

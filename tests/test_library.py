@@ -581,7 +581,8 @@ async def test_what_waits_to_be_committed_is_bounded(buffer: ChunkBuffer, monkey
     assert (await buffer.get_thread_status("t")).chunk_count == 100  # slowed, and not refused
     with nothing_is_committed(buffer.settings.db):
         appends = [asyncio.create_task(buffer.add_chunks("t", "n", ["x" * size])) for _ in range(100)]
-        await asyncio.sleep(0.05)  # which is long enough for all of them to be let in, if that could be
+        for _ in range(1000):  # turns of the loop, in which all of them would be let in if there were no bound
+            await asyncio.sleep(0)
         buffer.stop()
     outcomes = await asyncio.gather(*appends, return_exceptions=True)
     let_in = [outcome for outcome in outcomes if isinstance(outcome, Appended)]

@@ -302,13 +302,10 @@ def test_logs_are_json_with_request_ids_and_without_content_or_tokens(tmp_path: 
     [([], "this machine only"), (["--host", "0.0.0.0", "--allow-anonymous"], "anyone who can connect")],
 )
 def test_the_start_up_line(tmp_path: Path, flags: list[str], who: str) -> None:
-    db = tmp_path / "chunks.db"
-    command = [sys.executable, str(ROOT / "app.py"), "serve", "--db", str(db), "--port", "0", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        line = process.stdout.readline()
-        process.terminate()
-        assert process.wait(TIMEOUT) == 0
-    for part in ("resume-stream 0.", f"SQLite {sqlite3.sqlite_version}", str(db), "synchronous=FULL", who):
+    service = Service(tmp_path / "chunks.db", *flags)
+    line = service.spawn().stdout.readline()
+    assert service.end() == 0
+    for part in ("resume-stream 0.", f"SQLite {sqlite3.sqlite_version}", str(service.db), "synchronous=FULL", who):
         assert part in line
     assert line.count("\n") == 1
 

@@ -37,7 +37,7 @@ def snippets(language: str) -> list[str]:
 
 
 class Upstream(BaseHTTPRequestHandler):
-    """What answers as an OpenAI-compatible API does."""
+    """Answers as an OpenAI-compatible API does."""
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -66,15 +66,14 @@ def upstream() -> Iterator[str]:
 
 
 class Reader:
-    """One who has the service running in a folder, and the command and the package installed."""
+    """Somebody with a service that runs in a folder, and with the command and the package."""
 
     def __init__(self, folder: Path, service: Service, upstream: str) -> None:
         self.folder, self.service = folder, service
         package, command = folder / "site" / "resume_stream", folder / "bin" / "resume-stream"
-        for path in (package, command.parent):
-            path.mkdir(parents=True)
-        for name in ("__init__.py", "app.py", "schema.sql", "extras", "client", "static"):
-            (package / name).symlink_to(ROOT / name)
+        for path in (package.parent, command.parent):
+            path.mkdir()
+        package.symlink_to(ROOT)
         command.write_text(f"#!{sys.executable}\nimport sys\nfrom resume_stream import app\nsys.exit(app.main())\n")
         command.chmod(0o755)
         self.environment = {
@@ -88,7 +87,7 @@ class Reader:
         }
 
     def here(self, text: str) -> str:
-        """As it would be on the default port."""
+        """Return the text with the URL of this service in place of the default one."""
         return text.replace("http://127.0.0.1:8000", self.service.url)
 
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -118,7 +117,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory, upstream: str) -> Iterator[
 
 
 def shape(frames: str) -> str:
-    """Without the times, which are other ones each time."""
+    """Return the frames with times masked."""
     return re.sub(r"\d{13}", "#", frames)
 
 

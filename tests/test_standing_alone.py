@@ -179,24 +179,22 @@ def test_it_erases_what_has_expired(start_alone: Callable[..., Alone]) -> None:
     assert service.tracebacks() == 0
 
 
-@pytest.mark.parametrize(
-    "foreign", [{"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "null"}], ids=str
-)
-def test_it_refuses_pages_of_elsewhere(start_alone: Callable[..., Alone], foreign: dict[str, str]) -> None:
+def test_it_refuses_pages_of_other_origins(start_alone: Callable[..., Alone]) -> None:
     service = start_alone()
     own = {"Origin": service.url}
     with api_client(service) as client:
         assert client.post(message_path("t", "run"), json={"content": "x"}, headers=own).status_code == 201
-        refused: list[httpx.Response] = [
-            client.get("/threads/t/stream", params={"idle_timeout": 0.01}, headers=foreign),
-            client.get("/threads/t", headers=foreign),
-            client.post(message_path("t", "run"), content=b'{"content": "x"}', headers=foreign),
-            client.put("/threads/t/messages/new", headers=foreign),
-            client.delete("/threads/t", headers=foreign),
-        ]
-        for answer in refused:
-            assert problem(answer)[0] == 403
-            assert "access-control-allow-origin" not in answer.headers
+        for foreign in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "null"}):
+            refused: list[httpx.Response] = [
+                client.get("/threads/t/stream", params={"idle_timeout": 0.01}, headers=foreign),
+                client.get("/threads/t", headers=foreign),
+                client.post(message_path("t", "run"), content=b'{"content": "x"}', headers=foreign),
+                client.put("/threads/t/messages/new", headers=foreign),
+                client.delete("/threads/t", headers=foreign),
+            ]
+            for answer in refused:
+                assert problem(answer)[0] == 403
+                assert "access-control-allow-origin" not in answer.headers
         assert contents(client, "t") == ["x"]
         assert len(client.get("/threads/t").json()["messages"]) == 1
 
