@@ -1,6 +1,6 @@
-"""A buffer in the test's own process: what its readers get, and the few places where a test looks inside.
+"""A buffer in the process of the test: what its readers get, and the few places where a test looks inside.
 
-Only this file knows how a buffer is made inside.
+Only this file knows the inside of a buffer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from resume_stream.extras.live import LiveTail
 
 
 def seen(item: Any) -> Any:
-    """``(seq, text)`` of a chunk, ``(seq, reason or status)`` of an end; a Signal is itself."""
+    """Return ``(seq, text)`` of a chunk, ``(seq, reason or status)`` of an end, or the Signal itself."""
     if isinstance(item, StoredChunk):
         return item.seq, item.content
     return (item.seq, item.reason or item.status) if isinstance(item, MessageEnd) else item
@@ -35,7 +35,7 @@ def seen(item: Any) -> Any:
 async def take(
     items: Any, count: int | None = None, shape: Callable[[Any], Any] = seen, into: list[Any] | None = None
 ) -> list[Any]:
-    """The entries and signals of a reader, a page's one by one: so many, or all up to the end."""
+    """Read entries and signals one by one, so many or all, and return them."""
     taken = [] if into is None else into
     async with contextlib.aclosing(items):
         async for item in items:
@@ -46,7 +46,7 @@ async def take(
 
 
 class Reading:
-    """A reader in a task of its own, and what it has got so far; awaited, it is all that it got."""
+    """A reader in a task of its own. ``got`` is what it has so far. Awaited, it returns everything."""
 
     def __init__(self, items: Any, count: int | None = None, shape: Callable[[Any], Any] = seen) -> None:
         self.got: list[Any] = []
@@ -56,7 +56,7 @@ class Reading:
         return self.task.__await__()
 
     async def has(self, *expected: Any) -> Reading:
-        """Wait until it has got this; it asks for more then, in the same step of the loop."""
+        """Wait until it has got this. In the same step of the loop it asks for more."""
         await until(lambda: self.task.done() or len(self.got) >= len(expected), f"{expected}")
         assert self.got == [*expected]
         return self
@@ -67,7 +67,7 @@ class Reading:
 
 
 async def attached(buffer: ChunkBuffer, items: Any, count: int | None = None, shape: Any = seen) -> Reading:
-    """A reading that the buffer knows of, whatever it has got by then."""
+    """Return a reading once the buffer counts it as a reader."""
     readers = buffer.readers
     reading = Reading(items, count, shape)
     await until(lambda: buffer.readers > readers or reading.task.done(), "the reader is there")
@@ -83,7 +83,7 @@ async def follow(
     follow: bool = False,
     **times: float,
 ) -> AsyncIterator[Any]:
-    """Pages and signals from the place of a cursor on, as the routes read; nothing where nothing will come."""
+    """Yield pages and signals after a cursor, as the routes do. Yield nothing if nothing more will come."""
     position = await buffer.locate(thread_id, message_id, after=after, follow=follow)
     if position.finished:
         return
@@ -93,7 +93,7 @@ async def follow(
 
 
 class Lines:
-    """A format: what ``seen`` makes of each entry and signal, as JSON, on a line of its own."""
+    """A format: a line of JSON for each entry and signal, as ``seen`` returns it."""
 
     tells_all = True
 
@@ -108,7 +108,7 @@ LINES = Lines()
 
 
 class Wire:
-    """A connection, and its transport and flow, whose client takes all that comes; set once it has the end."""
+    """A connection that is its own transport and flow. Its client takes everything. ``ended`` is set at the end."""
 
     write_paused = False
 
@@ -128,7 +128,7 @@ class Wire:
         self.ended.set()
 
     async def lines(self) -> list[Any]:
-        """All that came up to the end, out of the chunks of the body (RFC 9112, 7.1)."""
+        """Return the decoded chunks of the whole body (RFC 9112, 7.1)."""
         await self.ended.wait()
         body, rest = b"", b"".join(self.pieces)
         while rest != b"0\r\n\r\n":
@@ -139,7 +139,7 @@ class Wire:
 
 
 def detach(buffer: ChunkBuffer, place: Place) -> Wire:
-    """A connection that serves a reader with no task from this place on."""
+    """Return a connection that serves a reader from this place, without a task."""
     wire, reader = Wire(buffer), Reader(buffer, idle_timeout=TIMEOUT)
     reader.begin(place)
     wire.detached = Detached(wire, True, reader, LINES)
@@ -148,7 +148,7 @@ def detach(buffer: ChunkBuffer, place: Place) -> Wire:
 
 
 async def detached(buffer: ChunkBuffer, thread_id: str, message_id: str | None = None, **place: Any) -> list[Any]:
-    """All that a reader gets whom a connection serves with no task, from the place of a cursor on."""
+    """Return all that a connection sends to a reader after a cursor, without a task."""
     found = await buffer.locate(thread_id, message_id, **place)
     return [] if found.finished else await detach(buffer, found).lines()
 
@@ -159,25 +159,25 @@ def is_of_detached_reader(task: asyncio.Task[Any]) -> bool:
 
 
 async def locate_text(buffer: ChunkBuffer, thread_id: str, message_id: str, known: str) -> Any:
-    """Where a reader with this text begins: ``after`` it, with a ``reset`` or not."""
+    """Return the place from which a reader with this text reads on: ``after`` it, with a ``reset`` or not."""
     return await buffer.locate(thread_id, message_id, known_content=known)
 
 
-# What is inside
+# The inside
 
 
 def store_of(buffer: ChunkBuffer) -> Any:
-    """The seam between a buffer and its file, where a test may stop, count and fail what goes through."""
+    """Return the store, where a test may hold, count, or fail reads and commits."""
     return buffer.store
 
 
 async def on_writer(buffer: ChunkBuffer, work: Callable[[sqlite3.Connection], Any]) -> Any:
-    """What a function says of the connection that commits."""
+    """Return what a function returns for the connection that commits."""
     return await store_of(buffer).maintain(work)
 
 
 def kept_for_readers(buffer: ChunkBuffer) -> list[Any]:
-    """All that a buffer holds for the sake of those who read now, or watch for an end."""
+    """Return all that a buffer holds for readers, and for those who watch for an end."""
     return [*buffer.tails, *getattr(watcher_of(buffer), "_listener", watcher_of(buffer))._watched]
 
 
@@ -187,7 +187,7 @@ def watcher_of(buffer: ChunkBuffer) -> Any:
 
 
 class Polls:
-    """How often a buffer has looked whether another process has changed the file."""
+    """Counts how often a buffer looks whether another process has changed the file."""
 
     def __init__(self, buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
@@ -204,7 +204,7 @@ class Polls:
 
 
 class PageReads:
-    """How often a buffer has read a page from its store."""
+    """Counts how often a buffer reads a page from its store."""
 
     def __init__(self, buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
@@ -217,7 +217,7 @@ class PageReads:
 
 
 class CommitsAtOnce:
-    """Lets commits take no turn of the loop: what happens between two of them is then the same on any machine."""
+    """Lets a commit take no turn of the loop, so that the same happens between two commits on any machine."""
 
     def __init__(self, buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
         writer = store_of(buffer).writer
@@ -240,7 +240,7 @@ class CommitsAtOnce:
 
 
 class FailsOnce:
-    """Lets the buffer fail, once, to read what another process has changed."""
+    """Fails the first read of another process's change."""
 
     def __init__(self, buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
         self.has_failed = False
@@ -264,14 +264,14 @@ def impatient(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 
 
 def is_at_rest(db: Path | str) -> bool:
-    """That no other connection has a transaction open: one that reads keeps the WAL, one that writes keeps the lock."""
+    """Return True if no other connection has a transaction open. A reader keeps the WAL, and a writer the lock."""
     with contextlib.closing(sqlite3.connect(db, timeout=0, isolation_level=None)) as other:
         ((is_busy, _, _),) = other.execute("pragma wal_checkpoint(truncate)")
     return not is_busy
 
 
 def transactions_in(db: Path | str) -> list[int]:
-    """Where each transaction in the WAL ends: its last frame says how large the database is (fileformat2, 4)."""
+    """Return where each transaction in the WAL ends: its last frame has the size of the database (fileformat2, 4)."""
     wal = Path(f"{db}-wal").read_bytes()
     frame = 24 + int.from_bytes(wal[8:12])
     return [
@@ -282,7 +282,7 @@ def transactions_in(db: Path | str) -> list[int]:
 
 
 def history(db: Path | str, sql: str, folder: Path) -> list[Any]:
-    """What a query says after each transaction in the WAL, on copies of the files in this folder."""
+    """Return the result of a query after each transaction in the WAL, on copies of the files in this folder."""
     copy, answers = folder / "history.db", []
     for end in transactions_in(db):
         copy.write_bytes(Path(db).read_bytes())
@@ -293,5 +293,5 @@ def history(db: Path | str, sql: str, folder: Path) -> list[Any]:
 
 
 async def pack(buffer: ChunkBuffer) -> None:
-    """What the periodic task does with what has ended."""
+    """Pack ended messages, as the periodic task does."""
     await buffer.store.upkeep()

@@ -1,8 +1,8 @@
-"""Between a client and the service: a connection that is lost in a place of the test's choice.
+"""A proxy between a client and the service that cuts connections where the test says.
 
-``with Cutter(service.port) as cutter``: what connects to ``cutter.url`` is connected to the service.
-``cutter.cut(2, 5)`` cuts the next connection that is made once two events and five bytes have come back
-on it; ``cut(0)`` before the first byte. Connections after that are left alone.
+``with Cutter(service.port) as cutter`` connects clients of ``cutter.url`` with the service. ``cutter.cut(2, 5)`` cuts
+the next connection after two events and five bytes of its answer, and ``cut(0)`` before the first byte. Later
+connections stay whole.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Cutter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with suppress(OSError):  # nobody may be connected
+        with suppress(OSError):  # no client may be connected
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
@@ -68,7 +68,7 @@ class Cutter:
 
 
 def place_of(sent: bytes, events: int, more: int) -> int | None:
-    """Where so many events have ended, and some bytes after that; None where it is still to come."""
+    """Return the place so many events and bytes into the answer, or None if it has not come yet."""
     at = 0
     for _ in range(events):
         if (found := sent.find(b"\n\n", at)) < 0:

@@ -1,4 +1,4 @@
-"""Reading through the relay: what a plain client of an upstream sees, byte for byte."""
+"""A plain client of an upstream behind the relay. It sees every byte."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RETRY = b"retry: 1000\n"
 
 
 class Reading:
-    """An answer that is read event by event."""
+    """An answer that the test reads event by event."""
 
     def __init__(self, response: httpx.Response) -> None:
         self.response = response
@@ -27,11 +27,11 @@ class Reading:
 
     @property
     def ids(self) -> tuple[str, str]:
-        """Those of the thread and the message."""
+        """The ids of the thread and of the message."""
         return self.headers["resume-thread"], self.headers["resume-message"]
 
     def events(self, count: int) -> list[bytes]:
-        """The next so many, whole. Raises StopIteration at the end."""
+        """Read so many whole events. Raise StopIteration at the end."""
         found: list[bytes] = []
         while len(found) < count:
             event, end, rest = self._rest.partition(b"\n\n")
@@ -43,20 +43,20 @@ class Reading:
         return found
 
     def more(self) -> None:
-        """The next bytes. Raises StopIteration at the end."""
+        """Read the next bytes. Raise StopIteration at the end."""
         piece = next(self._pieces)
         self.seen += piece
         self._rest += piece
 
     def rest(self) -> bytes:
-        """To its end. Raises httpx.RemoteProtocolError where it is broken off."""
+        """Read to the end. Raise httpx.RemoteProtocolError if the body is broken off."""
         for piece in self._pieces:
             self.seen += piece
             self._rest += piece
         return self._rest
 
     def broken_rest(self) -> bytes:
-        """To where it is broken off."""
+        """Read to the place where the body is broken off."""
         with contextlib.suppress(httpx.RemoteProtocolError):
             self.rest()
             raise AssertionError(f"the body ended well: {self._rest!r}")
@@ -78,12 +78,12 @@ class Relay:
         self.http.close()
 
     def ask(self, recording: Recording, **headers: str) -> httpx.Response:
-        """The whole answer to what the recording answers."""
+        """Send the request of a recording, and return the whole answer."""
         return self.http.send(self._request(recording, headers))
 
     @contextlib.contextmanager
     def reading(self, recording: Recording, **headers: str) -> Iterator[Reading]:
-        """The answer, as it comes; at the end of the block its reader is gone."""
+        """Send the request of a recording, and read the answer as it comes. The connection ends with the block."""
         with httpx.Client(timeout=TIMEOUT) as http:
             response = http.send(self._request(recording, headers), stream=True)
             try:
@@ -101,7 +101,7 @@ class Relay:
         return next((found for found in status.get("messages", []) if found["messageId"] == message), {})
 
     def ended(self, thread: str, message: str) -> tuple[str, str | None]:
-        """How it ended, once it has."""
+        """Wait for the end of the message, and return its status and reason."""
         found = wait_until(lambda: (now := self.message(thread, message)).get("status") != "active" and now)
         return found["status"], found["reason"]
 
@@ -118,7 +118,7 @@ def relay(service: Service) -> Iterator[Relay]:
 
 
 def bare_events(recording: Recording) -> list[bytes]:
-    """Its events as this service passes them on, without their ids: no comments, no ids and paces of the upstream."""
+    """Return its events as the relay sends them, but without ids."""
     text = b"".join(piece for piece in recording.pieces if piece is not PAUSE)
     events = []
     for block in text.split(b"\n\n")[:-1]:
@@ -129,5 +129,5 @@ def bare_events(recording: Recording) -> list[bytes]:
 
 
 def framed(events: list[bytes], generation: str, first: int = 2) -> bytes:
-    """Events with our ids: the first place is that of the mark, which nobody sees."""
+    """Return the events with our ids. The mark, which no client sees, has the first place."""
     return b"".join(b"id: %s-%d\n%s" % (generation.encode(), seq, event) for seq, event in enumerate(events, first))

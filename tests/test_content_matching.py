@@ -1,4 +1,4 @@
-"""Resuming by the text that a reader has: right after it, wherever its chunks were cut; never a blind skip."""
+"""Resuming by known text: right after it, wherever its chunks are cut, and never with a silent gap."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STORES = ("sqlite", "redis")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, store: Callable[[], str]) -> Iterator[Callable[..., Any]]:
-    """Run a coroutine on the loop of one buffer that all of these tests share."""
+    """Return a function that runs a coroutine with a buffer that all of these tests share."""
     folder: Path = tmp_path_factory.mktemp("matching")
     buffer = ChunkBuffer(Settings(db=str(folder / "chunks.db"), store=store(), synchronous="NORMAL"))
     with asyncio.Runner() as runner:
@@ -30,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, store: Callable[[], str]) -> I
 
 
 async def put(buffer: ChunkBuffer, pieces: Sequence[Chunk | str], others: Sequence[str] = ()) -> None:
-    """The message "run" of a new thread, with another message's chunks between its own."""
+    """Write the message "run" of a new thread, with chunks of another message between its own."""
     for thread in (await buffer.get_threads()).threads:
         await buffer.clear_thread_buffer(thread.thread_id)
     for place, piece in enumerate(pieces):
@@ -41,7 +41,7 @@ async def put(buffer: ChunkBuffer, pieces: Sequence[Chunk | str], others: Sequen
 
 
 async def resumed(buffer: ChunkBuffer, known: str) -> list[Any]:
-    """What a reader with this text gets of a message that is still active: (seq, content) or a signal."""
+    """Return what a reader with this text gets of an active message: (seq, content), or a signal."""
     found = await take(buffer.resume_stream("thread", "run", known, idle_timeout=1e-9))
     assert found.pop() is Signal.TIMEOUT
     return found
@@ -64,9 +64,9 @@ ROCKET = "👩\u200d🚀"  # one grapheme of three characters, 11 bytes
         (["Hello", " world"], "Hello", [(2, " world")]),
         (["Hello", " world"], "Hello wor", [(2, "ld")]),
         (["Hello", " world"], "Hello world", []),
-        (["aaa", "aaa"], "aa", [(1, "a"), (2, "aaa")]),  # a prefix, though it occurs again
+        (["aaa", "aaa"], "aa", [(1, "a"), (2, "aaa")]),  # a prefix, although it occurs again
         (["aaa", "aaa"], "aaaaaa", []),
-        # the tail, once
+        # a tail that occurs once
         (["Hello", " world"], "lo wor", [(2, "ld")]),
         (["Hello", " world"], "world", []),
         (["Hello", " world"], "w", [(2, "orld")]),
@@ -83,7 +83,7 @@ ROCKET = "👩\u200d🚀"  # one grapheme of three characters, 11 bytes
         ([], "a", [RESET]),
         (["", ""], "", [(1, ""), (2, "")]),
         (["", ""], "a", [RESET, (1, ""), (2, "")]),
-        # text that is more than letters
+        # control characters, and characters of several bytes or code points
         (["a\r", "\nb\r\nc"], "a\r", [(2, "\nb\r\nc")]),
         (["a\r", "\nb\r\nc"], "a\r\nb\r", [(2, "\nc")]),
         (["a\r", "\nb"], "a\n", [RESET, (1, "a\r"), (2, "\nb")]),
@@ -92,7 +92,7 @@ ROCKET = "👩\u200d🚀"  # one grapheme of three characters, 11 bytes
         (["\0", "\0"], "\0", [(2, "\0")]),
         (["e", "\u0301x"], "e", [(2, "\u0301x")]),
         (["e\u0301x"], "e", [(1, "\u0301x")]),
-        (["e\u0301x"], "é", [RESET, (1, "e\u0301x")]),  # it looks the same, and is not
+        (["e\u0301x"], "é", [RESET, (1, "e\u0301x")]),  # it only looks the same
         ([ROCKET[:1], ROCKET[1:] + "!"], ROCKET[:2], [(2, "🚀!")]),
         ([ROCKET[:1], ROCKET[1:] + "!"], ROCKET, [(2, "!")]),
         (["🇪🇺🇪🇺"], "🇪🇺🇪", [(1, "🇺")]),
@@ -117,7 +117,7 @@ def test_empty_chunks_right_after_the_text_are_not_skipped(run: Callable[..., An
     assert run(resumed, "x") == [RESET, (1, ""), (2, "ab"), (3, ""), (4, ""), (5, "c"), (6, "")]
 
 
-def test_a_cut_chunk_keeps_its_event_and_the_end_is_delivered_to_one_who_has_all(run: Callable[..., Any]) -> None:
+def test_a_cut_chunk_keeps_its_event_and_a_reader_with_the_whole_text_gets_the_end(run: Callable[..., Any]) -> None:
     async def check(buffer: ChunkBuffer) -> None:
         await put(buffer, ["a", Chunk("bcd", "tool")])
         end = await buffer.complete_message("thread", "run")
@@ -129,13 +129,13 @@ def test_a_cut_chunk_keeps_its_event_and_the_end_is_delivered_to_one_who_has_all
     run(check)
 
 
-def test_other_messages_are_no_part_of_the_text(run: Callable[..., Any]) -> None:
+def test_other_messages_do_not_count_as_the_text(run: Callable[..., Any]) -> None:
     assert run(resume_of, ["ab", "cd", "ef"], "abc", ["x", "abc", "cd"]) == [(4, "d"), (6, "ef")]
     assert run(resumed, "cd") == [(6, "ef")], "once in this message, whatever the other one says"
     assert run(resumed, "xab") == [RESET, (2, "ab"), (4, "cd"), (6, "ef")]
 
 
-def test_a_reader_who_has_all_there_is_waits_for_what_comes_next(run: Callable[..., Any]) -> None:
+def test_a_reader_with_all_chunks_waits_for_the_next_one(run: Callable[..., Any]) -> None:
     async def check(buffer: ChunkBuffer) -> None:
         await put(buffer, ["ab"])
         reading = await attached(buffer, buffer.resume_stream("thread", "run", "ab"), 1)
@@ -162,14 +162,14 @@ def test_a_long_text_is_matched_too(run: Callable[..., Any]) -> None:
     run(check)
 
 
-# Few letters, so that texts occur in themselves; and all that makes cutting text hard.
+# Few letters, so that texts occur in themselves, and characters that are hard to cut.
 LETTERS = st.sampled_from(["a", "b", "é", "e", "\u0301", "\r", "\n", "\0", "漢", "😀", "👩", "\u200d", "🇪", "\ufeff"])
 PIECES = st.lists(st.text(LETTERS, max_size=5), max_size=8)
 
 
 @given(pieces=PIECES, others=st.lists(st.text(LETTERS, max_size=3), max_size=4))
 @how(max_examples=40, deadline=None)
-def test_what_follows_any_prefix_is_the_rest(run: Callable[..., Any], pieces: list[str], others: list[str]) -> None:
+def test_a_reader_with_any_prefix_gets_the_rest(run: Callable[..., Any], pieces: list[str], others: list[str]) -> None:
     text = "".join(pieces)
 
     async def check(buffer: ChunkBuffer) -> None:

@@ -21,7 +21,7 @@ Copied = Callable[[str | Path, str | Path], str]
 
 @pytest.fixture
 def copied(capsys: pytest.CaptureFixture[str]) -> Copied:
-    """Copy from one to the other; what was said about it."""
+    """Return a function that copies from one store to another, and returns what the command prints."""
 
     def copied(source: str | Path, target: str | Path) -> str:
         assert app.main(["copy", str(source), str(target)]) == 0
@@ -31,7 +31,7 @@ def copied(capsys: pytest.CaptureFixture[str]) -> Copied:
 
 
 def everything(client: httpx.Client) -> dict[str, Any]:
-    """All that can be asked of each thread, in the order in which threads are listed."""
+    """Return status, chunks, and content of each thread, in the order of the list."""
     listed = client.get("/threads").json()["threads"]
     return {
         thread["threadId"]: (
@@ -53,7 +53,7 @@ def fill(client: httpx.Client) -> None:
     client.put("/threads/opened/messages/run")
 
 
-def test_a_copy_is_like_what_it_was_copied_from_and_so_is_its_copy(
+def test_a_copy_equals_its_source_and_so_does_the_copy_of_the_copy(
     tmp_path: Path, redis_server: RedisServer, copied: Copied
 ) -> None:
     address, back = redis_server.address(), tmp_path / "back.db"
@@ -97,7 +97,7 @@ def test_readers_producers_and_their_retries_carry_on_with_the_copy(
             ]
 
 
-def test_a_second_copy_brings_what_is_new_and_drops_what_was_cleared(
+def test_a_second_copy_adds_new_chunks_and_drops_cleared_threads(
     tmp_path: Path, redis_server: RedisServer, copied: Copied
 ) -> None:
     address = redis_server.address()
@@ -122,7 +122,7 @@ def test_a_second_copy_brings_what_is_new_and_drops_what_was_cleared(
         assert found == {"grown": ["a", "b"], "both": ["a"], "of its own": ["x"]}
         append(there, "both", "run", "b")
         copied(service.db, address)
-        assert there.get("/threads/both/content").json()["content"] == "ab"  # as it went on there
+        assert there.get("/threads/both/content").json()["content"] == "ab"  # it went on there
 
 
 def test_a_file_with_threads_of_its_own_is_refused_and_stays_as_it_was(
@@ -139,7 +139,7 @@ def test_a_file_with_threads_of_its_own_is_refused_and_stays_as_it_was(
         assert connection.execute("select thread_id from threads").fetchall() == [("target.db",)]
 
 
-def test_what_is_no_store_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_source_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for source in (tmp_path / "none.db", __file__, f"unix://{tmp_path}/none.sock", "ftp://somewhere"):
         assert app.main(["copy", str(source), str(tmp_path / "target.db")]) == 1
         said = capsys.readouterr().err

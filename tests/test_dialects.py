@@ -1,4 +1,4 @@
-"""What the relay knows of other people's streams: how they are cut into events, end, and are asked for again."""
+"""The dialects of the relay: how streams are cut into events, how they end, and how clients ask for them again."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_stream_is_the_same_events_wherever_it_is_cut(end: str) -> None:
         assert [event for piece in pieces for event in events.feed(piece)] == EVENTS, size
 
 
-def test_an_event_over_the_limit_is_none_and_those_before_it_are() -> None:
+def test_events_before_one_over_the_limit_are_kept() -> None:
     events = Events(max_chunk=10)
     assert list(events.feed(b"data: %s\n\n" % (b"x" * 10))) == [Chunk("x" * 10)]
     rest = events.feed(b"data: a\n\ndata: %s\n\n" % (b"x" * 11))
@@ -98,21 +98,21 @@ def test_only_the_last_events_of_a_recording_end_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_an_error_is_known_and_has_its_words(name: str) -> None:
+def test_an_error_event_is_known_and_its_words_are_the_reason(name: str) -> None:
     (chunk,) = Events(10_000).feed(ERRORS[name])
     assert BY_NAME[name].end_of(chunk) in BY_NAME[name].aborts
     assert BY_NAME[name].reason_of(chunk) == "overloaded"
 
 
 @pytest.mark.parametrize("name", [name for name in ERRORS if BY_NAME[name].error])
-def test_what_is_said_of_an_error_is_known_as_one(name: str) -> None:
+def test_our_own_error_event_is_known_as_an_error(name: str) -> None:
     event, data = BY_NAME[name].error("upstream_lost", "It is lost.", {"sequence_number": 4})
     chunk = Chunk(json.dumps(data), event)
     assert BY_NAME[name].end_of(chunk) in BY_NAME[name].aborts
     assert BY_NAME[name].reason_of(chunk) == "It is lost."
 
 
-def test_a_text_that_has_the_words_of_an_end_is_none() -> None:
+def test_text_with_the_words_of_an_end_does_not_end_the_stream() -> None:
     chat, sdk = BY_NAME["openai-chat"], BY_NAME["ai-sdk"]
     assert chat.end_of(Chunk('{"choices":[{"delta":{"content":"an error: [DONE]"}}]}')) is None
     assert chat.end_of(Chunk('{"error":null,"choices":[]}')) is None
@@ -120,12 +120,12 @@ def test_a_text_that_has_the_words_of_an_end_is_none() -> None:
     assert chat.end_of(Chunk("error, and no JSON")) is None
 
 
-def test_every_dialect_has_a_name_of_its_own_and_the_last_is_any_other() -> None:
+def test_every_dialect_has_a_name_of_its_own_and_the_last_one_takes_all_other_streams() -> None:
     assert len(BY_NAME) == len(DIALECTS)
     assert DIALECTS[-1].name == "sse"
 
 
-def test_a_path_does_not_make_a_dialect_where_the_stream_is_another(relay: Relay, upstream: Upstream) -> None:
+def test_a_path_does_not_make_the_dialect_if_the_stream_is_of_another_one(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(Recording((b'data: {"hello":1}\n\n',), "/v1/responses"))
     answer = relay.ask(RESPONSES)
     assert relay.ended(answer.headers["resume-thread"], answer.headers["resume-message"]) == ("completed", None)
@@ -135,7 +135,7 @@ def test_a_path_does_not_make_a_dialect_where_the_stream_is_another(relay: Relay
 
 
 def of_response(name: str) -> Recording:
-    """A recording with an id of its own, which the tests of this file share no message by."""
+    """Return a recording with an id of its own, so that tests share no message."""
     pieces = tuple(piece.replace(b"resp_1", name.encode()) for piece in RESPONSES.pieces)
     return dataclasses.replace(RESPONSES, pieces=pieces)
 
@@ -172,7 +172,7 @@ def test_a_response_goes_on_while_it_is_being_made(relay: Relay, upstream: Upstr
     assert len(upstream.asked) == 1
 
 
-def test_a_cancelled_response_says_so_and_its_upstream_is_let_go(relay: Relay, upstream: Upstream) -> None:
+def test_a_cancelled_response_says_so_and_the_upstream_is_closed(relay: Relay, upstream: Upstream) -> None:
     recording = of_response("resp_cancelled")
     upstream.answer(recording.held(3), at="/v1/responses")
     upstream.answer(plain(404, {"error": {"message": "unknown"}}), at="/v1/responses/")
@@ -187,7 +187,7 @@ def test_a_cancelled_response_says_so_and_its_upstream_is_let_go(relay: Relay, u
     assert retrieve(relay, "resp_cancelled").json()["status"] == "cancelled"
 
 
-def test_an_upstream_that_knows_how_to_cancel_has_the_word(relay: Relay, upstream: Upstream) -> None:
+def test_an_upstream_that_can_cancel_answers_the_cancel_call(relay: Relay, upstream: Upstream) -> None:
     recording = of_response("resp_known")
     upstream.answer(recording.held(3), at="/v1/responses")
     upstream.answer(plain(200, {"id": "resp_known", "status": "cancelled", "by": "it"}), at="/v1/responses/")
@@ -206,7 +206,7 @@ def test_a_lost_response_has_failed(relay: Relay, upstream: Upstream) -> None:
     assert (lost["status"], lost["error"]["code"]) == ("failed", "upstream_lost")
 
 
-def test_a_response_that_is_not_here_is_asked_for(relay: Relay, upstream: Upstream) -> None:
+def test_a_response_that_is_not_recorded_is_asked_for(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(plain(200, {"id": "resp_theirs"}))
     assert retrieve(relay, "resp_theirs").json() == {"id": "resp_theirs"}
     upstream.answer(RESPONSES)
@@ -225,7 +225,7 @@ def live(relay: Relay, name: str) -> httpx.Response:
     return relay.http.get(f"{relay_url(relay.service)}/api/chat/{name}/stream")
 
 
-def test_a_chat_is_replayed_from_its_start_while_it_is_active_and_204_else(relay: Relay, upstream: Upstream) -> None:
+def test_a_chat_is_replayed_while_it_is_active_and_else_answered_with_204(relay: Relay, upstream: Upstream) -> None:
     recording = of_chat("chat-live")
     upstream.answer(recording.held(5), at="/api/chat")
     upstream.answer(plain(404, {}), at="/api/chat/")
@@ -246,7 +246,7 @@ def test_a_chat_is_replayed_from_its_start_while_it_is_active_and_204_else(relay
     assert len([asked for asked in upstream.asked if asked.method == "POST"]) == 1
 
 
-def test_a_chat_of_which_nothing_has_come_yet_is_waited_for(relay: Relay, upstream: Upstream) -> None:
+def test_a_resume_waits_for_the_first_event_of_a_chat(relay: Relay, upstream: Upstream) -> None:
     recording = of_chat("chat-early")
     upstream.answer(recording.held(0), at="/api/chat")
     upstream.answer(plain(404, {}), at="/api/chat/")
@@ -273,9 +273,7 @@ def test_a_stop_reaches_the_producer(relay: Relay, upstream: Upstream) -> None:
     wait_until(lambda: upstream.left == 1, "the upstream's connection is closed")
 
 
-def test_a_chat_whose_answer_failed_here_is_told_why_until_its_next_one_and_no_text_again(
-    relay: Relay, upstream: Upstream
-) -> None:
+def test_a_chat_is_told_why_its_last_answer_failed_without_the_text(relay: Relay, upstream: Upstream) -> None:
     recording = of_chat("chat-failed")
     upstream.answer(recording.broken(5), at="/api/chat")
     assert relay.ask(recording).content.count(b"text-delta") == 2
@@ -283,13 +281,13 @@ def test_a_chat_whose_answer_failed_here_is_told_why_until_its_next_one_and_no_t
         told = live(relay, "chat-failed")
         assert (told.status_code, told.headers["x-vercel-ai-ui-message-stream"]) == (200, "v1")
         assert told.content == b'data: {"type":"error","errorText":"The upstream broke the answer off."}\n\n'
-    for ended in (recording, recording.ended(5, ERRORS["ai-sdk"])):  # of its own error an upstream knows
+    for ended in (recording, recording.ended(5, ERRORS["ai-sdk"])):  # an upstream knows of its own error
         upstream.answer(ended, at="/api/chat")
         relay.ask(recording)
         assert live(relay, "chat-failed").status_code == 204
 
 
-def test_an_endpoint_whose_path_only_looks_like_a_chats_is_asked(relay: Relay, upstream: Upstream) -> None:
+def test_an_endpoint_whose_path_only_looks_like_a_chat_is_asked(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(plain(200, {"theirs": 1}))
     assert live(relay, "no-chat").json() == {"theirs": 1}
 
@@ -297,7 +295,7 @@ def test_an_endpoint_whose_path_only_looks_like_a_chats_is_asked(relay: Relay, u
 # AG-UI
 
 
-def test_of_one_run_after_the_other_the_last_has_to_end(relay: Relay, upstream: Upstream) -> None:
+def test_of_several_runs_in_one_stream_the_last_one_has_to_end(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(AG_UI.ended(6, *AG_UI.pieces[:3]))
     answer = relay.ask(AG_UI)
     assert b'"type":"RUN_ERROR"' in answer.content.split(b"\n\n")[-2]
@@ -309,9 +307,7 @@ def test_of_one_run_after_the_other_the_last_has_to_end(relay: Relay, upstream: 
     assert relay.ask(AG_UI).content.count(b"RUN_FINISHED") == 2
 
 
-def test_a_run_that_its_client_names_is_joined_by_that_name_wherever_it_is_asked_for(
-    relay: Relay, upstream: Upstream
-) -> None:
+def test_a_run_is_joined_by_the_name_that_its_client_gave_it(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(AG_UI.held(3))
     join = Recording((), "/agent?user=7&offset=-1&runId=run%3A1", "GET", b"")
     with relay.reading(AG_UI, X_Run_Id="run:1") as first:
@@ -325,16 +321,16 @@ def test_a_run_that_its_client_names_is_joined_by_that_name_wherever_it_is_asked
     assert [(asked.method, asked.headers["x-run-id"]) for asked in upstream.asked] == [("POST", "run:1")]
 
 
-def test_a_run_that_is_not_here_is_joined_at_the_upstream(relay: Relay, upstream: Upstream) -> None:
+def test_a_run_that_is_not_recorded_is_joined_at_the_upstream(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(plain(404, {"error": "no such run"}))
     answer = relay.ask(Recording((), "/agent?offset=-1&runId=theirs", "GET", b""))
     assert (answer.status_code, answer.json()) == (404, {"error": "no such run"})
     assert upstream.asked[0].target == "/agent?offset=-1&runId=theirs"
 
 
-def test_a_name_of_a_run_names_no_answer_of_another_dialect(relay: Relay, upstream: Upstream) -> None:
+def test_the_name_of_a_run_does_not_name_answers_of_other_dialects(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(CHAT)
-    for _ in range(2):  # as several calls of one run may have it, for a trace
+    for _ in range(2):  # for a trace, several calls of one run may have it
         relay.ask(CHAT, X_Run_Id="traced")
     assert len(upstream.asked) == 2
 
@@ -359,22 +355,22 @@ def test_a_run_is_joined_from_its_start_or_from_an_id(relay: Relay, upstream: Up
     assert len(upstream.asked) == 1
 
 
-def test_a_run_that_is_not_here_is_joined_there_and_then_here(relay: Relay, upstream: Upstream) -> None:
+def test_a_run_that_is_not_recorded_is_joined_at_the_upstream_and_recorded(relay: Relay, upstream: Upstream) -> None:
     join = dataclasses.replace(of_run("run-theirs"), path="/threads/t/runs/run-theirs/stream", method="GET", body=b"")
     upstream.answer(join)
     assert relay.ask(join, Last_Event_ID="-1").content == relay.ask(join).content
     assert len(upstream.asked) == 1
-    assert upstream.asked[0].headers["last-event-id"] == "-1"  # without it LangGraph would give only what is new
+    assert upstream.asked[0].headers["last-event-id"] == "-1"  # without it, LangGraph would send only new events
 
 
-def test_a_location_at_the_upstream_leads_here(relay: Relay, upstream: Upstream) -> None:
+def test_a_location_at_the_upstream_becomes_one_of_the_relay(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(of_run("run-absolute", upstream.url))
     answer = relay.ask(LANGGRAPH)
     assert answer.headers["location"] == "/threads/t/runs/run-absolute/stream"
     assert answer.headers["resume-message"] == "run-absolute"
 
 
-def test_a_cancelled_run_ends_here_and_there(relay: Relay, upstream: Upstream) -> None:
+def test_a_cancelled_run_ends_in_the_relay_and_at_the_upstream(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(of_run("run-cancel").held(2))
     upstream.answer(plain(202, {}), at="/threads/t/runs/run-cancel/cancel")
     with relay.reading(LANGGRAPH) as reading:
@@ -386,12 +382,12 @@ def test_a_cancelled_run_ends_here_and_there(relay: Relay, upstream: Upstream) -
     wait_until(lambda: upstream.left == 1, "the upstream's connection is closed")
 
 
-def test_a_run_that_nobody_knows_is_404(relay: Relay, upstream: Upstream) -> None:
+def test_an_unknown_run_is_404(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(plain(404, {"detail": "no"}))
     assert relay.ask(Recording((), "/threads/t/runs/nobodys/stream", "GET", b"")).status_code == 404
 
 
-def test_what_is_no_stream_of_a_run_is_asked_for(relay: Relay, upstream: Upstream) -> None:
+def test_other_calls_of_a_run_go_to_the_upstream(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(of_run("run-status"), at="/threads/t-1/runs/stream")
     upstream.answer(plain(200, {"status": "success"}), at="/threads/t/runs/run-status")
     relay.ask(LANGGRAPH)
@@ -401,7 +397,7 @@ def test_what_is_no_stream_of_a_run_is_asked_for(relay: Relay, upstream: Upstrea
 # Without the relay
 
 
-def test_a_producers_own_parts_are_the_same_to_a_client_that_knows_only_them(
+def test_a_client_of_the_dialect_reads_chunks_that_a_producer_appended(
     relay: Relay, client: httpx.Client, thread: str
 ) -> None:
     chunks = [{"content": data} for data in AI_SDK.data]

@@ -558,8 +558,11 @@ def test_an_append_ends_with_its_token_whatever_the_rest_of_its_body_is(guarded:
         answers = [link.send(rest).answer() for link in links]
     assert answers[0] == answers[1]
     assert answers[0].status == 401
-    assert b"\r\nwww-authenticate: Bearer\r\n" in answers[0].head
-    assert b"has expired" in answers[0].body
+    assert b"\r\nwww-authenticate: Bearer\r\ncontent-type: application/problem+json\r\n" in answers[0].head
+    assert answers[0].body == (
+        b'{"status":401,"title":"Unauthorized",'
+        b'"detail":"The token has expired; get a new one, and carry on from the cursor."}'
+    )
     assert b'"chunks":[]' in guarded.both(stored, thread, token()).body
 
 

@@ -1,4 +1,4 @@
-"""What one asks for that takes long: it holds up nobody else, and is not done once nobody waits for it."""
+"""Heavy reads and writes: they hold up no one else, and stop when no one waits for them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FOR_EVER = (
 
 
 class SlowRead:
-    """A heavy read that goes on until it is let go, or interrupted."""
+    """A heavy read that goes on until the test lets it go, or something interrupts it."""
 
     def __init__(self) -> None:
         self.began, self.go = threading.Event(), threading.Event()
@@ -40,7 +40,7 @@ class SlowRead:
         return 0
 
 
-async def test_a_read_that_takes_long_holds_up_neither_appends_nor_readers(buffer: ChunkBuffer) -> None:
+async def test_a_long_read_holds_up_neither_appends_nor_readers(buffer: ChunkBuffer) -> None:
     await buffer.add_chunks("t", "m", ["text"])
     slow = SlowRead()
     reading = asyncio.create_task(store_of(buffer).read(slow, heavy=True))
@@ -54,7 +54,7 @@ async def test_a_read_that_takes_long_holds_up_neither_appends_nor_readers(buffe
         await reading
 
 
-async def test_what_nobody_waits_for_any_more_is_interrupted_or_passed_over(buffer: ChunkBuffer) -> None:
+async def test_a_read_that_no_one_waits_for_is_interrupted_or_skipped(buffer: ChunkBuffer) -> None:
     first, passed_over, last = SlowRead(), SlowRead(), SlowRead()
     last.go.set()
     readings = [asyncio.create_task(store_of(buffer).read(slow, heavy=True)) for slow in (first, passed_over, last)]
@@ -66,7 +66,7 @@ async def test_what_nobody_waits_for_any_more_is_interrupted_or_passed_over(buff
     assert (first.runs, passed_over.runs) == (1, 0)
 
 
-async def test_a_buffer_is_left_at_once_whatever_it_was_asked_for(make_buffer: Any) -> None:
+async def test_a_buffer_closes_at_once_in_spite_of_long_reads(make_buffer: Any) -> None:
     buffer = make_buffer()
     async with buffer:
         slow = SlowRead()
@@ -79,7 +79,7 @@ async def test_a_buffer_is_left_at_once_whatever_it_was_asked_for(make_buffer: A
     assert all(isinstance(outcome, app.Unavailable) for outcome in outcomes)
 
 
-async def test_there_is_a_number_of_chunks_that_one_append_may_have(buffer: ChunkBuffer) -> None:
+async def test_an_append_may_have_a_limited_number_of_chunks(buffer: ChunkBuffer) -> None:
     most = app._MAX_CHUNKS
     with pytest.raises(app.TooLarge, match="send them in parts"):
         await buffer.add_chunks("t", "m", [Chunk("")] * (most + 1))
@@ -93,7 +93,7 @@ async def test_chunks_without_text_fill_a_message_too(make_buffer: Any) -> None:
             await buffer.add_chunks("t", "m", [""])
 
 
-async def test_a_thread_tells_of_its_messages_by_pages(buffer: ChunkBuffer) -> None:
+async def test_a_status_lists_messages_page_by_page(buffer: ChunkBuffer) -> None:
     for number in range(5):
         await buffer.open_message("t", f"m{number}")
     seen: list[str] = []
@@ -107,7 +107,7 @@ async def test_a_thread_tells_of_its_messages_by_pages(buffer: ChunkBuffer) -> N
     assert seen == [f"m{number}" for number in range(5)]
 
 
-async def test_the_text_of_a_message_deleted_by_hand_is_never_anothers(buffer: ChunkBuffer) -> None:
+async def test_a_new_message_never_gets_the_text_of_one_deleted_by_hand(buffer: ChunkBuffer) -> None:
     await buffer.add_chunks("t", "deleted", ["old text"])
     with sqlite3.connect(buffer.settings.db) as shell:
         app.open_packs(shell)
@@ -118,9 +118,7 @@ async def test_the_text_of_a_message_deleted_by_hand_is_never_anothers(buffer: C
     assert [item.seq async for item in buffer.resume_stream("t", "new")] == [2, 3]
 
 
-async def test_what_the_store_refuses_for_now_is_recorded_once_it_takes_it(
-    make_buffer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_recording_waits_while_the_store_refuses_it(make_buffer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     impatient(monkeypatch, 0.01)
     async with make_buffer() as buffer:
         other = sqlite3.connect(buffer.settings.db, isolation_level=None)
@@ -151,8 +149,8 @@ async def test_what_the_store_refuses_for_now_is_recorded_once_it_takes_it(
         assert ((await buffer.get_accumulated_content("t")).content, status) == ("one two three", "completed")
 
 
-async def test_erasing_a_little_of_a_large_file_holds_up_nobody(buffer: ChunkBuffer) -> None:
-    """Each of its steps is a bounded one, after which whoever waits has a turn."""
+async def test_erasing_in_a_large_file_holds_up_no_one(buffer: ChunkBuffer) -> None:
+    """Each step of the erasure is bounded, and others have a turn between two steps."""
     await buffer.add_chunks("small", "m", ["text"])
     for number in range(8):
         await buffer.add_chunks("large", f"m{number}", ["x" * 2**20] * 8)

@@ -37,7 +37,7 @@ STORES = ("sqlite", "redis")
 
 
 def said(item: Any) -> Any:
-    """What a reader is told, without places: text, ``(event, text)``, ``END status reason``, or a Signal."""
+    """Return an item without its place: text, ``(event, text)``, ``END status reason``, or a Signal."""
     if isinstance(item, StoredChunk):
         return (item.event, item.content) if item.event else item.content
     return f"END {item.status} {item.reason}" if isinstance(item, MessageEnd) else item
@@ -157,7 +157,7 @@ async def test_bad_input_is_a_clear_error_and_changes_nothing(make_buffer: Any, 
         lambda buffer: buffer.clear_thread_buffer("\ud800"),
     ],
 )
-async def test_an_id_that_cannot_be_stored_harms_nobody_else(buffer: ChunkBuffer, call: Any) -> None:
+async def test_an_id_that_cannot_be_stored_harms_no_other_call(buffer: ChunkBuffer, call: Any) -> None:
     outcome, appended = await asyncio.gather(
         call(buffer), buffer.add_chunks("t", "m", ["text"]), return_exceptions=True
     )
@@ -205,7 +205,7 @@ async def test_a_reader_gets_what_it_does_not_have_yet(buffer: ChunkBuffer, argu
     assert await take(buffer.resume_stream("t", "m", **arguments)) == gets
 
 
-async def test_a_reader_waits_for_what_is_not_written_yet(buffer: ChunkBuffer) -> None:
+async def test_a_reader_waits_for_new_chunks(buffer: ChunkBuffer) -> None:
     await buffer.open_message("t", "m")
     reading = await attached(buffer, buffer.resume_stream("t", "m"), shape=said)
     await buffer.add_chunks("t", "other", ["not for this one"], complete=True)
@@ -217,7 +217,7 @@ async def test_a_reader_waits_for_what_is_not_written_yet(buffer: ChunkBuffer) -
 
 
 async def test_readers_that_come_at_any_time_get_everything_once(buffer: ChunkBuffer) -> None:
-    """Some of it is in memory by then, for those who came before, and some is not."""
+    """Some of it is in memory for earlier readers, and some is not."""
     readings = []
     for number in range(8):
         await buffer.add_chunks("t", f"m{number % 2}", [f"{number}", "-"])
@@ -233,7 +233,7 @@ async def test_readers_that_come_at_any_time_get_everything_once(buffer: ChunkBu
         assert await reading == [*(text for place, text in places if place > after), "END completed None"]
 
 
-async def test_a_thread_is_followed_beyond_the_end_of_each_of_its_messages(buffer: ChunkBuffer) -> None:
+async def test_a_reader_of_a_thread_goes_on_after_the_end_of_a_message(buffer: ChunkBuffer) -> None:
     await buffer.open_message("t", "last")
     reading = await attached(buffer, follow(buffer, "t", idle_timeout=10))
     for message_id in ("m", "n", "last"):
@@ -268,7 +268,7 @@ async def test_a_cursor_outlives_the_process_but_not_the_thread(make_buffer: Any
         assert await take(buffer.resume_stream("t", "m", after=cursor)) == everything
 
 
-async def test_too_many_readers_are_refused_and_one_may_come_when_another_has_left(make_buffer: Any) -> None:
+async def test_a_reader_over_the_limit_is_refused_until_another_leaves(make_buffer: Any) -> None:
     async with make_buffer(max_readers=1) as buffer:
         await buffer.add_chunks("t", "m", ["text"])
         first = buffer.resume_stream("t", "m")
@@ -280,7 +280,7 @@ async def test_too_many_readers_are_refused_and_one_may_come_when_another_has_le
         assert await take(buffer.resume_stream("t", "m"), 1) == ["text"]
 
 
-async def test_leaving_the_buffer_ends_its_readers_without_an_end(make_buffer: Any) -> None:
+async def test_closing_the_buffer_ends_readers_without_an_end(make_buffer: Any) -> None:
     async with make_buffer() as buffer:
         await buffer.add_chunks("t", "m", ["text"])
         reading = await Reading(buffer.resume_stream("t", "m"), shape=said).has("text")
@@ -302,7 +302,7 @@ async def test_leaving_the_buffer_ends_its_readers_without_an_end(make_buffer: A
         lambda buffer: take(buffer.resume_stream("t", "m", "text")),
     ],
 )
-async def test_a_call_after_the_buffer_was_left_is_refused_with_the_reason(make_buffer: Any, call: Any) -> None:
+async def test_a_call_to_a_closed_buffer_is_refused_with_the_reason(make_buffer: Any, call: Any) -> None:
     async with make_buffer() as buffer:
         await buffer.add_chunks("t", "m", ["text"])
     with pytest.raises(app.Unavailable, match="stopping"):
@@ -324,7 +324,7 @@ async def test_a_call_after_the_buffer_was_left_is_refused_with_the_reason(make_
         lambda buffer: buffer.store.probe(),
     ],
 )
-async def test_a_call_before_the_buffer_was_entered_says_how_that_is_done(make_buffer: Any, call: Any) -> None:
+async def test_a_call_to_a_buffer_that_is_not_open_says_how_to_open_it(make_buffer: Any, call: Any) -> None:
     buffer = make_buffer()
     with pytest.raises(Problem, match="async with ChunkBuffer"):
         async with asyncio.timeout(5):
@@ -366,7 +366,7 @@ async def test_threads_and_their_messages_are_listed(buffer: ChunkBuffer) -> Non
 
 
 class Source:
-    """An agent that says what it is given, piece by piece, and remembers how it was left."""
+    """An agent that says what the test gives it, and knows whether it was closed."""
 
     def __init__(self, *pieces: Any) -> None:
         self.pieces: asyncio.Queue[Any] = asyncio.Queue()
@@ -387,7 +387,7 @@ class Source:
             self.closed.set()
 
 
-async def test_an_agents_stream_is_yielded_stored_and_completed(buffer: ChunkBuffer) -> None:
+async def test_agent_stream_yields_stores_and_completes(buffer: ChunkBuffer) -> None:
     pieces = ["Hel", "lo", Chunk("{}", "tool"), ""]
     source = Source(*pieces, None)
     assert [piece async for piece in buffer.agent_stream("t", "m", source())] == pieces
@@ -395,9 +395,7 @@ async def test_an_agents_stream_is_yielded_stored_and_completed(buffer: ChunkBuf
     assert source.closed.is_set()
 
 
-async def test_what_an_agents_stream_yields_is_committed_and_comes_while_the_source_goes_on(
-    buffer: ChunkBuffer,
-) -> None:
+async def test_agent_stream_yields_committed_pieces_while_the_source_goes_on(buffer: ChunkBuffer) -> None:
     source = Source("one")
     async with aclosing(buffer.agent_stream("t", "m", source())) as pieces:
         assert await anext(pieces) == "one"
@@ -408,7 +406,7 @@ async def test_what_an_agents_stream_yields_is_committed_and_comes_while_the_sou
 
 
 class Unasked:
-    """A source that must not be asked for anything."""
+    """A source that nothing may ask for a piece."""
 
     closed = False
 
@@ -424,7 +422,7 @@ class Unasked:
     [(["text"], True, "was completed, and an end is final"), (["text"], False, "has 1 chunks already")],
     ids=["ended", "begun"],
 )
-async def test_an_agents_stream_is_refused_where_it_would_be_lost_or_stored_twice(
+async def test_agent_stream_refuses_a_message_that_has_ended_or_has_chunks(
     buffer: ChunkBuffer, stored: list[str], ended: bool, says: str
 ) -> None:
     await buffer.add_chunks("t", "m", stored, complete=ended)
@@ -435,7 +433,7 @@ async def test_an_agents_stream_is_refused_where_it_would_be_lost_or_stored_twic
     assert await text_of(buffer) == "text"
 
 
-async def test_an_agents_stream_goes_into_a_message_that_was_opened_for_its_readers(buffer: ChunkBuffer) -> None:
+async def test_agent_stream_writes_into_a_message_that_is_open(buffer: ChunkBuffer) -> None:
     await buffer.add_chunks("t", "other", ["x"])
     await buffer.open_message("t", "m")
     assert [piece async for piece in buffer.agent_stream("t", "m", Source("text", None)())] == ["text"]
@@ -503,7 +501,7 @@ async def test_an_end_from_outside_closes_the_source_at_once_even_while_it_is_bl
             await buffer.get_thread_status("t")
 
 
-async def test_leaving_the_buffer_closes_the_source_and_leaves_the_message_active(make_buffer: Any) -> None:
+async def test_closing_the_buffer_closes_the_source_and_leaves_the_message_active(make_buffer: Any) -> None:
     source = Source("one")
     async with make_buffer() as buffer:
         pieces = buffer.agent_stream("t", "m", source())
@@ -527,7 +525,7 @@ async def test_a_cancelled_append_leaves_nothing_open_wherever_it_was(buffer: Ch
         appending.cancel()
         await asyncio.wait([appending])
         appended = await buffer.add_chunks("t", "m", ["next"])
-        assert buffer.settings.store or is_at_rest(buffer.settings.db)
+        await until(lambda: buffer.settings.store or is_at_rest(buffer.settings.db), "the end of every transaction")
         stored = appended.seq
         assert appended.chunk_count == stored
     assert 12 <= stored <= 24
@@ -566,19 +564,21 @@ async def test_cancelled_calls_leave_the_buffer_in_order(buffer: ChunkBuffer, ca
 
 @contextlib.contextmanager
 def nothing_is_committed(db: str) -> Iterator[None]:
-    """While another process has the database locked."""
+    """Lock the database as another process would."""
     with contextlib.closing(sqlite3.connect(db, isolation_level=None)) as other:
         other.execute("begin immediate")
         yield
 
 
 @pytest.mark.sqlite
-async def test_what_waits_to_be_committed_is_bounded(buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was let in is committed by a buffer that is told to stop; what waited for room was never kept."""
+async def test_appends_that_wait_for_their_commit_are_bounded(
+    buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A buffer that is told to stop commits the appends that it let in, and refuses those that wait for room."""
     monkeypatch.setattr(app, "_PENDING_BYTES", 5_000)
     size = 936  # and 64 for the chunk itself
     await asyncio.gather(*(buffer.add_chunks("t", "m", ["x" * size]) for _ in range(100)))
-    assert (await buffer.get_thread_status("t")).chunk_count == 100  # slowed, and not refused
+    assert (await buffer.get_thread_status("t")).chunk_count == 100  # slowed, not refused
     with nothing_is_committed(buffer.settings.db):
         appends = [asyncio.create_task(buffer.add_chunks("t", "n", ["x" * size])) for _ in range(100)]
         for _ in range(1000):  # turns of the loop, in which all of them would be let in if there were no bound
@@ -588,7 +588,7 @@ async def test_what_waits_to_be_committed_is_bounded(buffer: ChunkBuffer, monkey
     let_in = [outcome for outcome in outcomes if isinstance(outcome, Appended)]
     assert all(isinstance(outcome, app.Unavailable) for outcome in outcomes if outcome not in let_in)
     assert (await buffer.get_thread_status("t")).messages[1].chunk_count == len(let_in)
-    assert 2 < len(let_in) <= 2 * (5 + 1)  # the limit, and the one that goes over it; as many were being committed
+    assert 2 < len(let_in) <= 2 * (5 + 1)  # up to the limit and one more, both in the queue and in the commit
 
 
 async def test_producers_that_wait_for_room_are_refused_when_the_buffer_stops(
@@ -618,7 +618,7 @@ def broken() -> str:
     raise LookupError("my own error")
 
 
-async def test_the_routes_are_mounted_beside_somebodys_own(make_buffer: Any) -> None:
+async def test_the_routes_can_be_mounted_beside_those_of_another_app(make_buffer: Any) -> None:
     buffer = make_buffer()
     app = Litestar([home, broken, router(buffer, "/streams/v1")], lifespan=[buffer], logging_config=None)
     async with AsyncTestClient(app, raise_server_exceptions=False) as client:
@@ -663,7 +663,7 @@ def test_records_are_camel_case_on_the_wire() -> None:
     )
 
 
-async def test_one_text_is_no_list_of_chunks(buffer: ChunkBuffer) -> None:
+async def test_a_text_in_place_of_a_list_of_chunks_is_refused(buffer: ChunkBuffer) -> None:
     with pytest.raises(Problem) as refused:
         await buffer.add_chunks("t", "run", "abc")
     assert "put it in a list" in refused.value.detail

@@ -1,4 +1,4 @@
-"""The limits: at each one all is well, one over it is refused and changes nothing, and room made is room again."""
+"""The limits: each one is allowed exactly, one more is refused and changes nothing, and freed room can be used."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ WAYS = [by_json, by_ndjson, by_text, by_websocket]
 
 @pytest.mark.parametrize("letter", ["x", "é", "€", "😀"])
 @pytest.mark.parametrize("send", [by_json, by_ndjson, by_websocket])
-def test_a_chunk_of_max_chunk(client: httpx.Client, thread: str, send: Send, letter: str) -> None:
-    """In bytes of UTF-8, not in characters."""
+def test_a_chunk_may_have_max_chunk_and_no_more(client: httpx.Client, thread: str, send: Send, letter: str) -> None:
+    """The limit counts bytes of UTF-8, not characters."""
     size = len(letter.encode())
     most = letter * (CHUNK // size) + "x" * (CHUNK % size)
     assert send(client, thread, [most]) == (201, "")
@@ -86,7 +86,7 @@ def test_a_chunk_of_max_chunk(client: httpx.Client, thread: str, send: Send, let
 
 
 @pytest.mark.parametrize("send", [by_json, by_websocket])
-def test_all_or_nothing(client: httpx.Client, thread: str, send: Send) -> None:
+def test_an_append_with_one_bad_chunk_stores_none(client: httpx.Client, thread: str, send: Send) -> None:
     assert send(client, thread, ["a", "x" * (CHUNK + 1), "b"])[0] == 413
     assert client.get(f"/threads/{thread}").status_code == 404
 
@@ -105,7 +105,7 @@ def weight_of(client: httpx.Client, thread: str) -> int:
 
 
 @pytest.mark.parametrize("send", WAYS)
-def test_a_message_of_max_message(client: httpx.Client, thread: str, send: Send) -> None:
+def test_a_message_may_have_max_message_and_no_more(client: httpx.Client, thread: str, send: Send) -> None:
     most = ["é" * 50, "x" * 100, "y" * 50]
     assert send(client, thread, most) == (201, "")
     while (left := MESSAGE - weight_of(client, thread)) > WEIGHT:
@@ -115,7 +115,7 @@ def test_a_message_of_max_message(client: httpx.Client, thread: str, send: Send)
     assert status == 413
     assert "max_message" in detail
     assert client.get(f"/threads/{thread}").json() == before
-    # It can still end, and another message is not concerned.
+    # The message can still end, and another one can grow.
     assert client.post(message_path(thread, "run", "complete")).status_code == 200
     assert append(client, thread, "another", "z").status_code == 201
 
@@ -137,7 +137,7 @@ def test_a_message_opened_with_too_long_a_first_upload_is_not_made(client: httpx
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_json_body_of_max_body(client: httpx.Client, thread: str, chunked: bool) -> None:
+def test_a_json_body_may_have_max_body_and_no_more(client: httpx.Client, thread: str, chunked: bool) -> None:
     def send(size: int) -> httpx.Response:
         body = b'{"content": "x"}'.ljust(size)
         content = iter([body[:700], body[700:]]) if chunked else body
@@ -158,13 +158,13 @@ def test_every_json_body_has_the_limit(client: httpx.Client, thread: str, call: 
     assert client.get(f"/threads/{thread}").json()["status"] == "active"
 
 
-def test_streamed_bodies_have_no_limit_but_those_of_chunk_and_message(client: httpx.Client, thread: str) -> None:
+def test_a_streamed_body_is_limited_only_by_its_chunks_and_its_message(client: httpx.Client, thread: str) -> None:
     body = b'{"content": "x"}\n\n'.rjust(64 * BODY, b"\n")
     assert client.post(message_path(thread, "run"), content=body, headers=NDJSON).status_code == 201
 
 
 def test_an_endless_line_is_refused(client: httpx.Client, thread: str) -> None:
-    """Without keeping all of it."""
+    """The service does not keep all of the line."""
     pieces = iter([b'{"content": "', *([b"x" * 4096] * 2000)])
     with contextlib.suppress(httpx.WriteError):  # it is refused before it ends
         refused = client.post(message_path(thread, "run"), content=pieces, headers=NDJSON)
@@ -172,14 +172,14 @@ def test_an_endless_line_is_refused(client: httpx.Client, thread: str) -> None:
     assert client.get(f"/threads/{thread}").status_code == 404
 
 
-def test_the_longest_line_is_not_too_long(client: httpx.Client, thread: str) -> None:
-    """JSON takes up to six bytes for one."""
+def test_the_longest_line_that_a_chunk_can_take_is_accepted(client: httpx.Client, thread: str) -> None:
+    """JSON takes up to six bytes for a byte of text."""
     line = b'{"content": "%s", "event": "%s"}\n' % (b"\\u0041" * CHUNK, b"\\u0042" * 170)
     assert client.post(message_path(thread, "run"), content=line, headers=NDJSON).status_code == 201
     assert contents(client, thread) == ["A" * CHUNK]
 
 
-def test_a_frame_of_max_body(client: httpx.Client, thread: str) -> None:
+def test_a_frame_may_have_max_body_and_no_more(client: httpx.Client, thread: str) -> None:
     text = json.dumps(append_frame(thread, ["x"]))
     assert ask(client, text.ljust(BODY))[0]["type"] == "appended"
     with pytest.raises(ConnectionClosed) as closed:
@@ -192,7 +192,7 @@ def test_a_frame_of_max_body(client: httpx.Client, thread: str) -> None:
 
 
 def fill(client: httpx.Client, text: str = "x" * 20_000) -> tuple[int, httpx.Response]:
-    """Append until it is refused; how many were acknowledged, and the refusal."""
+    """Append until an append is refused. Return how many were acknowledged, and the refusal."""
     for number in range(1000):
         answer = append(client, f"fill-{number % 3}", "run", text)
         if answer.status_code != 201:
@@ -214,9 +214,9 @@ def test_a_full_database_takes_appends_again_once_there_is_room(
         status, document = problem(refusal)
         assert status == 507
         assert "max_db" in document["detail"]
-        # Nothing that was acknowledged is lost, and nothing of the refused is there.
+        # Every acknowledged append is there, and nothing of the refused one.
         assert sum(len(contents(client, f"fill-{number}")) for number in range(3)) == acknowledged
-        # By every way, and however often.
+        # By every call, and on every try.
         large = "y" * 50_000
         for send in WAYS:
             assert send(client, "more", [large])[0] == 507
@@ -250,8 +250,8 @@ def test_a_stream_goes_on_over_a_full_database(start_service: Callable[..., Serv
 
 
 @pytest.mark.sqlite
-def test_a_size_that_holds_no_database_is_refused(start_service: Callable[..., Service]) -> None:
-    """Not taken for no limit at all."""
+def test_a_max_db_that_holds_no_database_is_refused(start_service: Callable[..., Service]) -> None:
+    """It does not count as "no limit"."""
     with pytest.raises(RuntimeError, match=r"max_db|max-db"):
         start_service("--max-db", "1KiB")
 
@@ -290,7 +290,7 @@ READINGS: dict[str, tuple[str, Any]] = {
 
 
 @pytest.mark.parametrize("reading", READINGS)
-def test_one_reader_too_many_is_asked_to_come_again(none_reading: Service, reading: str) -> None:
+def test_a_reader_over_max_readers_is_told_to_come_back(none_reading: Service, reading: str) -> None:
     path, body = READINGS[reading]
     with Stream(none_reading, "/threads/t/stream") as first, Stream(none_reading, "/threads/t/stream") as second:
         assert [first.status, second.status] == [200, 200]
@@ -302,7 +302,7 @@ def test_one_reader_too_many_is_asked_to_come_again(none_reading: Service, readi
         assert readers(none_reading) == 2
         second.close()
         wait_until(lambda: readers(none_reading) == 1)
-        if "wait=" not in path:  # which answers when there is something
+        if "wait=" not in path:  # which answers only once there is something new
             with Stream(none_reading, path, body=body) as third:
                 assert third.status == 200
                 assert third.line() == b"retry: 1000\n"
@@ -339,8 +339,8 @@ def test_readers_that_come_at_the_same_time_do_not_pass_the_limit(none_reading: 
     assert statuses.count(b"503") == 38
 
 
-def test_full_of_readers_it_still_serves_all_others(none_reading: Service) -> None:
-    """No reader can hurt the producer, nor one who only looks."""
+def test_a_service_full_of_readers_serves_all_other_calls(none_reading: Service) -> None:
+    """Readers hurt no producer, and no one who asks for a page."""
     with api_client(none_reading) as client, contextlib.ExitStack() as exits:
         for _ in range(2):
             exits.enter_context(Stream(none_reading, "/threads/t/stream")).frame()

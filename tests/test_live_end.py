@@ -1,4 +1,4 @@
-"""The live end of a thread: what is uploaded reaches all who follow it out of memory, however many they are."""
+"""The live end of a thread: an upload reaches all readers from memory, however many they are."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from wire import NDJSON, message_path
 
 pytestmark = pytest.mark.anyio
 
-READERS = 400  # who are called in so many turns of the loop that, meanwhile, more is committed than is kept for them
+READERS = 400  # so many that more is committed, while they are woken, than is kept for them
 LINE = 64 * 1024
 SIZES = {  # of an upload: lines in a piece of it, and pieces
-    "of what is much to send": (2, 3),
-    "of more than is kept": (4, 8),
-    "of pieces that each are more than is kept": (20, 2),
+    "with much to send": (2, 3),
+    "with more than is kept": (4, 8),
+    "with pieces that each are more than is kept": (20, 2),
 }
 
 
@@ -35,7 +35,7 @@ def pieces(request: pytest.FixtureRequest) -> list[list[str]]:
 
 
 async def upload(buffer: ChunkBuffer, pieces: list[list[str]]) -> None:
-    """Its last piece completes the message."""
+    """Upload the pieces. The last one completes the message."""
 
     async def body() -> AsyncIterator[bytes]:
         for piece in pieces:
@@ -52,7 +52,7 @@ def expected(pieces: list[list[str]]) -> list[Any]:
     return [*enumerate(texts, 1), (len(texts) + 1, "completed")]
 
 
-async def test_an_upload_reaches_many_readers_on_their_connections_from_memory(
+async def test_an_upload_reaches_many_detached_readers_from_memory(
     buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch, pieces: list[list[str]]
 ) -> None:
     await buffer.add_chunks("t", "m", ["first"])

@@ -28,7 +28,7 @@ THREADS = st.sampled_from(["t", "ü"])
 MESSAGES = st.sampled_from(["m", "n"])
 TEXTS = st.text(alphabet=["a", "b", "\0", "\r", "\n", "é", "\u0301", "🌊"], max_size=4)
 CHUNKS = st.lists(st.builds(Chunk, TEXTS, st.sampled_from([None, None, None, "tool"])), max_size=4)
-WAIT = 3.0  # seconds after which something that has to come is missing
+WAIT = 3.0  # seconds after which something is missing
 until = partial(conftest.until, seconds=WAIT)
 
 
@@ -85,7 +85,7 @@ class Model:
     def append(
         self, thread_id: str, message_id: str, chunks: list[Chunk], index: int | None, complete: bool
     ) -> tuple[int, int, str]:
-        """(seq, chunk_count, status), as the producer is to be answered."""
+        """Return (seq, chunk_count, status) of the expected answer. Raise Refused if it is an error."""
         try:
             _, message = self.find(thread_id, message_id)
         except Refused:
@@ -156,12 +156,12 @@ class Reader:
 
     @property
     def told(self) -> bool:
-        """That there is no such thread or message any more."""
+        """True if the reader was told that its thread or message is gone."""
         return self.gone or self.missing
 
     @property
     def has_left(self) -> bool:
-        """Rightly: it was told to, or its message has ended. (A thread's follower stays.)"""
+        """True if the reader left as it should: it was told to, or its message ended. A follower of a thread stays."""
         return self.told or (self.message_id is not None and self.task.done())
 
     async def drop(self) -> None:
@@ -180,7 +180,7 @@ def plain(entry: StoredChunk | MessageEnd) -> tuple[int, str, Any]:
 
 
 class BufferIsLikeItsModel(RuleBasedStateMachine):
-    address = staticmethod(str)  # of a store that holds nothing yet: a SQLite file
+    address = staticmethod(str)  # of an empty store: a SQLite file
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class BufferIsLikeItsModel(RuleBasedStateMachine):
         await self.buffer.__aexit__(None, None, None)
 
     def same(self, call: Any, expected: Any) -> None:
-        """The call is answered, or refused, as the model says."""
+        """Check that the call is answered or refused as the model says."""
         try:
             wants = expected()
         except Refused as refused:
@@ -261,7 +261,7 @@ class BufferIsLikeItsModel(RuleBasedStateMachine):
     def retry(
         self, thread_id: str, message_id: str, again: int, chunks: list[Chunk], gap: int, spoil: bool, complete: bool
     ) -> None:
-        """The last chunks again, and some more after them; or something else, or with a gap."""
+        """Send the last chunks again, and more after them, or others, or with a gap."""
         thread = self.model.threads.get(thread_id, Thread())
         known = [chunk for _, chunk in thread.messages.get(message_id, Message()).chunks]
         again = min(again, len(known))
@@ -328,13 +328,13 @@ class BufferIsLikeItsModel(RuleBasedStateMachine):
 
     @rule()
     def everyone_has_everything(self) -> None:
-        """Those whose thread was cleared, or made again, come back with their old cursor."""
+        """Check every reader. Those whose thread was cleared come back with their old cursor."""
 
         async def settle(reader: Reader) -> None:
             thread = self.model.threads.get(reader.thread_id)
             is_there = thread is not None and reader.message_id in (None, *thread.messages)
             if not is_there:
-                # A follower of a thread that is not made yet waits, with nothing.
+                # A follower of a thread that does not exist yet waits, and has nothing.
                 await until(lambda: reader.has_left or (reader.message_id is None and reader.got == []))
                 return
             await until(lambda: reader.has_left or reader.got == thread.seen_by(reader.message_id))
@@ -380,7 +380,7 @@ class BufferIsLikeItsModel(RuleBasedStateMachine):
             assert entries[-1] == (message.end, message_id, (message.status, message.reason))
 
     async def all_after(self, thread_id: str, message_id: str, known: str, message: Message) -> list[Any]:
-        """To the end, or to the last chunk that there is."""
+        """Read to the end, or to the last chunk of an active message."""
         last = message.end or (message.chunks[-1][0] if message.chunks else 0)
         got: list[Any] = []
         position = await locate_text(self.buffer, thread_id, message_id, known)
@@ -404,7 +404,7 @@ class BufferIsLikeItsModel(RuleBasedStateMachine):
 
     @rule()
     def pack(self) -> None:
-        """All that has ended, however short: in runs of up to three, so that there are many."""
+        """Pack everything that has ended, in packs of up to three chunks."""
         with pytest.MonkeyPatch.context() as context:
             context.setattr(packs, "LEAST_PACKED", 1)
             context.setattr(packs, "PACK_ROWS", 3)
@@ -412,13 +412,13 @@ class BufferIsLikeItsModel(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        """Readers lose their connections, without an end, and come back."""
+        """Restart the buffer. Readers lose their connections without an end, and come back."""
 
         async def again() -> None:
             tasks = [reader.task for reader in self.readers if reader.task]
             await self.buffer.__aexit__(None, None, None)
             for error in await asyncio.gather(*tasks, return_exceptions=True):
-                if error and not isinstance(error, app.Unavailable):  # it came just now
+                if error and not isinstance(error, app.Unavailable):  # the reader came during the stop
                     raise error
             self.buffer = ChunkBuffer(self.settings)
             await self.buffer.__aenter__()

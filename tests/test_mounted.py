@@ -1,4 +1,4 @@
-"""The recipes of docs/library.md: in one's own Litestar, FastAPI or Starlette app."""
+"""The recipes of docs/library.md, in a Litestar, FastAPI, or Starlette app."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def recipe(framework: str) -> str:
 
 @asynccontextmanager
 async def served(app: Any) -> AsyncIterator[httpx.AsyncClient]:
-    """By uvicorn, as its users serve it, on a port of its own."""
+    """Serve an app by uvicorn, as its users do, on a free port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
         serving = asyncio.create_task(server.serve([listener]))
@@ -44,7 +44,7 @@ async def served(app: Any) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.mark.parametrize(("framework", "path"), [("litestar", "/buffer/api"), ("fastapi", "/buffer/api")])
-async def test_a_recipe_serves_the_buffer_beside_ones_own_routes(
+async def test_a_recipe_serves_the_buffer_beside_other_routes(
     framework: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip(framework, reason=f"{framework} is not installed")
@@ -76,7 +76,7 @@ async def test_the_buffer_alone_stores_and_is_read_behind_the_known_text(
     assert "status='completed'" in items
 
 
-async def test_a_mounted_app_that_nobody_enters_says_so(tmp_path: Path) -> None:
+async def test_a_mounted_app_whose_lifespan_does_not_run_says_so(tmp_path: Path) -> None:
     starlette = pytest.importorskip("starlette.applications", reason="starlette is not installed")
     app = starlette.Starlette()
     app.mount("/buffer", create_app(Settings(db=str(tmp_path / "chunks.db"))))

@@ -1,4 +1,4 @@
-"""The OpenAPI document: sound, true, and enough for a client that is made from it."""
+"""The OpenAPI document: valid, true, and enough to generate a client from."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def test_the_streams_say_what_they_send(document: dict[str, Any]) -> None:
         assert headers == ([] if name == "resumeStream" else ["Last-Event-ID"])
 
 
-def test_the_examples_of_bodies_are_taken_as_they_are(document: dict[str, Any], client: httpx.Client) -> None:
-    """What *Try it out* fills in has to work."""
+def test_the_examples_of_bodies_work(document: dict[str, Any], client: httpx.Client) -> None:
+    """*Try it out* fills them in."""
     tried = 0
     for path, methods in document["paths"].items():
         for kind, content in methods.get("post", {}).get("requestBody", {}).get("content", {}).items():
@@ -111,7 +111,7 @@ def test_the_examples_of_bodies_are_taken_as_they_are(document: dict[str, Any], 
 @pytest.mark.parametrize(
     "path", ["/threads/t/messages/m/chunks", "/threads/t/messages/m/abort", "/threads/t/tokens", "/resume-stream"]
 )
-def test_what_curl_says_by_itself_is_refused_alike_wherever_a_body_is_taken(
+def test_the_content_type_of_curl_is_refused_alike_by_every_call_with_a_body(
     client: httpx.Client, path: str, body: dict[str, Any]
 ) -> None:
     status, document = problem(client.post(path, **body))
@@ -119,14 +119,14 @@ def test_what_curl_says_by_itself_is_refused_alike_wherever_a_body_is_taken(
     assert re.search(r"is not what this call takes; send Content-Type: application/json", document["detail"])
 
 
-def test_a_page_that_is_not_there_says_which_are(service: Service) -> None:
+def test_a_missing_page_says_which_pages_there_are(service: Service) -> None:
     status, document = problem(httpx.get(f"{service.url}/schema/redoc"))
     assert status == 404
     for path in re.findall(r"/schema/[a-z.]+[a-z]", document["detail"]):
         assert httpx.get(f"{service.url}{path}").status_code == 200
 
 
-def test_where_there_is_a_secret_a_token_is_asked_for(start_service: Any) -> None:
+def test_with_a_secret_the_document_asks_for_a_token(start_service: Any) -> None:
     service = start_service("--secret", "s" * 32)
     document = httpx.get(f"{service.url}/schema/openapi.json").json()
     assert document["security"] == [{"bearerAuth": []}]
@@ -138,7 +138,7 @@ def test_where_there_is_a_secret_a_token_is_asked_for(start_service: Any) -> Non
 
 @pytest.fixture(scope="module")
 def generated(document: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
-    """A client that openapi-python-client made; what it cannot send at all are streamed bodies."""
+    """A client that openapi-python-client generated. It cannot send streamed bodies."""
     pytest.importorskip("openapi_python_client", reason="openapi-python-client is not installed")
     folder = tmp_path_factory.mktemp("generated")
     (folder / "openapi.json").write_text(json.dumps(document))
@@ -156,7 +156,7 @@ def generated(document: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
         yield importlib.import_module("made_client")
 
 
-def test_a_generated_client_stores_reads_resumes_and_is_told_what_is_wrong(
+def test_a_generated_client_appends_reads_resumes_and_gets_problems(
     generated: ModuleType, service: Service, client: httpx.Client
 ) -> None:
     def call(name: str, *arguments: Any, **options: Any) -> Any:

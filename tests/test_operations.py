@@ -1,4 +1,4 @@
-"""What whoever runs the service sees: readiness, metrics, logs, the schema, and the commands."""
+"""For those who run the service: readiness, metrics, logs, the schema, and the commands."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 # Health
 
 
-def test_ready_tells_of_a_locked_database(start_service: Callable[..., Service]) -> None:
+def test_a_locked_database_is_not_ready(start_service: Callable[..., Service]) -> None:
     service = start_service()
     with httpx.Client(base_url=service.url, timeout=TIMEOUT) as client:
         assert (client.get("/health/ready").status_code, client.get("/health/live").status_code) == (200, 200)
@@ -54,7 +54,7 @@ def test_ready_tells_of_a_locked_database(start_service: Callable[..., Service])
         wait_until(lambda: client.get("/health/ready").status_code == 200)
 
 
-def test_ready_tells_of_a_disk_that_takes_no_more(service: Service, client: httpx.Client) -> None:
+def test_a_full_disk_is_not_ready(service: Service, client: httpx.Client) -> None:
     assert append(client, "t", "m", "before").status_code == 201
     taken = Path(f"{service.db}-wal").stat().st_size
     free = resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, (taken, resource.RLIM_INFINITY))
@@ -88,7 +88,7 @@ def test_healthcheck_tells_by_its_exit_code(shared: Service, capsys: pytest.Capt
 
 
 def scraped(service: Service) -> dict[str, float]:
-    """Every sample by its name and labels, as Prometheus reads them."""
+    """Return every sample by name and labels, as Prometheus reads them."""
     answer = httpx.get(f"{service.url}/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=")
     samples = {}
@@ -101,7 +101,7 @@ def scraped(service: Service) -> dict[str, float]:
 
 
 def change(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
-    """What moved, but for what depends on time and size."""
+    """Return the samples that changed, without those that depend on time and size."""
     moved = {name: value - before.get(name, 0) for name, value in after.items() if value != before.get(name, 0)}
     return {
         name: value
@@ -110,7 +110,7 @@ def change(before: dict[str, float], after: dict[str, float]) -> dict[str, float
     }
 
 
-def test_what_goes_in_is_counted(start_service: Callable[..., Service]) -> None:
+def test_appends_are_counted(start_service: Callable[..., Service]) -> None:
     service = start_service()
     before = scraped(service)
     assert before["database_bytes"] > 0
@@ -133,7 +133,7 @@ def test_what_goes_in_is_counted(start_service: Callable[..., Service]) -> None:
         assert change(after, scraped(service)) == {"active_messages": -1, "aborts_total{reason=requested}": 1}
 
 
-def test_what_goes_out_is_counted(shared: Service) -> None:
+def test_sent_chunks_are_counted(shared: Service) -> None:
     with api_client(shared) as client:
         append(client, "out", "run", "one", "two", complete=True)
         before = scraped(shared)
@@ -145,7 +145,7 @@ def test_what_goes_out_is_counted(shared: Service) -> None:
             "bytes_out_total": sent,
             "resumes_total{kind=start,outcome=resumed}": 1,
         }
-        # The same by a WebSocket.
+        # The same through a WebSocket.
         with connect(websocket_address(shared)) as socket:
             socket.send(json.dumps({"type": "subscribe", "id": 1, "thread_id": "out"}))
             assert [json.loads(socket.recv(TIMEOUT))["type"] for _ in range(4)][-1] == "unsubscribed"
@@ -191,7 +191,7 @@ def test_resumes_are_counted_by_kind_and_outcome(shared: Service) -> None:
             assert moved == {name: 1}
 
 
-def test_what_time_ends_is_counted(start_service: Callable[..., Service]) -> None:
+def test_producer_timeouts_and_expired_threads_are_counted(start_service: Callable[..., Service]) -> None:
     timing = ("--producer-timeout", "200ms", "--ttl", "600ms", "--cleanup-interval", "50ms")
     service = start_service(*timing)
     with api_client(service) as client:
@@ -207,7 +207,7 @@ def test_what_time_ends_is_counted(start_service: Callable[..., Service]) -> Non
 
 
 def test_logs_are_json_with_request_ids_and_without_content_or_tokens(tmp_path: Path) -> None:
-    """Whatever goes right or wrong: a marker that is in every text and token is in no line."""
+    """Every text and token has a marker, and no line of the log has it, whatever goes wrong."""
     marker = "xyzzy-4711"
     secret = f"{SECRET}{marker}"
     claims = {"exp": 2**33, "scope": "read write abort admin", "threads": ["*"]}
@@ -311,7 +311,7 @@ def test_the_start_up_line(tmp_path: Path, flags: list[str], who: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["{}/notify.sock", "@{}/notify"], ids=["file", "abstract"])
-def test_systemd_is_told_when_it_serves_that_it_lives_and_when_it_stops(
+def test_systemd_is_told_of_start_life_and_stop(
     tmp_path: Path, start_service: Callable[..., Service], name: str
 ) -> None:
     address = name.format(tmp_path)
@@ -328,7 +328,7 @@ def test_systemd_is_told_when_it_serves_that_it_lives_and_when_it_stops(
         assert rest[-1] == b"STOPPING=1"
 
 
-def test_a_systemd_that_does_not_listen_is_no_reason_to_stop(
+def test_a_systemd_that_does_not_listen_does_not_stop_the_service(
     tmp_path: Path, start_service: Callable[..., Service]
 ) -> None:
     environment = {"NOTIFY_SOCKET": str(tmp_path / "nobody.sock"), "WATCHDOG_USEC": "200000"}
@@ -338,7 +338,7 @@ def test_a_systemd_that_does_not_listen_is_no_reason_to_stop(
 
 
 @pytest.mark.parametrize("path", ["/", "/static/resume-stream.js", "/static/page.css"])
-def test_a_page_and_its_files_are_asked_for_again_and_run_nothing_of_others(service: Service, path: str) -> None:
+def test_a_page_is_never_cached_and_runs_no_foreign_code(service: Service, path: str) -> None:
     headers = httpx.get(f"{service.url}{path}").raise_for_status().headers
     assert headers["cache-control"] == "no-cache"
     assert headers["x-content-type-options"] == "nosniff"
@@ -358,7 +358,7 @@ def test_the_types_of_the_client_are_shown_as_text(shared: Service) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/schema", "/schema/swagger", "/schema/openapi.json"])
-def test_a_page_asks_no_other_host(shared: Service, path: str) -> None:
+def test_a_page_loads_nothing_from_another_host(shared: Service, path: str) -> None:
     answer = httpx.get(f"{shared.url}{path}")
     assert answer.status_code == 200
     loaded = re.findall(r"""(?:src|href|action|data|url|srcset)\s*[=:]\s*["']?([^"'\s>]+)""", answer.text)
@@ -372,7 +372,7 @@ def test_a_page_asks_no_other_host(shared: Service, path: str) -> None:
 
 
 def test_the_files_of_swagger_have_types_that_browsers_take(shared: Service) -> None:
-    """A style sheet of another type is not applied, and a script with nosniff is not run."""
+    """Browsers do not apply a style sheet of another type, and do not run a script with nosniff."""
     links = re.findall(r'(?:src|href)="(/schema/assets/[^"]+)"', httpx.get(f"{shared.url}/schema").text)
     types = {link: httpx.get(f"{shared.url}{link}").headers["content-type"].partition(";")[0] for link in links}
     expected = {link: "text/css" if link.endswith(".css") else "text/javascript" for link in links}
@@ -508,12 +508,12 @@ def test_a_backup_is_taken_while_appends_go_on(
                 (text,) = db.execute("select text from transcript").fetchone()
             texts = text.split()
             assert texts == [str(place) for place in range(len(texts))]
-            assert len(texts) >= known  # what was acknowledged before it began is in it
+            assert len(texts) >= known  # all that was acknowledged before the backup is in it
             assert {path.name for path in tmp_path.glob(f"{copy.name}*")} == {copy.name}
     finally:
         stop.set()
         producer.join(TIMEOUT)
-    # It is a database to serve.
+    # The copy can be served.
     again = start_service(db=tmp_path / "copy-0.db")
     with api_client(again) as client:
         assert contents(client, "t")[0] == "0 "

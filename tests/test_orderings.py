@@ -166,7 +166,7 @@ async def test_each_chunk_once_and_the_end_last(make_buffer: Any, read: Any, tog
 
 
 @pytest.mark.parametrize("read", BY_CURSOR)
-async def test_an_end_by_somebody_else_is_the_last_thing_too(make_buffer: Any, read: Any) -> None:
+async def test_an_abort_by_somebody_else_comes_last_too(make_buffer: Any, read: Any) -> None:
     async with make_buffer(synchronous="NORMAL") as buffer:
         for number, order in enumerate(ORDERS):
             thread_id = f"t{number}"
@@ -212,7 +212,7 @@ async def test_a_thread_cleared_and_made_again_never_looks_like_the_old_one(
             assert await read(buffer, thread_id, cursor) == everything
 
 
-async def test_a_follower_of_a_thread_not_made_yet_misses_nothing(make_buffer: Any) -> None:
+async def test_a_follower_of_a_thread_that_does_not_exist_yet_misses_nothing(make_buffer: Any) -> None:
     async with make_buffer(synchronous="NORMAL") as buffer:
         for number, order in enumerate(ORDERS):
             thread_id = f"t{number}"
@@ -225,7 +225,7 @@ async def test_a_follower_of_a_thread_not_made_yet_misses_nothing(make_buffer: A
             assert got == [(1, "a"), (2, "completed"), (3, "b"), (4, "completed")], order
 
 
-async def test_what_a_reader_read_before_another_message_was_opened_does_not_end_it(make_buffer: Any) -> None:
+async def test_a_reader_goes_on_if_another_message_is_opened_before_it_ends(make_buffer: Any) -> None:
     order = ("locates", "commits 1", "publishes 1", "registers", "reads", "commits 2", "publishes 2", "gets")
     async with make_buffer(synchronous="NORMAL") as buffer:
         await buffer.add_chunks("t", "m", ["x"])

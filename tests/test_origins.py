@@ -1,4 +1,4 @@
-"""Whose pages may connect: loopback names, foreign origins, allowed ones, and where the service listens."""
+"""Which pages may connect: loopback hosts, foreign origins, allowed origins, and where the service listens."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def client(service: Service) -> Iterator[httpx.Client]:
 def raw_status(
     service: Service, *lines: str, path: str = "/api/threads", method: str = "GET", version: str = "1.1"
 ) -> int:
-    """The status of a request with exactly these header lines."""
+    """Send a request with exactly these header lines, and return the status."""
     request = "\r\n".join([f"{method} {path} HTTP/{version}", *lines, "Connection: close", "", ""])
     with socket.create_connection(("127.0.0.1", service.port), TIMEOUT) as connection:
         connection.sendall(request.encode("latin-1"))
@@ -55,7 +55,7 @@ def raw_status(
 
 
 def handshake(service: Service, **headers: str) -> int:
-    """101, or the status of the refusal."""
+    """Open a WebSocket, and return 101 or the status of the refusal."""
     try:
         with connect(websocket_address(service), additional_headers=headers, open_timeout=TIMEOUT):
             return 101
@@ -109,37 +109,37 @@ ELSEWHERE = [
 
 
 def test_a_loopback_name_may_be_the_host(closed: Service) -> None:
-    """Also where a proxy, or a browser that resolved it, says another port."""
+    """Also with another port, as a proxy may say it."""
     names = [name.format(port=closed.port) for name in LOOPBACK]
     assert {name: raw_status(closed, f"Host: {name}") for name in names} == dict.fromkeys(names, 200)
 
 
 @pytest.mark.parametrize("host", ELSEWHERE)
-def test_another_name_may_not_be_the_host(closed: Service, host: str) -> None:
-    """A name of its own that resolves to loopback is how a page would reach it (DNS rebinding).
+def test_no_other_name_may_be_the_host(closed: Service, host: str) -> None:
+    """A page could reach the service by a name of its own that resolves to loopback (DNS rebinding).
 
-    400 is the HTTP parser's, and 403 is the service's.
+    The HTTP parser answers 400, and the service 403.
     """
     host = host.format(port=closed.port)
     for path in ("/api/threads", "/api/threads/t/stream", "/", "/schema/openapi.json", "/health/ready", "/metrics"):
         assert raw_status(closed, f"Host: {host}", path=path) in (400, 403), path
     assert raw_status(closed, f"Host: {host}", path="/api/threads/t/messages/m", method="PUT") in (400, 403)
-    # Its own origin is no better.
+    # An Origin of the same name does not help.
     assert raw_status(closed, f"Host: {host}", f"Origin: http://{host}") in (400, 403)
 
 
-def test_no_host_is_no_loopback_name(closed: Service) -> None:
+def test_a_request_without_a_host_is_refused(closed: Service) -> None:
     assert raw_status(closed) in (400, 403)
     assert raw_status(closed, version="1.0") in (400, 403)
     assert raw_status(closed, "Origin: null", version="1.0") in (400, 403)
 
 
-def test_of_two_hosts_none_may_be_another(closed: Service) -> None:
+def test_two_hosts_are_refused_if_one_is_foreign(closed: Service) -> None:
     for hosts in (["localhost", "evil.example"], ["evil.example", "localhost"]):
         assert raw_status(closed, *(f"Host: {host}" for host in hosts)) in (400, 403), hosts
 
 
-def test_headers_of_proxies_do_not_make_it_a_loopback_name(closed: Service) -> None:
+def test_headers_of_proxies_do_not_replace_the_host(closed: Service) -> None:
     for header in ("X-Forwarded-Host: localhost", "Forwarded: host=localhost", "X-Forwarded-For: 127.0.0.1"):
         assert raw_status(closed, "Host: evil.example", header) == 403
 
@@ -207,7 +207,7 @@ FOREIGN_ORIGINS = [
 
 @pytest.mark.parametrize("origin", FOREIGN_ORIGINS)
 def test_a_page_of_another_origin_gets_nothing(service: Service, client: httpx.Client, origin: str) -> None:
-    """By fetch, EventSource, form or script; a simple request is sent before anybody is asked."""
+    """By fetch, EventSource, form, or script. A browser sends a simple request without a preflight."""
     from_there = {"Origin": origin.format(port=service.port)}
     before = client.get("/api/threads/t").json()
     chunks = "/api/threads/t/messages/run/chunks"
@@ -252,7 +252,7 @@ def test_its_own_pages_may_connect(service: Service, client: httpx.Client) -> No
         assert client.get("/api/threads", headers=own).status_code == 200
         assert client.put("/api/threads/own/messages/run", headers=own).is_success
     assert handshake(service, Origin=service.url) == 101
-    assert handshake(service) == 101  # no browser sends none
+    assert handshake(service) == 101  # a client that is not a browser
 
 
 @pytest.mark.parametrize("origin", [ALLOWED, "http://localhost:3000"])
@@ -282,17 +282,17 @@ def test_an_allowed_origin_may_connect(service: Service, client: httpx.Client, o
     assert handshake(service, Origin=origin) == 101
 
 
-def test_an_allowed_origin_makes_no_other_host_good(service: Service, client: httpx.Client) -> None:
+def test_an_allowed_origin_does_not_allow_another_host(service: Service, client: httpx.Client) -> None:
     assert client.get("/api/threads", headers={"Host": "evil.example", "Origin": ALLOWED}).status_code == 403
     assert client.get("/api/threads", headers={"Host": "chat.example", "Origin": ALLOWED}).status_code == 403
 
 
 def test_with_a_secret_any_host_but_no_foreign_origin(tmp_path: Path) -> None:
-    """Behind a proxy the host is a public name; a page of elsewhere still has to be allowed by name."""
+    """Behind a proxy the host is a public name. A page of another origin still has to be allowed."""
     with serving(tmp_path, "--secret", SECRET, "--cors-origins", ALLOWED) as service:
         host = "streams.example"
         for origin, status in (
-            (None, 401),  # let in, and asked for a token
+            (None, 401),  # past the gate, and without a token
             (f"https://{host}", 401),
             (ALLOWED, 401),
             (FOREIGN, 403),
@@ -302,7 +302,7 @@ def test_with_a_secret_any_host_but_no_foreign_origin(tmp_path: Path) -> None:
             lines = [] if origin is None else [f"Origin: {origin}"]
             assert raw_status(service, f"Host: {host}", *lines) == status, origin
         refused = httpx.get(f"{service.api}/threads", headers={"Origin": ALLOWED})
-        # A page that may connect must be able to see why it may not read.
+        # An allowed page must be able to see why its call is refused.
         assert refused.headers["access-control-allow-origin"] == ALLOWED
 
 
@@ -310,18 +310,20 @@ def test_with_a_secret_any_host_but_no_foreign_origin(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "localhost.evil.example"])
-def test_others_are_served_only_when_told_so(tmp_path: Path, host: str) -> None:
+def test_other_machines_are_refused_without_a_secret_or_a_flag(tmp_path: Path, host: str) -> None:
     with pytest.raises(StartupError, match=r"secret.*--allow-anonymous"):
         asyncio.run(_serve(Settings(host=host, db=str(tmp_path / "chunks.db"))))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("flags", [["--secret", SECRET], ["--allow-anonymous"]])
-def test_others_are_served_when_told_so(start_service: Callable[..., Service], flags: list[str]) -> None:
+def test_other_machines_are_served_with_a_secret_or_a_flag(
+    start_service: Callable[..., Service], flags: list[str]
+) -> None:
     service = start_service("--host", "0.0.0.0", *flags)
     status = 401 if "--secret" in flags else 200
     assert raw_status(service, "Host: streams.example") == status
-    # Even so, not to the pages of others.
+    # Still, foreign pages are refused.
     assert raw_status(service, "Host: streams.example", f"Origin: {FOREIGN}") == 403
 
 

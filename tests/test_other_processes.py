@@ -1,4 +1,4 @@
-"""What a person does with the ``sqlite3`` shell while the service runs comes out right."""
+"""Changes with the ``sqlite3`` shell, while the service runs, come out right."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def shell(db: Path | str, sql: str, *options: str) -> str:
 
 
 class Reader(threading.Thread):
-    """Follows a stream to its end, in its own thread."""
+    """Follows a stream to its end, in a thread of its own."""
 
     def __init__(self, url: str, **query: Any) -> None:
         super().__init__(daemon=True)
@@ -109,7 +109,7 @@ def test_a_long_poll_on_a_thread_that_the_shell_deletes_is_answered_soon(
     assert answers[0].status_code in (404, 410)
 
 
-def test_an_end_made_with_the_shell_is_an_end_for_everybody(service: Service, client: httpx.Client) -> None:
+def test_an_end_made_with_the_shell_ends_readers_and_uploads(service: Service, client: httpx.Client) -> None:
     append(client, "t", "m", "one")
     append(client, "t", "n", "two")
     whole = Reader(f"{service.api}/threads/t/stream").waits_after(2)
@@ -158,7 +158,9 @@ def test_an_ended_message_cannot_be_opened_again_with_the_shell(service: Service
     assert append(client, "t", "m", "two").status_code == 409
 
 
-def test_a_thread_made_again_after_the_shell_deleted_it_is_another_one(service: Service, client: httpx.Client) -> None:
+def test_a_thread_made_again_after_the_shell_deleted_it_has_a_new_generation(
+    service: Service, client: httpx.Client
+) -> None:
     append(client, "t", "m", "one", "two")
     old = client.get("/threads/t/content").json()["cursor"]
     shell(service.db, DELETE)
@@ -233,7 +235,7 @@ async def test_an_append_right_after_the_shell_takes_the_next_place(blind: Chunk
     ]
 
 
-async def test_an_append_right_after_the_shell_deleted_the_thread_begins_anew(blind: ChunkBuffer) -> None:
+async def test_an_append_right_after_the_shell_deleted_the_thread_makes_a_new_one(blind: ChunkBuffer) -> None:
     await blind.add_chunks("t", "m", ["one", "two"])
     old = (await blind.get_accumulated_content("t")).cursor
     reading = await Reading(blind.resume_stream("t", "m", idle_timeout=10)).has((1, "one"), (2, "two"))
@@ -243,8 +245,8 @@ async def test_an_append_right_after_the_shell_deleted_the_thread_begins_anew(bl
     assert await take(blind.resume_stream("t", "m", after=old), 2) == [Signal.RESET, (1, "other")]
 
 
-async def test_a_follower_since_before_the_thread_learns_that_it_is_another_one(blind: ChunkBuffer) -> None:
-    """Otherwise it would wait at its old place, and miss what comes before that in the new thread."""
+async def test_an_early_follower_is_told_that_the_thread_is_another_one(blind: ChunkBuffer) -> None:
+    """Otherwise it would wait at its old place, and miss all before that in the new thread."""
     reading = await attached(blind, follow(blind, "t", follow=True, idle_timeout=3))
     await blind.add_chunks("t", "m", ["one", "two", "three"])
     await reading.has(*(old := [(1, "one"), (2, "two"), (3, "three")]))
@@ -261,7 +263,7 @@ async def test_text_of_the_deleted_thread_is_never_served_to_readers_of_the_new_
     await until(lambda: blind.readers, "the reader")
     for text in ("old 1", "old 2", "old 3"):
         await blind.add_chunks("t", "m", [text])
-    assert (await reading).content == "old 1"  # and it stays, reading no further
+    assert (await reading).content == "old 1"  # and this reader reads no further
     shell(blind.settings.db, DELETE)
     await blind.add_chunks("t", "m", ["new 1", "new 2", "new 3"], complete=True)
     for after in range(3):
@@ -285,11 +287,11 @@ async def test_the_first_reader_of_all_is_told_too(make_buffer: Any, change: str
         await items.aclose()
 
 
-async def test_a_reader_that_is_in_no_hurry_does_not_delay_another(make_buffer: Any) -> None:
+async def test_a_patient_reader_does_not_delay_another(make_buffer: Any) -> None:
     async with make_buffer(poll_interval=0.05) as buffer:
         for thread_id in ("t", "u"):
             await buffer.add_chunks(thread_id, "m", ["one"])
-        # It is polled for, with its own interval, by the time it has got something.
+        # Once it has got something, the buffer polls for it.
         patient = await Reading(buffer.resume_stream("u", "m", None, 600, idle_timeout=60)).has((1, "one"))
         other = await Reading(buffer.resume_stream("t", "m", idle_timeout=3)).has((1, "one"))
         shell(buffer.settings.db, DELETE)
@@ -297,9 +299,7 @@ async def test_a_reader_that_is_in_no_hurry_does_not_delay_another(make_buffer: 
         await patient.cancel()
 
 
-async def test_a_change_that_could_not_be_read_is_looked_at_again(
-    make_buffer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_change_that_could_not_be_read_is_read_again(make_buffer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async with make_buffer(poll_interval=0.02) as buffer:
         await buffer.add_chunks("t", "m", ["one"])
         polls = Polls(buffer, monkeypatch)
@@ -311,14 +311,14 @@ async def test_a_change_that_could_not_be_read_is_looked_at_again(
         assert failure.has_failed
 
 
-async def test_nothing_is_polled_while_nobody_waits(make_buffer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_nothing_is_polled_while_no_one_reads(make_buffer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async with make_buffer(poll_interval=0.01) as buffer:
         await buffer.add_chunks("t", "m", ["one"])
         polls = Polls(buffer, monkeypatch)
         reading = await Reading(buffer.resume_stream("t", "m")).has((1, "one"))
         await polls.go_on(3)
         await reading.cancel()
-        for _ in range(5):  # one may be under way
+        for _ in range(5):  # a poll may be under way
             await asyncio.sleep(0.01)
         rest = polls.count
         for _ in range(10):

@@ -1,4 +1,4 @@
-"""What is installed is what is checked out, and runs from anywhere."""
+"""The installed package is the checkout, and runs from any folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def served(installed: metadata.Distribution, tmp_path: Path) -> Iterator[str]:
         assert process.wait(TIMEOUT) == 0
 
 
-def test_the_package_has_every_file_as_it_is_checked_out(installed: metadata.Distribution) -> None:
+def test_the_package_has_every_file_of_the_checkout(installed: metadata.Distribution) -> None:
     folders = [ROOT / "extras", ROOT / "static", ROOT / "client"]
     sources = [
         *(ROOT / name for name in ("__init__.py", "app.py", "__main__.py", "schema.sql", "py.typed")),
@@ -63,20 +63,20 @@ def test_the_installed_module_has_what_the_design_promises(installed: metadata.D
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_installed_package_is_run_as_a_module_too(installed: metadata.Distribution, tmp_path: Path) -> None:
+def test_the_installed_package_runs_as_a_module_too(installed: metadata.Distribution, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "resume_stream", "--version"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"resume-stream {installed.version}\n", "")
 
 
 def why_nothing_is_built() -> str:
-    """Why not; a folder build/ in the checkout is no package."""
+    """Return why nothing can be built here. A folder build/ in the checkout does not count as the package."""
     missing = [name for name in ("build", "hatchling") if not getattr(importlib.util.find_spec(name), "origin", None)]
     return f"{' and '.join(missing)} not installed" if missing else ""
 
 
 @pytest.mark.skipif(bool(why_nothing_is_built()), reason=why_nothing_is_built())
-def test_an_sdist_is_built_and_of_it_a_wheel_that_installs_and_runs(tmp_path: Path) -> None:
+def test_an_sdist_makes_a_wheel_that_installs_and_runs(tmp_path: Path) -> None:
     def run(*command: object, **options: Any) -> str:
         words = [sys.executable, "-m", *map(str, command)]
         done = subprocess.run(words, capture_output=True, text=True, timeout=3 * TIMEOUT, check=False, **options)

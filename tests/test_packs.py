@@ -1,4 +1,4 @@
-"""What has ended is kept in packs, and everything else is as if it were not."""
+"""Ended messages are kept in packs, and no call shows it."""
 
 from __future__ import annotations
 
@@ -59,18 +59,18 @@ def shell(db: str | Path, sql: str, *flags: str) -> str:
 
 
 def counts(db: str | Path) -> tuple[int, int]:
-    """Unpacked entries, and packs."""
+    """Return the numbers of unpacked entries and of packs."""
     with opened(db) as connection:
         return connection.execute("select (select count(*) from chunks), (select count(*) from packs)").fetchone()
 
 
 def all_bytes(db: Path) -> bytes:
-    """Of the file and its WAL, read by another process: to close a file here would let go of SQLite's locks on it."""
+    """Let another process read the file and its WAL, as closing a file here would drop the locks of SQLite."""
     return subprocess.run(["cat", db, f"{db}-wal"], capture_output=True, check=True).stdout
 
 
 async def told(buffer: ChunkBuffer, thread_id: str, message_ids: tuple[str | None, ...] = (None, "m", "n")) -> Any:
-    """All that readers can be told of a thread, from many places."""
+    """Return all that readers can get of a thread, from many places."""
     everything: list[Any] = []
     last = int((await buffer.get_thread_status(thread_id)).cursor.split("-")[1])
     for message_id in message_ids:
@@ -111,9 +111,7 @@ async def test_places_in_the_text_are_found_across_packs(buffer: ChunkBuffer) ->
     assert (await locate_text(buffer, "t", "m", text + "x")).reset
 
 
-async def test_what_is_active_is_not_packed_until_it_ends_and_ends_of_others_are_in_their_places(
-    buffer: ChunkBuffer,
-) -> None:
+async def test_an_active_message_is_packed_only_after_its_end(buffer: ChunkBuffer) -> None:
     await interleave(buffer, 300, complete=False)
     await buffer.add_chunks("t", "o", words(200), complete=True)
     before = await buffer.get_chunks("t", limit=10_000)
@@ -130,7 +128,7 @@ async def test_what_is_active_is_not_packed_until_it_ends_and_ends_of_others_are
     assert counts(buffer.settings.db)[0] <= 2
 
 
-async def test_what_is_short_waits_for_what_follows_it(buffer: ChunkBuffer) -> None:
+async def test_a_short_run_waits_for_the_next_chunks(buffer: ChunkBuffer) -> None:
     for number in range(7):
         await buffer.add_chunks("t", f"m{number}", words(9), complete=True)
         await pack(buffer)
@@ -214,14 +212,14 @@ async def test_the_shell_ends_an_active_message_beside_a_pack(buffer: ChunkBuffe
 
 
 @pytest.mark.parametrize("cleared", ["by the service", "by its expiry", "by the shell"])
-async def test_no_word_of_a_cleared_thread_is_left_packed_or_plain(buffer: ChunkBuffer, cleared: str) -> None:
+async def test_no_word_of_a_cleared_thread_is_left_packed_or_not(buffer: ChunkBuffer, cleared: str) -> None:
     db = Path(buffer.settings.db)
     texts = [f"secret{number * 7919 % 10**6:06} " for number in range(10_000)]
     await buffer.add_chunks("kept", "m", words(2000), complete=True)
     await buffer.add_chunks("t", "m", texts, complete=True)
     await pack(buffer)
     with opened(db) as connection:
-        # Of each pack some bytes from each place where it may lie in the file.
+        # Some bytes of each pack, from each place where a page of the file may begin.
         packed = [
             data[at : at + 16]
             for (data,) in connection.execute(
@@ -302,7 +300,7 @@ async def test_a_run_that_changes_while_it_is_packed_is_left_as_it_is(
 
 
 def answers_from(service: Service) -> list[Any]:
-    """All that a service tells of the thread ``t``, from its start and from its middle, byte for byte."""
+    """Return all answers about the thread ``t``, from its start and from its middle."""
     with api_client(service) as client:
         cursor = client.get("/threads/t").json()["cursor"].replace("-2001", "-1500")
         known = {"thread_id": "t", "message_id": "m", "known_content": "".join(words(1700))}
@@ -330,6 +328,6 @@ def test_every_reader_of_a_service_gets_the_same_bytes_of_what_is_packed(start_s
     assert counts(service.db) == (2001, 0)
     assert service.end() == 0
     service.flags = ()
-    service.start()  # which begins with a clean-up
+    service.start()  # the start begins with a clean-up
     wait_until(lambda: counts(service.db) == (0, 2), "it is packed")
     assert answers_from(service) == before

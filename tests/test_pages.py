@@ -1,4 +1,4 @@
-"""What a reader gets as plain JSON: pages of chunks, long polls, the text so far, statuses, lists."""
+"""Reading plain JSON: pages of chunks, long polls, the text so far, statuses, lists."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_page_holds_chunks_and_ends(client: httpx.Client, thread: str) -> None
         ({"message_id": "aside", "after": "2"}, ([], [4], "6", "completed")),
     ],
 )
-def test_the_status_turns_only_with_the_page_that_holds_the_end(
+def test_the_status_changes_only_with_the_page_that_holds_the_end(
     client: httpx.Client, thread: str, query: dict[str, Any], expected: tuple[list[int], list[int], str, str]
 ) -> None:
     fill(client, thread)
@@ -160,7 +160,7 @@ def test_a_cursor_of_an_earlier_generation_is_gone(client: httpx.Client, thread:
 
 
 def wait_for_reader(client: httpx.Client, thread: str) -> None:
-    """Until a long poll is waiting, which is counted as a reader."""
+    """Wait until a long poll is counted as a reader."""
     wait_until(lambda: client.get(f"/threads/{thread}").json()["readers"] == 1, "the long poll")
 
 
@@ -177,7 +177,7 @@ def test_a_long_poll_is_answered_as_soon_as_something_happens(
 ) -> None:
     append(client, thread, "run", "a")
     with api_client(service) as waiting, ThreadPoolExecutor() as pool:
-        query = {"after": "1", "message_id": "run", "wait": 300}  # far longer than the client's own patience
+        query = {"after": "1", "message_id": "run", "wait": 300}  # far longer than the client waits
         answer = pool.submit(page_of, waiting, thread, **query)
         wait_for_reader(client, thread)
         append(client, thread, "other", "nothing to this reader")
@@ -188,12 +188,12 @@ def test_a_long_poll_is_answered_as_soon_as_something_happens(
         assert places(answer.result()) == expected
 
 
-def test_a_long_poll_is_answered_at_once_where_something_is_there(client: httpx.Client, thread: str) -> None:
+def test_a_long_poll_is_answered_at_once_if_there_is_something(client: httpx.Client, thread: str) -> None:
     append(client, thread, "run", "a")
     assert places(page_of(client, thread, wait=300)) == ([1], [], "1", "active")
     client.post(message_path(thread, "run", "complete"))
     assert places(page_of(client, thread, after=1, wait=300)) == ([], [2], "2", "completed")
-    for query in ({}, {"message_id": "run"}):  # and where nothing more will come
+    for query in ({}, {"message_id": "run"}):  # and if nothing more will come
         assert places(page_of(client, thread, after=2, wait=300, **query)) == ([], [], "2", "completed")
 
 
@@ -244,7 +244,7 @@ def test_the_text_of_a_message_and_of_a_thread(
     assert bare.content == content.encode()
 
 
-def test_what_follows_the_cursor_of_a_text_is_exactly_the_rest(client: httpx.Client, thread: str) -> None:
+def test_the_cursor_of_a_text_leads_exactly_to_the_rest(client: httpx.Client, thread: str) -> None:
     append(client, thread, "run", "a")
     append(client, thread, "other", "x")
     content = client.get(f"/threads/{thread}/content", params={"message_id": "run"}).json()
@@ -277,7 +277,7 @@ def test_the_status_of_a_thread(client: httpx.Client, thread: str) -> None:
     assert client.get(f"/threads/{thread}").json()["status"] == "completed", "as the message that ended last"
 
 
-def test_what_is_not_there_is_said_not_to_exist(client: httpx.Client, thread: str) -> None:
+def test_a_missing_thread_or_message_is_said_not_to_exist(client: httpx.Client, thread: str) -> None:
     path = f"/threads/{thread}"
     for answer in [client.get(path), client.delete(path), client.get(f"{path}/chunks"), client.get(f"{path}/content")]:
         status, document = problem(answer)
@@ -318,7 +318,7 @@ LISTED = {f"{status}-{number}": status for number in range(3) for status in ("ac
 
 @pytest.fixture(scope="module")
 def listed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A client of a service that has only the threads of LISTED."""
+    """A client of a service with the threads of LISTED, and no others."""
     with serving(tmp_path_factory.mktemp("listed")) as service, api_client(service) as client:
         for thread, status in LISTED.items():
             append(client, thread, "first", "a", complete=True)
@@ -346,7 +346,7 @@ def test_a_bad_request_for_a_list_is_refused(client: httpx.Client, query: dict[s
 
 
 @pytest.mark.parametrize("of", [{}, {"message_id": "m"}])
-def test_a_long_text_comes_in_pieces_and_is_the_same(client: httpx.Client, thread: str, of: dict[str, str]) -> None:
+def test_a_long_text_comes_in_pieces(client: httpx.Client, thread: str, of: dict[str, str]) -> None:
     texts = [('é"\n\u2028' + str(number)) * 20_000 for number in range(12)]
     for number, text in enumerate(texts):
         append(client, thread, "m" if number % 4 else "n", text).raise_for_status()

@@ -1,4 +1,4 @@
-"""What a producer sends, and what it is told: opening, appending, retrying, ending."""
+"""Producers: opening, appending, retrying, ending, and bad input."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def test_a_closing_append_with_an_index_can_be_sent_again(
         (JSON, b'[{"content":"a"},{"content":"B"},{"content":"c"}]', {"index": 0}),
         (JSON, b'{"content":"b","event":"tool"}', {"index": 1}),
         (JSON, b'{"content":"B"}', {"index": 1, "complete": True}),
-        (JSON, b'{"content":"a"}', {"index": 0, "complete": True}),  # "b" came after what it calls the last
+        (JSON, b'{"content":"a"}', {"index": 0, "complete": True}),  # "b" came after the chunk that it calls the last
         (NDJSON, b'{"content":"a"}\n{"content":"B"}\n', {"index": 0}),
         (TEXT, b"aB", {"index": 0}),
         (TEXT, b"a", {"index": 0, "complete": True}),
@@ -294,7 +294,7 @@ def test_a_reason_is_short(client: httpx.Client, thread: str) -> None:
     assert abort(client, thread, "r" * 1000).status_code == 200
 
 
-def test_ids_that_are_no_utf_8_are_refused_and_not_taken_for_one_another(client: httpx.Client, thread: str) -> None:
+def test_ids_that_are_not_utf_8_are_refused(client: httpx.Client, thread: str) -> None:
     assert problem(client.put(f"/threads/{thread}%E9/messages/run"))[0] == 400
     assert client.get(f"/threads/{thread}\ufffd").status_code == 404
     assert client.put(f"/threads/{thread}\ufffd/messages/run").json()["threadId"] == f"{thread}\ufffd"
@@ -338,7 +338,7 @@ def test_nothing_is_appended_after_the_end(
     assert client.get(f"/threads/{thread}").json() == before
 
 
-def test_ending_what_is_not_there_is_refused(client: httpx.Client, thread: str) -> None:
+def test_ending_a_missing_message_is_refused(client: httpx.Client, thread: str) -> None:
     assert [problem(answer)[0] for answer in (complete(client, thread), abort(client, thread))] == [404, 404]
     assert client.get(f"/threads/{thread}").status_code == 404
     append(client, thread, "other", "x")
@@ -422,7 +422,7 @@ def test_a_bad_abort_changes_nothing(client: httpx.Client, thread: str, body: by
     ],
     ids=["chunk", "bytes, not characters", "line", "message", "body", "text"],
 )
-def test_what_is_over_a_limit_changes_nothing(
+def test_an_append_over_a_limit_changes_nothing(
     limited: httpx.Client, thread: str, kind: dict[str, str], body: bytes
 ) -> None:
     append(limited, thread, "run", "a")
@@ -431,7 +431,7 @@ def test_what_is_over_a_limit_changes_nothing(
     assert limited.get(f"/threads/{thread}").json() == before
 
 
-def test_what_is_just_within_the_limits_is_stored(limited: httpx.Client, thread: str) -> None:
+def test_an_append_just_within_the_limits_is_stored(limited: httpx.Client, thread: str) -> None:
     assert append(limited, thread, "run", *["é" * 32] * 4).status_code == 201  # 64 bytes each, and 16
     assert problem(append(limited, thread, "run", "x"))[0] == 413
     assert append(limited, thread, "other", "x" * 64).status_code == 201

@@ -1,4 +1,4 @@
-"""``format=raw``: what a client sees that knows only its producer, byte for byte, and how it learns of an end."""
+"""``format=raw``: the bytes for a client that knows only its producer, and how it learns of an end."""
 
 from __future__ import annotations
 
@@ -39,25 +39,21 @@ def test_a_reader_carries_on_from_the_id_it_saw(service: Service, client: httpx.
         assert stream.rest().decode() == f"retry: 1000\nid: {of}-2\ndata: b\n\n"
 
 
-def test_where_only_the_end_is_left_the_answer_is_204_as_it_has_no_frame(client: httpx.Client, thread: str) -> None:
+def test_204_is_the_answer_if_only_the_end_is_left_as_it_has_no_frame(client: httpx.Client, thread: str) -> None:
     append(client, thread, "m", "a", complete=True)
     for path in (f"/threads/{thread}/messages/m/stream", f"/threads/{thread}/stream"):
         assert client.get(path, params={"format": "raw", "after": 1}).status_code == 204
         assert client.get(path, params={"after": 1}).status_code == 200
 
 
-def test_a_cursor_of_another_generation_is_410_as_there_is_no_word_for_a_reset(
-    client: httpx.Client, thread: str
-) -> None:
+def test_a_cursor_of_another_generation_is_410_as_a_reset_has_no_frame(client: httpx.Client, thread: str) -> None:
     append(client, thread, "m", "a")
     answer = client.get(f"/threads/{thread}/messages/m/stream", params={"format": "raw", "after": "17-1"})
     assert problem(answer)[0] == 410
 
 
 @pytest.mark.parametrize("how", ["aborted", "idle", "cleared"])
-def test_an_end_that_is_no_completion_breaks_the_body_off(
-    service: Service, client: httpx.Client, thread: str, how: str
-) -> None:
+def test_an_abort_breaks_the_body_off(service: Service, client: httpx.Client, thread: str, how: str) -> None:
     append(client, thread, "m", "a")
     of = generation(client, thread)
     with Stream(service, raw_path(thread, query="&idle_timeout=0.2" if how == "idle" else "")) as stream:
@@ -71,7 +67,7 @@ def test_an_end_that_is_no_completion_breaks_the_body_off(
         assert broken.value.partial == b""
 
 
-def test_the_format_is_raw_or_none(client: httpx.Client, thread: str) -> None:
+def test_another_format_is_refused(client: httpx.Client, thread: str) -> None:
     append(client, thread, "m", "a")
     assert problem(client.get(f"/threads/{thread}/stream", params={"format": "xml"}))[0] == 400
 
@@ -90,7 +86,7 @@ def test_live_is_the_active_message_from_its_start(service: Service, client: htt
 
 
 @pytest.mark.parametrize("form", ["", "?format=raw"])
-def test_who_comes_back_to_live_gets_the_rest_of_the_message_that_its_cursor_is_in(
+def test_a_reader_who_comes_back_to_live_gets_the_rest_of_its_message(
     service: Service, client: httpx.Client, thread: str, form: str
 ) -> None:
     append(client, thread, "m", "a")
@@ -101,7 +97,7 @@ def test_who_comes_back_to_live_gets_the_rest_of_the_message_that_its_cursor_is_
     with Stream(service, path, {"Last-Event-ID": f"{of}-1"}) as stream:
         rest = stream.rest()
         assert (b"data: b" in rest or b'"content":"b"' in rest, f"id: {of}-4\n".encode() in rest) == (True, False)
-    with Stream(service, path, {"Last-Event-ID": f"{of}-3"}) as stream:  # of which that is the end
+    with Stream(service, path, {"Last-Event-ID": f"{of}-3"}) as stream:  # of which that cursor is the end
         assert [stream.line(), stream.line()] == [b"retry: 1000\n", f"id: {of}-4\n".encode()]
     client.post(message_path(thread, "next", "abort")).raise_for_status()
     assert client.get(path, headers={"Last-Event-ID": f"{of}-3"}).status_code == 204
@@ -115,15 +111,13 @@ def test_live_has_our_own_events_without_the_format(service: Service, client: ht
         assert b"event: complete\n" in stream.rest()
 
 
-def test_live_is_204_where_none_is_active_and_where_there_is_no_thread(client: httpx.Client, thread: str) -> None:
+def test_live_is_204_without_an_active_message_or_a_thread(client: httpx.Client, thread: str) -> None:
     assert client.get(f"/threads/{thread}/live").status_code == 204
     append(client, thread, "m", "a", complete=True)
     assert client.get(f"/threads/{thread}/live").status_code == 204
 
 
-def test_a_stream_of_a_message_waits_for_it_where_it_is_to_follow(
-    service: Service, client: httpx.Client, thread: str
-) -> None:
+def test_a_following_stream_waits_for_its_message(service: Service, client: httpx.Client, thread: str) -> None:
     with Stream(service, message_path(thread, "m", "stream?follow=true")) as stream:
         assert stream.line() == b"retry: 1000\n"
         append(client, thread, "other", "no", complete=True)

@@ -131,12 +131,12 @@ def text_of(reader: Reader, message: str) -> tuple[str, str]:
     return answer["content"], answer["status"]
 
 
-def test_the_test_command_is_where_ci_takes_it_from() -> None:
+def test_the_test_command_is_where_ci_finds_it() -> None:
     section = re.search(r"^## Test it\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)[1]
     assert [line for line in section.splitlines() if line.endswith("pytest")] == [snippets("sh")[1].strip()]
 
 
-def test_what_is_linked_to_is_there() -> None:
+def test_every_link_has_a_target() -> None:
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]*)?\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
@@ -163,7 +163,7 @@ def test_the_reference_has_every_setting_with_its_default_and_every_call() -> No
         assert f"`{call}`" in calls
 
 
-def test_every_snippet_is_of_a_kind_that_is_run_here() -> None:
+def test_every_kind_of_snippet_is_run_by_a_test() -> None:
     kinds = [snippet.language for snippet in SNIPPETS]
     assert {kind: kinds.count(kind) for kind in kinds if kind != "console"} == {
         "sh": 7,
@@ -232,9 +232,7 @@ def test_the_lines_do_what_they_say_one_after_the_other(reader: Reader) -> None:
 @pytest.mark.parametrize(
     ("environment", "says"), [({"OPENAI_API_KEY": "wrong"}, "401"), ({"MODEL": "breaks"}, "the answer broke off")]
 )
-def test_a_provider_that_fails_is_seen_and_the_message_is_no_whole_answer(
-    reader: Reader, environment: dict[str, str], says: str
-) -> None:
+def test_a_failing_provider_aborts_the_message(reader: Reader, environment: dict[str, str], says: str) -> None:
     message = f"failed-{says[:3]}"
     done = reader.python(snippets("python")[1].replace("run-3", message), **environment)
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""The main job, with clients that people have: httpx, httpx-sse and curl, through a SIGKILL."""
+"""The main job with common clients: httpx, httpx-sse, and curl, through a SIGKILL."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def scattered(λ: float) -> float:
 
 
 def tokens(text: str, seed: int = 1) -> list[str]:
-    """Cut as a model's tokenizer cuts: words with the space before them, marks, and parts of graphemes."""
+    """Cut a text as tokenizers do: words with the space before them, marks, and parts of graphemes."""
     dice = random.Random(seed)
     found: list[str] = []
     for word in re.findall(r"\s?\w+|\s+|.", text, re.DOTALL):
@@ -68,7 +68,7 @@ def events(client: httpx.Client, *request: str, **rest: Any) -> list[ServerSentE
 
 
 def text_of(found: list[ServerSentEvent]) -> str:
-    """The text of the chunks of a stream that was read to its end, with no other event in it."""
+    """Return the text of a whole stream that has nothing but chunks and an end."""
     *chunks, end = found
     assert (end.event, end.json()["status"]) == ("complete", "completed")
     assert {chunk.event for chunk in chunks} <= {"message"}
@@ -176,11 +176,11 @@ def test_many_readers_at_once_get_the_same_text(service: Service, client: httpx.
         assert {answer.result() for answer in answers} == {ANSWER}
 
 
-def test_a_slow_reader_holds_nobody_up_and_misses_nothing(service: Service, client: httpx.Client) -> None:
+def test_a_slow_reader_holds_no_one_up_and_misses_nothing(service: Service, client: httpx.Client) -> None:
     pieces = [f"{number:05}{'é' * 4000}" for number in range(1500)]  # 12 MB, far more than sockets hold
     client.put("/threads/slow/messages/run")
     with Stream(service, "/threads/slow/stream") as slow:
-        assert slow.line() == b"retry: 1000\n"  # and now it reads no more
+        assert slow.line() == b"retry: 1000\n"  # from now on it reads nothing
         with api_client(service) as own, ThreadPoolExecutor() as pool:
             quick = pool.submit(own.get, "/threads/slow/stream")
             for start in range(0, len(pieces), 250):
@@ -195,7 +195,7 @@ def test_a_slow_reader_holds_nobody_up_and_misses_nothing(service: Service, clie
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_reader_dropped_again_and_again_gets_all_of_it_once(client: httpx.Client, seed: int) -> None:
+def test_a_reader_dropped_again_and_again_gets_everything_once(client: httpx.Client, seed: int) -> None:
     dice = random.Random(seed)
     text, cursor = "", None
     while True:

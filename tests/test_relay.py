@@ -1,4 +1,4 @@
-"""The relay: what goes on to the upstream, what comes back, and what there is after every kind of cut."""
+"""The relay: what goes to the upstream, what comes back, and what remains after every kind of cut."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WITH_ERRORS = pytest.mark.parametrize("dialect", ERRORS)
 
 
 def raw(service: Service, request: bytes) -> bytes:
-    """What is answered to a request that no client would send."""
+    """Send a request that no client would send, and return the answer."""
     with socket.create_connection(("127.0.0.1", service.port)) as connection:
         connection.sendall(request)
         connection.settimeout(20)
@@ -51,7 +51,7 @@ def raw(service: Service, request: bytes) -> bytes:
 # What goes on, and what comes back
 
 
-def test_a_request_goes_on_byte_for_byte_less_what_is_of_the_connection_or_ours(
+def test_the_upstream_gets_the_request_byte_for_byte_without_hop_headers_and_our_own(
     service: Service, upstream: Upstream
 ) -> None:
     upstream.answer(plain(200, {}))
@@ -79,7 +79,7 @@ def test_a_request_goes_on_byte_for_byte_less_what_is_of_the_connection_or_ours(
     assert asked.body == body
 
 
-def test_an_answer_that_is_no_stream_passes_as_it_comes_and_is_not_stored(
+def test_an_answer_that_is_not_a_stream_passes_unchanged_and_is_not_stored(
     relay: Relay, upstream: Upstream, client: httpx.Client
 ) -> None:
     before = client.get("/threads").json()
@@ -94,7 +94,7 @@ def test_an_answer_that_is_no_stream_passes_as_it_comes_and_is_not_stored(
     assert client.get("/threads").json() == before
 
 
-def test_a_stream_that_says_it_is_an_error_passes_as_it_comes(relay: Relay, upstream: Upstream) -> None:
+def test_a_stream_with_an_error_status_passes_unchanged(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(Recording((b"data: no\n\n",), status=503, headers=dict(EVENTS)))
     answer = relay.ask(CHAT)
     assert (answer.status_code, answer.content) == (503, b"data: no\n\n")
@@ -108,21 +108,21 @@ def test_a_redirect_is_passed_on_and_not_followed(relay: Relay, upstream: Upstre
     assert len(upstream.asked) == 1
 
 
-def test_head_has_no_body_and_is_no_stream(relay: Relay, upstream: Upstream) -> None:
+def test_the_answer_to_head_has_no_body_and_no_message(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(CHAT)
     answer = relay.http.head(f"{relay_url(relay.service)}/v1/x")
     assert (answer.status_code, answer.content) == (200, b"")
     assert "resume-message" not in answer.headers
 
 
-def test_an_answer_that_is_broken_off_is_broken_off_here(relay: Relay, upstream: Upstream) -> None:
+def test_an_answer_that_the_upstream_breaks_off_is_broken_off(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(Recording((b"[1,", b"2"), headers={"Content-Type": "application/json"}, is_broken=True))
     with relay.reading(CHAT) as reading:
         assert reading.broken_rest() == b"[1,2"
 
 
 @ALL
-def test_every_event_comes_as_it_was_with_our_ids(relay: Relay, upstream: Upstream, recording: Recording) -> None:
+def test_every_event_comes_unchanged_with_our_id(relay: Relay, upstream: Upstream, recording: Recording) -> None:
     upstream.answer(recording)
     answer = relay.ask(recording)
     events = bare_events(recording)
@@ -136,7 +136,7 @@ def test_every_event_comes_as_it_was_with_our_ids(relay: Relay, upstream: Upstre
     assert (message["status"], message["chunkCount"]) == ("completed", len(events) + 1)
 
 
-def test_what_an_upstream_says_besides_comes_with_its_first_answer(relay: Relay, upstream: Upstream) -> None:
+def test_other_headers_of_the_upstream_come_with_its_first_answer(relay: Relay, upstream: Upstream) -> None:
     said = {
         **EVENTS,
         "X-Request-Id": "r-1",
@@ -174,7 +174,7 @@ def test_an_event_is_committed_before_it_is_passed_on(relay: Relay, upstream: Up
                 upstream.go_on()
 
 
-def test_a_relayed_message_says_whence_it_is_in_a_first_chunk_without_text(
+def test_the_first_chunk_of_a_relayed_message_says_where_it_comes_from_and_has_no_text(
     relay: Relay, upstream: Upstream, client: httpx.Client
 ) -> None:
     upstream.answer(CHAT)
@@ -184,14 +184,14 @@ def test_a_relayed_message_says_whence_it_is_in_a_first_chunk_without_text(
     assert client.get(f"/threads/{thread}/content").json()["content"] == message.join(CHAT.data)
 
 
-def test_no_producer_can_say_that_its_message_is_relayed(client: httpx.Client, thread: str) -> None:
+def test_a_producer_cannot_mark_its_message_as_relayed(client: httpx.Client, thread: str) -> None:
     answer = client.post(
         f"/threads/{thread}/messages/m/chunks", json={"content": "", "event": "relayed:up:openai-chat"}
     )
     assert problem(answer)[0] == 422
 
 
-def test_events_named_as_ours_are_not_taken_for_ours(relay: Relay, upstream: Upstream, client: httpx.Client) -> None:
+def test_events_with_our_names_are_not_taken_for_ours(relay: Relay, upstream: Upstream, client: httpx.Client) -> None:
     upstream.answer(Recording((b"event: complete\ndata: {}\n\n", b"event: error\ndata: x\n\n")))
     answer = relay.ask(OTHER)
     assert [line for line in answer.text.split("\n") if line.startswith("event")] == ["event: complete", "event: error"]
@@ -205,7 +205,7 @@ def test_events_named_as_ours_are_not_taken_for_ours(relay: Relay, upstream: Ups
 # Ids
 
 
-def test_the_ids_are_those_that_the_caller_names(relay: Relay, upstream: Upstream) -> None:
+def test_the_caller_may_name_the_ids(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(CHAT)
     answer = relay.ask(CHAT, Resume_Thread="thread%20%C3%BC", Resume_Message="m-named")
     assert (answer.headers["resume-thread"], answer.headers["resume-message"]) == ("thread%20%C3%BC", "m-named")
@@ -222,7 +222,7 @@ def test_the_ids_are_those_that_the_caller_names(relay: Relay, upstream: Upstrea
         ("openai-chat", "up-", "up-"),
     ],
 )
-def test_else_they_are_the_dialects_own_or_drawn(
+def test_other_ids_are_those_of_the_dialect_or_random(
     relay: Relay, upstream: Upstream, dialect: str, thread: str, message: str
 ) -> None:
     upstream.answer(RECORDINGS[dialect])
@@ -231,7 +231,7 @@ def test_else_they_are_the_dialects_own_or_drawn(
     assert answer.headers["resume-message"].startswith(message)
 
 
-def test_an_id_that_cannot_be_one_is_refused_before_the_upstream_is_asked(relay: Relay, upstream: Upstream) -> None:
+def test_a_bad_id_is_refused_before_the_upstream_is_asked(relay: Relay, upstream: Upstream) -> None:
     assert problem(relay.ask(CHAT, Resume_Thread="a%2Fb"))[0] == 400
     assert problem(relay.ask(CHAT, Resume_Message="x" * 201))[0] == 400
     assert not upstream.asked
@@ -241,7 +241,7 @@ def test_an_id_that_cannot_be_one_is_refused_before_the_upstream_is_asked(relay:
 
 
 @ALL
-def test_after_every_event_the_rest_is_there_by_the_id_alone_and_nobody_asks_again(
+def test_the_id_of_any_event_gets_the_rest_without_asking_the_upstream_again(
     relay: Relay, upstream: Upstream, recording: Recording
 ) -> None:
     upstream.answer(recording)
@@ -275,9 +275,7 @@ def test_a_reader_who_drops_off_in_the_middle_gets_the_rest_while_the_answer_goe
     assert (len(upstream.asked), upstream.left) == (1, 0)
 
 
-def test_the_answer_is_recorded_to_its_end_when_its_reader_went_before_the_first_byte(
-    relay: Relay, upstream: Upstream
-) -> None:
+def test_the_answer_is_recorded_though_its_reader_left_before_the_first_byte(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(CHAT.held(0))
     with socket.create_connection(("127.0.0.1", relay.service.port)) as connection:
         head = "POST /relay/up/v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nResume-Message: nobody\r\n"
@@ -287,7 +285,7 @@ def test_the_answer_is_recorded_to_its_end_when_its_reader_went_before_the_first
     assert relay.ended("nobody", "nobody") == ("completed", None)
 
 
-def test_a_cursor_of_elsewhere_is_unknown(relay: Relay, upstream: Upstream, client: httpx.Client, thread: str) -> None:
+def test_a_foreign_cursor_is_unknown(relay: Relay, upstream: Upstream, client: httpx.Client, thread: str) -> None:
     append(client, thread, "m", "ours, and not relayed", complete=True)
     of = client.get(f"/threads/{thread}").json()["cursor"].partition("-")[0]
     upstream.answer(CHAT)
@@ -306,7 +304,7 @@ def test_a_cleared_answer_is_gone(relay: Relay, upstream: Upstream, client: http
     assert problem(relay.ask(CHAT, Last_Event_ID=f"{of}-2"))[0] == 410
 
 
-def test_of_two_answers_in_one_thread_each_goes_on_alone(relay: Relay, upstream: Upstream) -> None:
+def test_two_answers_in_one_thread_are_resumed_apart(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(CHAT.held(2), at="/base/v1/chat")
     upstream.answer(AI_SDK.held(3), at="/base/api/chat")
     with relay.reading(CHAT, Resume_Thread="two") as chat, relay.reading(AI_SDK, Resume_Thread="two") as sdk:
@@ -332,7 +330,7 @@ def test_large_events_and_many_at_once_come_whole(relay: Relay, upstream: Upstre
 
 
 @pytest.mark.parametrize("header", ["Resume_Message", "Idempotency_Key"])
-def test_whoever_retries_joins_and_the_upstream_is_asked_once(relay: Relay, upstream: Upstream, header: str) -> None:
+def test_a_retry_joins_the_answer_and_the_upstream_is_asked_once(relay: Relay, upstream: Upstream, header: str) -> None:
     upstream.answer(CHAT.held(0).held(3))
     named = {header: f"m-{header}"}
     with ThreadPoolExecutor() as pool:
@@ -349,7 +347,7 @@ def test_whoever_retries_joins_and_the_upstream_is_asked_once(relay: Relay, upst
     assert len(upstream.asked) == 1
 
 
-def test_whoever_retries_after_the_end_joins_though_the_body_names_the_thread(relay: Relay, upstream: Upstream) -> None:
+def test_a_retry_after_the_end_joins_though_the_body_names_the_thread(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(AI_SDK)
     first, again = (relay.ask(AI_SDK, Resume_Message="in-a-chat") for _ in range(2))
     assert (first.headers["resume-thread"], first.content) == (again.headers["resume-thread"], again.content)
@@ -357,7 +355,7 @@ def test_whoever_retries_after_the_end_joins_though_the_body_names_the_thread(re
     assert len(upstream.asked) == 1
 
 
-def test_after_an_answer_that_was_no_stream_a_retry_asks_again(relay: Relay, upstream: Upstream) -> None:
+def test_a_retry_after_an_answer_that_was_not_a_stream_asks_again(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(plain(429, {}))
     assert relay.ask(CHAT, Resume_Message="again").status_code == 429
     upstream.answer(CHAT)
@@ -365,7 +363,7 @@ def test_after_an_answer_that_was_no_stream_a_retry_asks_again(relay: Relay, ups
     assert len(upstream.asked) == 2
 
 
-def test_a_message_that_is_there_and_not_relayed_is_not_joined(
+def test_a_message_that_is_not_relayed_is_not_joined(
     relay: Relay, upstream: Upstream, client: httpx.Client, thread: str
 ) -> None:
     append(client, thread, "m", "ours")
@@ -378,7 +376,7 @@ def test_a_message_that_is_there_and_not_relayed_is_not_joined(
 
 @WITH_ERRORS
 @pytest.mark.parametrize("how", ["broken", "in a frame", "ended"])
-def test_where_the_upstream_is_lost_the_reader_is_told_in_the_dialects_own_form(
+def test_the_reader_is_told_in_the_form_of_the_dialect_that_the_upstream_is_lost(
     relay: Relay, upstream: Upstream, dialect: str, how: str
 ) -> None:
     recording = RECORDINGS[dialect]
@@ -397,7 +395,7 @@ def test_where_the_upstream_is_lost_the_reader_is_told_in_the_dialects_own_form(
     assert relay.ask(recording, Last_Event_ID=ids[-1]).status_code == 204
 
 
-def test_where_there_are_no_words_for_it_the_body_is_broken_off(relay: Relay, upstream: Upstream) -> None:
+def test_the_body_is_broken_off_if_the_dialect_has_no_error_event(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(OTHER.broken(2))
     with relay.reading(OTHER) as reading:
         assert reading.broken_rest().endswith(b"data: two\ndata: lines\n\n")
@@ -421,7 +419,7 @@ def test_the_upstreams_own_error_ends_the_message_with_its_words(
 
 
 @WITH_ERRORS
-def test_an_error_as_the_first_event_is_one_all_the_same(relay: Relay, upstream: Upstream, dialect: str) -> None:
+def test_an_error_as_the_first_event_ends_the_message_too(relay: Relay, upstream: Upstream, dialect: str) -> None:
     recording = RECORDINGS[dialect]
     upstream.answer(recording.ended(0, ERRORS[dialect]))
     relay.ask(recording, Resume_Thread=f"first-{dialect}", Resume_Message="m")
@@ -433,9 +431,7 @@ def test_an_error_as_the_first_event_is_one_all_the_same(relay: Relay, upstream:
     [Recording((), has_head=False, is_broken=True), Recording((), is_broken=True), CHAT.ended(0)],
     ids=["nothing", "a head", "an empty body"],
 )
-def test_where_nothing_came_the_answer_is_502_and_a_retry_asks_again(
-    relay: Relay, upstream: Upstream, nothing: Recording
-) -> None:
+def test_an_empty_answer_is_502_and_a_retry_asks_again(relay: Relay, upstream: Upstream, nothing: Recording) -> None:
     named = {"Resume_Message": f"nothing-{nothing.has_head}-{nothing.is_broken}"}
     upstream.answer(nothing)
     assert problem(relay.ask(CHAT, **named))[0] == 502
@@ -458,7 +454,7 @@ def test_an_abort_reaches_the_upstream_and_every_reader(relay: Relay, upstream: 
         wait_until(lambda upstream=upstream: upstream.left == 1, "the upstream's connection is closed")
 
 
-def test_a_cleared_thread_lets_the_upstream_go(relay: Relay, upstream: Upstream, client: httpx.Client) -> None:
+def test_clearing_a_thread_closes_the_upstream(relay: Relay, upstream: Upstream, client: httpx.Client) -> None:
     upstream.answer(CHAT.held(3))
     with relay.reading(CHAT) as reading:
         reading.events(3)
@@ -470,7 +466,7 @@ def test_a_cleared_thread_lets_the_upstream_go(relay: Relay, upstream: Upstream,
 # Death and silence
 
 
-def test_what_a_killed_service_recorded_is_there_and_said_to_be_cut(tmp_path: Path, upstream: Upstream) -> None:
+def test_the_recording_of_a_killed_service_is_there_and_said_to_be_cut(tmp_path: Path, upstream: Upstream) -> None:
     upstream.answer(CHAT.held(3))
     flags = ("--upstream", f"up={upstream.url}")
     with Service(tmp_path / "chunks.db", *flags) as service, Relay(service) as relay:
@@ -489,7 +485,7 @@ def test_what_a_killed_service_recorded_is_there_and_said_to_be_cut(tmp_path: Pa
         assert whole.startswith(RETRY + framed(bare_events(CHAT)[:3], of))
 
 
-def test_a_stopped_service_breaks_the_body_off_and_lets_the_upstream_go(tmp_path: Path, upstream: Upstream) -> None:
+def test_a_stopped_service_breaks_the_body_off_and_closes_the_upstream(tmp_path: Path, upstream: Upstream) -> None:
     upstream.answer(CHAT.held(3))
     with Service(tmp_path / "chunks.db", "--upstream", f"up={upstream.url}") as service, Relay(service) as relay:
         with relay.reading(CHAT) as reading:
@@ -507,7 +503,7 @@ def test_a_stopped_service_breaks_the_body_off_and_lets_the_upstream_go(tmp_path
         assert service.tracebacks() == 0
 
 
-def test_an_upstream_that_is_not_there_is_502(tmp_path: Path) -> None:
+def test_a_missing_upstream_is_502(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with Service(tmp_path / "chunks.db", "--upstream", f"up=http://127.0.0.1:{port}") as service:
@@ -516,7 +512,7 @@ def test_an_upstream_that_is_not_there_is_502(tmp_path: Path) -> None:
         assert (status, str(port) in document["detail"]) == (502, False)
 
 
-def test_silence_and_crowds_have_limits(tmp_path: Path, upstream: Upstream) -> None:
+def test_silence_and_the_number_of_relays_have_limits(tmp_path: Path, upstream: Upstream) -> None:
     flags = ("--producer-timeout", "1s", "--heartbeat", "100ms", "--max-relays", "1")
     with (
         Service(tmp_path / "chunks.db", "--upstream", f"up={upstream.url}", *flags) as service,
@@ -541,9 +537,7 @@ def test_silence_and_crowds_have_limits(tmp_path: Path, upstream: Upstream) -> N
 
 
 @pytest.mark.parametrize("comes", [b": thinking\n\n", PAUSE], ids=["comments", "nothing"])
-def test_an_answer_that_has_its_id_in_an_event_is_not_waited_for_without_limit(
-    tmp_path: Path, upstream: Upstream, comes: bytes
-) -> None:
+def test_waiting_for_the_event_with_the_id_has_a_limit(tmp_path: Path, upstream: Upstream, comes: bytes) -> None:
     upstream.answer(RESPONSES.ended(0, *[comes, PAUSE] * 1_000))
     flags = ("--producer-timeout", "1s", "--heartbeat", "100ms")
     with (
@@ -562,9 +556,7 @@ def test_an_answer_that_has_its_id_in_an_event_is_not_waited_for_without_limit(
         assert relay.ask(RESPONSES, Resume_Message="m").status_code == 200
 
 
-def test_of_those_who_join_an_answer_only_the_one_who_asks_counts_towards_max_relays(
-    tmp_path: Path, upstream: Upstream
-) -> None:
+def test_only_the_first_request_for_an_answer_counts_towards_max_relays(tmp_path: Path, upstream: Upstream) -> None:
     flags = ("--upstream", f"up={upstream.url}", "--max-relays", "2")
     with ThreadPoolExecutor() as pool, Service(tmp_path / "chunks.db", *flags) as service, Relay(service) as relay:
         upstream.answer(CHAT.held(0), at=CHAT.path)
@@ -578,5 +570,5 @@ def test_of_those_who_join_an_answer_only_the_one_who_asks_counts_towards_max_re
             reading.rest()
         assert len({answer.result().content for answer in joined}) == 1
         upstream.answer(plain(200, {}), at=CHAT.path)
-        for _ in range(3):  # neither an answer that was recorded, nor one that passed through, takes a place any longer
+        for _ in range(3):  # answers that are over take no place, recorded or not
             assert relay.ask(CHAT).status_code == 200

@@ -1,4 +1,4 @@
-"""The relay in the test's own process, where its steps can be held back, and what it holds be weighed."""
+"""The relay in the process of the test, which can hold back its steps and count what it holds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from upstream import Recording, Upstream, shared_upstream
 pytestmark = pytest.mark.anyio
 upstream = shared_upstream()
 MIB = 1024**2
-CHAT = dataclasses.replace(KEPT, headers={**KEPT.headers, "Connection": "close"})  # nothing outlives a test's loop
+CHAT = dataclasses.replace(KEPT, headers={**KEPT.headers, "Connection": "close"})  # as a loop ends with its test
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def fresh(upstream: Upstream) -> None:
 
 @asynccontextmanager
 async def relaying(db: Path, upstream: Upstream) -> AsyncIterator[tuple[ChunkBuffer, Callable[..., Any]]]:
-    """A buffer, and a function that begins to ask through the relay in front of it."""
+    """Return a buffer, and a function that sends a request through its relay."""
     settings = Settings(db=str(db), upstream=(f"up={upstream.url}",))
     async with ChunkBuffer(settings) as buffer:
         transport = httpx.ASGITransport(create_app(buffer=buffer))
@@ -45,14 +45,14 @@ async def relaying(db: Path, upstream: Upstream) -> AsyncIterator[tuple[ChunkBuf
 
 
 def room(buffer: ChunkBuffer) -> int:
-    """How many MiB of bodies may still come in."""
+    """Return how many MiB of bodies may still come in."""
     with holding(buffer) as hold, suppress(Unavailable):
         for size in range(1, 34):
             hold(size * MIB)
     return size - 1
 
 
-async def test_a_body_counts_while_it_waits_to_be_sent_on_and_no_longer(tmp_path: Path, upstream: Upstream) -> None:
+async def test_a_body_counts_only_until_it_is_sent_to_the_upstream(tmp_path: Path, upstream: Upstream) -> None:
     async with relaying(tmp_path / "chunks.db", upstream) as (buffer, ask):
         upstream.answer(CHAT.held(0))
         first = ask(CHAT, bytes(9 * MIB), Resume_Message="m")
@@ -67,7 +67,7 @@ async def test_a_body_counts_while_it_waits_to_be_sent_on_and_no_longer(tmp_path
         assert [len(asked.body) for asked in upstream.asked] == [9 * MIB]
 
 
-async def test_an_answer_of_a_dead_process_is_ended_also_where_a_retry_finds_it_first(
+async def test_a_retry_ends_the_answer_of_a_dead_process_if_it_is_first_to_find_it(
     tmp_path: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     db = tmp_path / "chunks.db"

@@ -1,4 +1,4 @@
-"""What the relay lets nobody do: leave the upstream's path, see a key, read what is not theirs, or hang it."""
+"""No one can leave the upstream's path, see a key, read the answers of others, or hang the relay."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def token_of(*scope: str, threads: tuple[str, ...] | None = None) -> str:
 
 
 def raw(service: Service, line: str, *headers: str) -> bytes:
-    """What is answered to a request that no client would send, by one who may send any."""
+    """Send a request that no client would send, with a good token, and return the answer."""
     mine = ("Host: localhost", f"Authorization: Bearer {token_of('write')}", "Connection: close")
     with socket.create_connection(("127.0.0.1", service.port), timeout=TIMEOUT) as connection:
         connection.sendall("\r\n".join([f"{line} HTTP/1.1", *headers, *mine, "", ""]).encode())
@@ -84,7 +84,7 @@ def test_no_path_leads_out_of_the_base(service: Service, upstream: Upstream, pat
 @pytest.mark.parametrize(
     ("target", "status"),
     [
-        ("http://evil.example/relay/up/v1/x", 200),  # its path is what counts, and the host is ours (RFC 9112, 3.2.2)
+        ("http://evil.example/relay/up/v1/x", 200),  # only its path counts, and the host is ours (RFC 9112, 3.2.2)
         ("/relay/up/http://evil.example/x", 200),
         ("/relay/evil.example/x", 404),
         ("/relay/up%2fx", 404),
@@ -113,7 +113,7 @@ def test_only_a_named_upstream_is_asked(service: Service, upstream: Upstream, ta
         ("X-A: a%0d%0aX-Evil: 1", False),
     ],
 )
-def test_no_header_makes_another_one(service: Service, upstream: Upstream, lines: str, is_refused: bool) -> None:
+def test_no_header_smuggles_another_one(service: Service, upstream: Upstream, lines: str, is_refused: bool) -> None:
     answer = raw(service, "GET /relay/up/x", lines)
     assert answer.startswith(b"HTTP/1.1 400 " if is_refused else b"HTTP/1.1 200 ")
     assert b"\nX-Evil" not in answer
@@ -127,7 +127,7 @@ def test_a_path_with_an_encoded_line_end_stays_encoded(relay: Relay, upstream: U
     assert upstream.asked[0].target == "/base/a%0d%0aX-Evil:%201"
 
 
-def test_pages_of_elsewhere_are_refused(upstream: Upstream, tmp_path: Path) -> None:
+def test_pages_of_other_origins_are_refused(upstream: Upstream, tmp_path: Path) -> None:
     with (
         Service(tmp_path / "chunks.db", "--upstream", f"up={upstream.url}") as open_service,
         Relay(open_service) as relay,
@@ -142,7 +142,9 @@ def test_pages_of_elsewhere_are_refused(upstream: Upstream, tmp_path: Path) -> N
 # Keys
 
 
-def test_an_upstreams_key_is_set_here_and_the_callers_token_goes_no_further(relay: Relay, upstream: Upstream) -> None:
+def test_the_relay_sets_the_key_of_the_upstream_and_keeps_the_token_of_the_caller(
+    relay: Relay, upstream: Upstream
+) -> None:
     token = token_of("write")
     assert relay.ask(CHAT, Authorization=f"Bearer {token}", X_Org="theirs").status_code == 200
     assert relay.ask(CHAT, X_Api_Key=token).status_code == 200
@@ -155,7 +157,7 @@ def test_an_upstreams_key_is_set_here_and_the_callers_token_goes_no_further(rela
     assert upstream.asked[-1].target == "/base/v1/x?a=1&b=2"
 
 
-def test_without_a_secret_the_callers_own_key_goes_on(upstream: Upstream, tmp_path: Path) -> None:
+def test_without_a_secret_the_key_of_the_caller_reaches_the_upstream(upstream: Upstream, tmp_path: Path) -> None:
     with (
         Service(tmp_path / "chunks.db", "--upstream", f"up={upstream.url}") as open_service,
         Relay(open_service) as relay,
@@ -193,7 +195,7 @@ def test_no_key_and_no_body_is_stored_or_logged(relay: Relay, upstream: Upstream
         ),
     ],
 )
-def test_a_header_that_cannot_be_is_refused_at_the_start_and_not_shown(
+def test_a_bad_header_setting_is_refused_at_the_start_and_not_shown(
     tmp_path: Path, variable: str, value: str, says: str
 ) -> None:
     refused = Service(tmp_path / "chunks.db", "--upstream", "up=http://127.0.0.1:1", environment={variable: value})
@@ -208,7 +210,7 @@ def test_a_header_that_cannot_be_is_refused_at_the_start_and_not_shown(
 # Who may do what
 
 
-def test_asking_takes_write_and_going_on_takes_read(relay: Relay, upstream: Upstream) -> None:
+def test_asking_takes_write_and_resuming_takes_read(relay: Relay, upstream: Upstream) -> None:
     assert problem(relay.ask(CHAT))[0] == 401
     assert problem(relay.ask(CHAT, X_Api_Key="sk-ant-of-elsewhere"))[0] == 401
     assert problem(relay.ask(CHAT, **bearer("read")))[0] == 403
@@ -226,7 +228,7 @@ def generation_of(headers: httpx.Headers, service: Service) -> str:
     return str(httpx.get(url, headers=bearer("admin")).json()["cursor"].partition("-")[0])
 
 
-def test_a_cursor_of_a_thread_that_the_token_does_not_cover_is_an_unknown_one(relay: Relay, upstream: Upstream) -> None:
+def test_a_cursor_of_a_thread_that_the_token_does_not_cover_is_unknown(relay: Relay, upstream: Upstream) -> None:
     answer = relay.ask(CHAT, Resume_Thread="user-7-a", **bearer("write", threads=("user-7-*",)))
     of = generation_of(answer.headers, relay.service)
     theirs = relay.ask(CHAT, Last_Event_ID=f"{of}-2", **bearer("read", threads=("user-7-*",)))
@@ -247,7 +249,7 @@ def test_a_token_for_some_threads_asks_for_one_of_them(relay: Relay, upstream: U
     assert relay.ask(CHAT, Resume_Thread="user-7-b", **some).status_code == 200
 
 
-def test_who_joins_sees_no_thread_that_the_token_does_not_cover(relay: Relay, upstream: Upstream) -> None:
+def test_joining_shows_no_thread_that_the_token_does_not_cover(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(AI_SDK.held(1))
     with relay.reading(AI_SDK, Idempotency_Key="user-7-x", **bearer("write")) as reading:
         reading.events(1)
@@ -297,7 +299,7 @@ def ended(relay: Relay, answer: httpx.Response) -> tuple[str, str | None]:
         (b"data: \xed\xa0\x80\n\n", "not_utf8"),  # half of a surrogate pair
     ],
 )
-def test_what_cannot_be_recorded_is_a_clear_end_after_what_could(
+def test_an_event_that_cannot_be_recorded_ends_the_answer_with_a_clear_error(
     relay: Relay, upstream: Upstream, piece: bytes, reason: str
 ) -> None:
     upstream.answer(CHAT.ended(2, piece, *CHAT.pieces[2:]))
@@ -308,9 +310,7 @@ def test_what_cannot_be_recorded_is_a_clear_end_after_what_could(
     assert ended(relay, answer) == ("aborted", reason)
 
 
-def test_what_cannot_be_recorded_in_one_piece_with_what_can_loses_nothing_of_it(
-    relay: Relay, upstream: Upstream
-) -> None:
+def test_good_events_in_one_piece_with_a_bad_one_are_kept(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(CHAT.ended(0, b"".join(CHAT.pieces[:3]) + b"data: \xff\n\n"))
     answer = relay.ask(CHAT, **bearer("write"))
     assert answer.content.count(b"data: ") == 4
@@ -336,7 +336,9 @@ def test_an_endless_upstream_ends_at_max_message(relay: Relay, upstream: Upstrea
 
 
 @pytest.mark.parametrize("recording", [CHAT, AG_UI], ids=["its last event", "an end that others may follow"])
-def test_an_end_that_is_not_recorded_is_none(relay: Relay, upstream: Upstream, recording: Recording) -> None:
+def test_an_end_that_cannot_be_recorded_does_not_complete_the_message(
+    relay: Relay, upstream: Upstream, recording: Recording
+) -> None:
     large = b'data: {"text":"%s"}\n\n' % (b"x" * 900)
     filling, rest = large * 60, large * 20 + recording.pieces[-1]
     upstream.answer(recording.ended(1, filling, rest).held(2))
@@ -388,7 +390,7 @@ def test_relays_are_counted_by_upstream_and_outcome(relay: Relay, upstream: Upst
     assert 'resume_stream_relays_total{outcome="completed",upstream="up"}' in metrics
 
 
-def test_an_error_says_nothing_of_where_the_upstream_is(relay: Relay, upstream: Upstream) -> None:
+def test_an_error_does_not_show_the_address_of_the_upstream(relay: Relay, upstream: Upstream) -> None:
     upstream.answer(Recording((), has_head=False, is_broken=True))
     answer = relay.ask(CHAT, **bearer("write"))
     assert problem(answer)[0] == 502

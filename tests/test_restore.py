@@ -1,4 +1,4 @@
-"""A database put back is not the one that its readers knew: their cursors are not taken for places in it."""
+"""After a restore, cursors of the lost database do not count as places in the restored one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def by_hand(db: Path, copy: Path) -> None:
 
 
 @pytest.mark.parametrize("put_back", [by_restore, by_hand])
-def test_a_cursor_from_before_a_backup_was_put_back_is_told_to_begin_anew(
+def test_a_cursor_from_before_a_restore_is_told_to_begin_anew(
     service: Service, client: httpx.Client, tmp_path: Path, put_back: Callable[[Path, Path], None]
 ) -> None:
     copy = tmp_path / "copy.db"
@@ -70,7 +70,7 @@ def test_a_plain_copy_of_the_file_is_restored_too(service: Service, client: http
     assert service.db.stat().st_mode & 0o777 == 0o600
 
 
-def test_nothing_is_restored_over_a_database_that_is_served_or_from_one_that_is_not_sound(
+def test_a_restore_refuses_a_served_database_and_a_damaged_copy(
     service: Service, client: httpx.Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     append(client, "t", "m", "one")
@@ -88,7 +88,7 @@ def test_nothing_is_restored_over_a_database_that_is_served_or_from_one_that_is_
 
 
 @pytest.mark.parametrize(("synchronous", "begins_anew"), [("NORMAL", True), ("FULL", False)])
-def test_after_an_unclean_end_only_what_was_synced_is_sure_to_be_there(
+def test_after_a_kill_only_synchronous_full_keeps_cursors(
     start_service: Callable[..., Service], synchronous: str, begins_anew: bool
 ) -> None:
     service = start_service("--synchronous", synchronous)

@@ -1,4 +1,4 @@
-"""Connections that take without asking: each is refused, let go or bounded, and nobody else is held up."""
+"""Connections that take too much: the service refuses, drops, or bounds each of them, and serves all others."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def raw(service: Service) -> Iterator[socket.socket]:
 
 
 def all_of(connection: socket.socket) -> bytes:
-    """Up to the end, however it comes."""
+    """Read up to the end, or to a reset."""
     data = b""
     with contextlib.suppress(ConnectionResetError):
         while piece := connection.recv(65536):
@@ -76,7 +76,7 @@ def test_large_headers_below_the_limit_are_taken(service: Service) -> None:
 
 
 @pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\nHost: loc"], ids=["nothing", "half a head"])
-def test_who_does_not_say_what_he_wants_is_let_go(service: Service, said: bytes) -> None:
+def test_a_client_that_sends_no_whole_request_is_dropped(service: Service, said: bytes) -> None:
     with raw(service) as connection:
         connection.sendall(said)
         assert all_of(connection) == b""
@@ -101,8 +101,8 @@ def test_a_reader_that_never_reads_loses_its_seat(service: Service) -> None:
         wait_until(lambda: not readers(), "the seat is free again")
 
 
-def test_what_follows_a_body_is_no_header(tmp_path: Path) -> None:
-    """Otherwise a token could come in a trailer, past whatever looks at headers before this service."""
+def test_trailers_do_not_count_as_headers(tmp_path: Path) -> None:
+    """Otherwise a token could come in a trailer, past a proxy that checks headers."""
     secret = "correct horse battery staple, 32+"
     service = Service(tmp_path / "chunks.db", environment={"RESUME_STREAM_SECRET": secret}).start()
     try:
@@ -118,7 +118,7 @@ def test_what_follows_a_body_is_no_header(tmp_path: Path) -> None:
         service.kill()
 
 
-def test_when_all_connections_are_taken_health_is_still_answered(tmp_path: Path) -> None:
+def test_health_is_answered_when_all_connections_are_taken(tmp_path: Path) -> None:
     service = Crowded(tmp_path / "chunks.db").start()
     try:
         with contextlib.ExitStack() as exits:
@@ -139,7 +139,7 @@ def test_when_all_connections_are_taken_health_is_still_answered(tmp_path: Path)
 # WebSockets
 
 
-def test_a_websocket_has_a_number_of_subscriptions_and_each_takes_its_seat_before_any_work(service: Service) -> None:
+def test_a_websocket_has_a_limited_number_of_subscriptions(service: Service) -> None:
     with connect(websocket_address(service)) as socket_:
         for number in range(4):
             socket_.send(json.dumps({"type": "subscribe", "id": number, "thread_id": "w", "follow": True}))
@@ -162,7 +162,7 @@ def test_a_websocket_is_not_deflated(service: Service) -> None:
         ('{"x":"' + "y" * 900_000 + '","id":1}', None),
     ],
 )
-def test_a_frame_that_is_wrong_is_answered_by_its_id_where_that_is_seen_at_once(
+def test_a_bad_frame_is_answered_with_its_id_if_that_is_seen_at_once(
     service: Service, frame: str, identity: Any
 ) -> None:
     with connect(websocket_address(service), max_size=None) as socket_:
@@ -174,7 +174,7 @@ def test_a_frame_that_is_wrong_is_answered_by_its_id_where_that_is_seen_at_once(
 # Answers
 
 
-def test_what_nobody_thought_of_is_a_problem_and_in_the_log(tmp_path: Path) -> None:
+def test_an_unexpected_error_is_a_problem_and_in_the_log(tmp_path: Path) -> None:
     service = Service(tmp_path / "chunks.db").start()
     try:
         answer = httpx.get(f"{service.url}/static/a%00b", headers={"X-Request-Id": "the-one"})
@@ -197,19 +197,19 @@ def test_options_is_answered_with_a_secret_too(tmp_path: Path) -> None:
         service.kill()
 
 
-def test_an_answer_of_the_api_is_kept_by_nobody(service: Service) -> None:
+def test_no_cache_keeps_an_answer_of_the_api(service: Service) -> None:
     for answer in (httpx.get(f"{service.api}/threads"), httpx.get(f"{service.api}/threads/nowhere")):
         assert answer.headers["cache-control"] == "no-store"
         assert answer.headers["x-content-type-options"] == "nosniff"
 
 
-def test_swagger_loads_nothing_from_elsewhere(service: Service) -> None:
+def test_swagger_loads_nothing_from_another_host(service: Service) -> None:
     policy = httpx.get(f"{service.url}/schema/swagger").headers["content-security-policy"]
     assert policy.startswith("default-src 'self';")
     assert "http" not in policy
 
 
-def test_bodies_that_are_coming_in_are_bounded_all_together(tmp_path: Path) -> None:
+def test_all_incoming_bodies_together_are_bounded(tmp_path: Path) -> None:
     service = Service(tmp_path / "chunks.db").start()
     head = HEAD + b"Content-Type: application/json\r\nContent-Length: 10000000\r\n\r\n"
     done = threading.Event()

@@ -146,7 +146,7 @@ async def test_time_in_which_the_database_was_locked_does_not_count(
             other.execute("begin immediate")
             clock.now += 500_000
             with pytest.raises(app.Unavailable, match="locked"):
-                await buffer.add_chunks("t", "m", ["more"])  # as its producer goes on trying
+                await buffer.add_chunks("t", "m", ["more"])  # its producer retries
             other.execute("rollback")
         await clock.moves_on(199)
         assert (await buffer.add_chunks("t", "m", ["more"])).status == "active"
@@ -239,7 +239,7 @@ def test_a_service_that_is_told_to_stop_is_gone_within_a_second(
             thread.join(TIMEOUT)
     service.process.stdout.close()
     service.process = None
-    assert not Path(f"{service.db}-wal").exists()  # nor where there is no such file at all
+    assert not Path(f"{service.db}-wal").exists()  # nor with Redis, where there is no file
 
     service.start()
     with httpx.Client(base_url=service.api, timeout=TIMEOUT) as again:

@@ -1,4 +1,4 @@
-"""The SQLite file: what is refused at the start, what a commit is, and that erased means erased."""
+"""The SQLite file: refusals at the start, commits, generations, and erasing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def files_of(db: Path) -> dict[str, bytes]:
 
 
 def query(db: Path, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
-    """As another process would ask: nothing that is not committed is seen."""
+    """Query the file as another process does, which sees only what is committed."""
     with contextlib.closing(sqlite3.connect(f"file:{db}?mode=ro", uri=True)) as connection:
         return connection.execute(sql, parameters).fetchall()
 
@@ -46,7 +46,7 @@ def execute(db: Path, sql: str) -> None:
 
 
 def refusal(db: Path) -> str:
-    """What a start says that refuses the file."""
+    """Start with this file, and return why it is refused."""
 
     async def start() -> None:
         async with ChunkBuffer(Settings(db=str(db))):
@@ -59,7 +59,7 @@ def refusal(db: Path) -> str:
 
 @pytest.fixture(scope="module")
 def good_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A database that the service itself has made, of a few hundred pages."""
+    """A database of a few hundred pages, made by the service."""
     db = tmp_path_factory.mktemp("good") / "good.db"
 
     async def fill() -> None:
@@ -120,7 +120,7 @@ def test_a_database_of_another_application_or_version_is_refused_and_left_as_it_
 
 
 @pytest.mark.parametrize("place", ["missing/chunks.db", "a-file/chunks.db", "a-folder", "/proc/chunks.db"])
-def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, place: str) -> None:
+def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path, place: str) -> None:
     (tmp_path / "a-file").write_text("not a folder")
     (tmp_path / "a-folder").mkdir()
     assert place in refusal(tmp_path / place)
@@ -158,7 +158,7 @@ def test_a_file_with_a_second_name_is_refused_under_both(service: Service, clien
 
 
 def sqlite_holds(db: Path) -> bool:
-    """Whether some process has the lock on it that SQLite keeps while a file is open (proc_locks(5))."""
+    """Return True if a process has the lock that SQLite keeps on an open file (proc_locks(5))."""
     return re.search(rf"POSIX .*:{db.stat().st_ino} ", Path("/proc/locks").read_text()) is not None
 
 
@@ -171,7 +171,7 @@ async def test_a_process_does_not_serve_a_file_twice_and_does_not_lose_its_locks
     assert sqlite_holds(db)
 
 
-def test_nobody_else_can_read_what_is_made(service: Service, client: httpx.Client) -> None:
+def test_only_the_owner_can_read_the_files(service: Service, client: httpx.Client) -> None:
     append(client, "t", "m", "one")
     files = [path for path in service.db.parent.glob(f"{service.db.name}*") if path.suffix != ".log"]
     assert len(files) == 3
@@ -195,7 +195,7 @@ def test_a_file_whose_owner_died_is_served_again(service: Service, client: httpx
 
 
 @pytest.mark.parametrize("name", ["a b?mode=ro#%41.db", "ünï.db", "link.db"])
-async def test_any_name_of_a_file_will_do(tmp_path: Path, name: str) -> None:
+async def test_a_file_may_have_any_name(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     db = tmp_path / name
@@ -208,14 +208,14 @@ async def test_any_name_of_a_file_will_do(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("is_enough", [True, False])
-def test_where_there_is_no_room_the_wal_gives_its_own_once(tmp_path: Path, is_enough: bool) -> None:
+def test_a_full_disk_gets_the_room_of_the_wal_once(tmp_path: Path, is_enough: bool) -> None:
     db = tmp_path / "chunks.db"
     wal_sizes: list[int] = []
 
     def work(connection: sqlite3.Connection) -> None:
         wal_sizes.append(Path(f"{db}-wal").stat().st_size)
         if len(wal_sizes) == 1 or not is_enough:
-            connection.execute("pragma max_page_count = 1")  # as large as it is, and no larger
+            connection.execute("pragma max_page_count = 1")  # no larger than it is now
             connection.execute("insert into texts values (zeroblob(100000))")
 
     with contextlib.closing(sqlite3.connect(db, isolation_level=None)) as connection:
@@ -270,9 +270,7 @@ async def test_an_append_is_answered_after_its_commit_and_not_before(buffer: Chu
         assert query(db, "select content from chunks") == [("text",)]
 
 
-async def test_what_comes_while_a_commit_is_under_way_is_committed_together(
-    buffer: ChunkBuffer, tmp_path: Path
-) -> None:
+async def test_appends_that_come_during_a_commit_are_committed_together(buffer: ChunkBuffer, tmp_path: Path) -> None:
     db = tmp_path / "chunks.db"
     await buffer.open_message("t0", "m")
     before = len(transactions_in(db))
@@ -283,7 +281,7 @@ async def test_what_comes_while_a_commit_is_under_way_is_committed_together(
     assert query(db, "select count(*) from chunks") == [(700,)]
 
 
-async def test_a_thread_whose_rows_do_not_fit_together_spoils_no_other(buffer: ChunkBuffer, tmp_path: Path) -> None:
+async def test_a_thread_with_inconsistent_rows_spoils_no_other(buffer: ChunkBuffer, tmp_path: Path) -> None:
     await buffer.add_chunks("t", "m", ["a"])
     await buffer.add_chunks("edited", "m", ["a"])
     execute(
@@ -366,10 +364,8 @@ async def test_a_full_database_is_a_clear_error_and_takes_appends_again_once_the
         assert (await buffer.add_chunks("b", "m", ["x" * 5000])).chunk_count == stored["b"] + 1
 
 
-def test_a_disk_that_takes_no_more_is_a_clear_error_and_is_used_again_by_itself(
-    service: Service, client: httpx.Client
-) -> None:
-    """A limit on the size of a file stands in for a disk that is full."""
+def test_a_full_disk_is_a_clear_error_until_there_is_room(service: Service, client: httpx.Client) -> None:
+    """A limit on the size of files stands in for a full disk."""
     append(client, "t", "m", "kept")
     limit = Path(f"{service.db}-wal").stat().st_size + 5000
     resource.prlimit(service.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -384,11 +380,9 @@ def test_a_disk_that_takes_no_more_is_a_clear_error_and_is_used_again_by_itself(
     assert query(service.db, "pragma integrity_check") == [("ok",)]
 
 
-async def test_a_checkpoint_that_fails_does_not_take_back_what_was_committed(
-    make_buffer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The disk has room for the WAL, and none for the database: the append is stored all the same."""
-    monkeypatch.setattr(app, "_WAL_BYTES", 0)  # a checkpoint after each commit, then
+async def test_a_failed_checkpoint_takes_back_no_commit(make_buffer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk has room for the WAL, but none for the database. The append is stored."""
+    monkeypatch.setattr(app, "_WAL_BYTES", 0)  # so that each commit is followed by a checkpoint
     failures = 0
 
     def fails(connection: sqlite3.Connection) -> bool:
@@ -408,7 +402,7 @@ async def test_a_checkpoint_that_fails_does_not_take_back_what_was_committed(
 
 @contextlib.contextmanager
 def overlapping_readers(db: Path) -> Iterator[None]:
-    """Two connections, of which at least one is in a read transaction at any time."""
+    """Keep two connections, of which one is in a read transaction at any time."""
     stop = threading.Event()
 
     def read() -> None:
@@ -489,12 +483,12 @@ def marked(number: int) -> str:
 
 
 def marks_in(db: Path) -> set[int]:
-    """The threads of which some text is anywhere in the database or the WAL."""
+    """Return the threads of which the database or the WAL has any text."""
     return {int(found) for data in files_of(db).values() for found in re.findall(rb"<mark (\d+)>", data)}
 
 
 async def fill_with_marks(buffer: ChunkBuffer) -> dict[int, str]:
-    """Threads whose chunks, from a few bytes to a few pages, lie among each other in the file."""
+    """Write threads whose chunks, from a few bytes to a few pages, lie mixed in the file. Return their texts."""
     texts = {(number, run): "" for number in range(THREAD_COUNT) for run in (0, 1)}
     for turn in range(6):
         appends = []
@@ -561,7 +555,7 @@ async def test_text_that_expired_is_nowhere_in_the_files(
         assert await live_texts(buffer, live) == {number: texts[number] for number in live}
 
 
-async def test_the_age_of_what_is_written_to_is_kept_to_the_minute(
+async def test_the_age_of_a_thread_is_kept_to_the_minute(
     buffer: ChunkBuffer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = {100_000: 60_000, 119_999: 60_000, 120_000: 120_000, 179_999: 120_000, 180_001: 180_000, 90_000: 60_000}
@@ -572,10 +566,10 @@ async def test_the_age_of_what_is_written_to_is_kept_to_the_minute(
             assert query(tmp_path / "chunks.db", f"select touched_at, updated_at from {table}") == [(age, now)]
 
 
-async def test_what_few_threads_are_is_found_among_many_as_soon_as_among_few(
+async def test_looking_for_a_few_threads_costs_the_same_among_many(
     make_buffer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the steps of SQLite's own machine."""
+    """Counted in steps of SQLite's virtual machine."""
     steps, run = 0, guard.InterruptedDatabase.run
 
     def count() -> None:
@@ -636,7 +630,7 @@ async def test_a_long_thread_is_erased_a_bounded_number_of_chunks_at_a_time(
     await buffer.add_chunks("other", "m", ["text"])
     with contextlib.closing(sqlite3.connect(f"file:{db}?mode=ro", uri=True, isolation_level=None)) as person:
         person.execute("begin")
-        person.execute("select * from threads").fetchall()  # which keeps the WAL, and so each of its transactions
+        person.execute("select * from threads").fetchall()  # which keeps all transactions in the WAL
         await buffer.clear_thread_buffer("t")
         lefts = history(db, "select (select count(*) from chunks)", tmp_path)
     assert lefts[-1] == 1
@@ -667,7 +661,7 @@ async def test_a_thread_that_is_being_erased_is_not_there_and_can_be_made_again(
     assert query(db, "select content from chunks") == [("newer",)]
 
 
-async def test_a_reader_in_the_way_delays_the_erasure_and_no_more(
+async def test_a_reader_of_the_file_only_delays_the_erasure(
     make_buffer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     impatient(monkeypatch, 0.1)
@@ -701,7 +695,7 @@ async def test_text_is_erased_while_other_messages_are_streaming(buffer: ChunkBu
         return count
 
     streaming = asyncio.create_task(stream())
-    async with asyncio.timeout(TIMEOUT / 2):  # all of them, and not one after the other
+    async with asyncio.timeout(TIMEOUT / 2):  # at the same time
         await asyncio.gather(*(buffer.clear_thread_buffer(f"thread-{number}") for number in texts.keys() - live))
     assert marks_in(tmp_path / "chunks.db") == live
     assert await live_texts(buffer, live) == {number: texts[number] for number in live}

@@ -1,4 +1,4 @@
-"""Uploads that go on for as long as an agent speaks: readable at once, answered early, cut anywhere."""
+"""Streamed uploads: readable at once, answered early, and cut anywhere."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_line_is_readable_long_before_the_upload_ends(
         assert stream.rest() == b""
 
 
-def test_a_last_line_needs_no_end_even_where_the_end_of_the_body_comes_later(
+def test_a_last_line_needs_no_line_end_even_if_the_end_of_the_body_comes_later(
     client: httpx.Client, thread: str, upload: Callable[..., Upload]
 ) -> None:
     running = upload(NDJSON, "?complete=true")
@@ -62,7 +62,7 @@ def test_a_last_line_needs_no_end_even_where_the_end_of_the_body_comes_later(
     assert contents(client, thread) == ["a", "b"]
 
 
-def test_half_a_last_line_is_refused_even_where_the_end_of_the_body_comes_later(
+def test_half_a_last_line_is_refused_even_if_the_end_of_the_body_comes_later(
     client: httpx.Client, thread: str, upload: Callable[..., Upload]
 ) -> None:
     running = upload(NDJSON, "?complete=true")
@@ -130,7 +130,7 @@ def test_an_upload_is_answered_as_soon_as_somebody_else_ends_its_message(
     assert contents(client, thread) == ["a"]
 
 
-def test_an_upload_that_has_not_sent_anything_yet_is_answered_too(
+def test_an_upload_without_a_first_byte_is_answered_too(
     client: httpx.Client, thread: str, upload: Callable[..., Upload]
 ) -> None:
     running = upload(NDJSON)
@@ -172,7 +172,7 @@ def test_another_message_of_the_thread_may_end_without_harm(
     ("kind", "sent", "stored"),
     [
         (NDJSON, b'{"content":"a"}\n{"content":"b', ["a"]),
-        (NDJSON, b'{"content":"a"}\n{"content":"b"}', ["a"]),  # whole, but nobody knows that
+        (NDJSON, b'{"content":"a"}\n{"content":"b"}', ["a"]),  # whole, but the service cannot know
         (TEXT, "aé".encode()[:-1], ["a"]),
     ],
 )

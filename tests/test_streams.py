@@ -1,4 +1,4 @@
-"""What a reader of server-sent events gets, byte for byte (HTML, 9.2)."""
+"""Server-sent events, byte for byte (HTML, 9.2)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Open = Callable[..., Stream]
 
 @pytest.fixture
 def read(service: Service) -> Iterator[Open]:
-    """Open a stream of the API."""
+    """Return a function that opens a stream."""
     streams = []
 
     def open_stream(path: str, headers: dict[str, str] | None = None, body: Any = None) -> Stream:
@@ -87,7 +87,7 @@ def after(frames: dict[int, bytes], seq: int) -> list[bytes]:
     return [frame for place, frame in sorted(frames.items()) if place > seq]
 
 
-# What was there before the reader
+# Chunks from before the reader came
 
 
 def test_headers_are_exactly_those_of_an_event_stream(client: httpx.Client, thread: str, read: Open) -> None:
@@ -134,14 +134,14 @@ def test_a_reader_carries_on_right_after_its_cursor(
         assert body_of(read(message_path(thread, "run", "stream") + query, headers)) == whole(*after(RUN, seq))
 
 
-def test_a_bare_number_will_do_in_a_body(client: httpx.Client, thread: str, read: Open) -> None:
+def test_a_body_may_have_a_bare_number_as_cursor(client: httpx.Client, thread: str, read: Open) -> None:
     fill(client, thread)
     body = {"thread_id": thread, "message_id": "run", "after": 3}
     assert body_of(read("/resume-stream", body=body)) == whole(*after(RUN, 3))
 
 
 @pytest.mark.parametrize(("path", "seq"), [("stream", 7), ("messages/run/stream", 7), ("messages/aside/stream", 5)])
-def test_where_nothing_more_will_come_the_answer_is_204(
+def test_204_is_the_answer_if_nothing_more_will_come(
     client: httpx.Client, thread: str, read: Open, path: str, seq: int
 ) -> None:
     made = fill(client, thread)
@@ -171,7 +171,7 @@ def test_a_bad_query_is_refused(client: httpx.Client, thread: str, query: str) -
     assert problem(client.get(f"/threads/{thread}/stream?{query}"))[0] == 400
 
 
-def test_there_is_no_stream_of_what_is_not_there(client: httpx.Client, thread: str) -> None:
+def test_a_missing_thread_or_message_has_no_stream(client: httpx.Client, thread: str) -> None:
     for path in (f"/threads/{thread}/stream", message_path(thread, "run", "stream")):
         status, document = problem(client.get(path))
         assert (status, document["exists"]) == (404, False)
@@ -180,7 +180,7 @@ def test_there_is_no_stream_of_what_is_not_there(client: httpx.Client, thread: s
 
 
 @pytest.mark.parametrize("path", ["stream", "messages/run/stream", "body"])
-def test_a_cursor_that_fits_no_longer_is_answered_with_reset_and_everything(
+def test_a_stale_cursor_is_answered_with_reset_and_everything(
     client: httpx.Client, thread: str, read: Open, path: str
 ) -> None:
     append(client, thread, "run", "of an earlier generation", "x", complete=True)
@@ -220,7 +220,7 @@ def test_an_event_has_the_name_its_producer_gave_it(client: httpx.Client, thread
     assert body_of(read(f"/threads/{thread}/stream")) == whole(chunk(1, "a", event=event), end(2))
 
 
-# What comes while the reader is there
+# Chunks that come while the reader is there
 
 
 def test_bytes_flow_before_the_first_chunk(client: httpx.Client, thread: str, read: Open) -> None:
@@ -234,7 +234,7 @@ def test_bytes_flow_before_the_first_chunk(client: httpx.Client, thread: str, re
     assert body_of(stream) == end(3)
 
 
-def test_a_reader_of_a_message_gets_only_that_one_and_ends_with_it(
+def test_a_reader_of_a_message_gets_only_its_chunks_and_ends_with_it(
     client: httpx.Client, thread: str, read: Open
 ) -> None:
     append(client, thread, "run", "a")
@@ -355,7 +355,7 @@ def test_resume_by_text_begins_right_after_it(client: httpx.Client, thread: str,
         assert body_of(read("/resume-stream", body=body)) == whole(*frames), known
 
 
-def test_resume_goes_on_with_what_comes_later(client: httpx.Client, thread: str, read: Open) -> None:
+def test_resume_goes_on_with_later_chunks(client: httpx.Client, thread: str, read: Open) -> None:
     append(client, thread, "run", "Hello")
     body = {"thread_id": thread, "message_id": "run", "known_content": "He", "poll_interval": 0.05}
     stream = read("/resume-stream", body=body)
@@ -366,7 +366,7 @@ def test_resume_goes_on_with_what_comes_later(client: httpx.Client, thread: str,
 
 
 @pytest.mark.parametrize("rest", [{"known_content": "x"}, {"after": "1-1"}, {}])
-def test_resume_of_what_is_not_there_ends_at_once(thread: str, read: Open, rest: dict[str, str]) -> None:
+def test_resuming_a_missing_message_ends_at_once(thread: str, read: Open, rest: dict[str, str]) -> None:
     stream = read("/resume-stream", body={"thread_id": thread, "message_id": "run", **rest})
     assert stream.rest() == b'retry: 1000\nevent: complete\ndata: {"exists":false}\n\n'
 

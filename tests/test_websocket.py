@@ -29,7 +29,7 @@ service = shared_service()
 
 
 class Socket:
-    """Frames as dicts."""
+    """A WebSocket whose frames are dicts."""
 
     def __init__(self, service: Service) -> None:
         self._connecting = connect(websocket_address(service), open_timeout=TIMEOUT, max_size=None, max_queue=None)
@@ -58,7 +58,7 @@ class Socket:
         return frames
 
     def cut(self) -> None:
-        """As a network does: without a goodbye."""
+        """Cut the connection without a goodbye, as a network does."""
         self.connection.socket.shutdown(socket.SHUT_RDWR)
         self.connection.close()
 
@@ -70,7 +70,7 @@ def ws(service: Service) -> Iterator[Socket]:
 
 
 def shape(frame: dict[str, Any]) -> tuple[Any, ...]:
-    """A frame without what differs from run to run."""
+    """Return a frame without times and cursors."""
     kind = frame["type"]
     if kind == "chunk":
         return ("chunk", frame["seq"], frame["content"])
@@ -168,7 +168,7 @@ def test_an_event_has_its_name(client: httpx.Client, ws: Socket, thread: str) ->
     assert ws.ask("subscribe", "s", thread_id=thread)["event"] == "tool"
 
 
-def test_what_is_appended_while_one_follows_arrives(client: httpx.Client, ws: Socket, thread: str) -> None:
+def test_a_subscription_gets_new_chunks(client: httpx.Client, ws: Socket, thread: str) -> None:
     client.put(f"/threads/{thread}/messages/run")
     ws.send("subscribe", "s", thread_id=thread, message_id="run")
     for number in range(20):
@@ -181,7 +181,7 @@ def test_what_is_appended_while_one_follows_arrives(client: httpx.Client, ws: So
     ]
 
 
-def test_a_thread_not_made_yet_can_be_followed(client: httpx.Client, ws: Socket, thread: str) -> None:
+def test_a_thread_that_does_not_exist_yet_can_be_followed(client: httpx.Client, ws: Socket, thread: str) -> None:
     ws.send("subscribe", "s", thread_id=thread, follow=True)
     assert ws.ask("append", "a", thread_id=thread, message_id="run", chunks=[{"content": "x"}], complete=True)
     frames = [ws.receive(), ws.receive()]
@@ -191,7 +191,7 @@ def test_a_thread_not_made_yet_can_be_followed(client: httpx.Client, ws: Socket,
     assert shape(ws.receive_until("chunk")[-1])[2] == "y"  # it stays open for the next message
 
 
-def test_a_timeout_leaves_the_connection(client: httpx.Client, ws: Socket, thread: str) -> None:
+def test_a_timeout_keeps_the_connection_open(client: httpx.Client, ws: Socket, thread: str) -> None:
     append(client, thread, "run", "x")
     ws.send("subscribe", "s", thread_id=thread, idle_timeout="20ms")
     assert [shape(frame) for frame in ws.receive_until("unsubscribed")] == [
@@ -247,7 +247,7 @@ def test_many_threads_on_one_connection(client: httpx.Client, ws: Socket, thread
     threads = [f"{thread}-{number}" for number in range(30)]
     for number, name in enumerate(threads):
         ws.send("subscribe", number, thread_id=name, follow=True)
-    with_barrier = ws.ask("unsubscribe", "barrier")  # answered after all of those above were taken
+    with_barrier = ws.ask("unsubscribe", "barrier")  # answered after all subscriptions
     assert with_barrier["status"] == 404
     for round_ in range(3):
         for number, name in enumerate(threads):
@@ -364,7 +364,7 @@ def test_pipelined_appends_are_committed_in_their_order(client: httpx.Client, ws
 
 @contextlib.contextmanager
 def raw_socket(service: Service) -> Iterator[socket.socket]:
-    """A WebSocket from which nothing is read, and whose kernel buffers are small."""
+    """Open a WebSocket with small kernel buffers, from which the test reads nothing."""
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(TIMEOUT)
@@ -378,7 +378,7 @@ def raw_socket(service: Service) -> Iterator[socket.socket]:
 
 
 def test_an_abort_does_not_overtake_the_appends_before_it(service: Service, client: httpx.Client, thread: str) -> None:
-    """Frames of one connection, all in one segment."""
+    """All frames come in one segment of one connection."""
     texts = [str(number) for number in range(5)]
     frames: list[dict[str, Any]] = [
         {"type": "append", "id": text, "thread_id": thread, "message_id": "run", "chunks": [{"content": text}]}
@@ -485,7 +485,7 @@ def test_a_bad_frame_gets_an_error_and_the_connection_goes_on(
     assert error["detail"]
     if isinstance(frame, dict) and status != 422:
         assert error["id"] == frame["id"]
-    # Nothing was made of it, and what is sent next is answered; a failed subscription may be over first.
+    # It made nothing, and the next frame is answered. The end of a failed subscription may come first.
     assert client.get("/threads/errors").status_code == 404
     ws.send("subscribe", "next", thread_id="there", message_id="run")
     assert ws.receive_until("chunk")[-1]["id"] == "next"
@@ -493,7 +493,7 @@ def test_a_bad_frame_gets_an_error_and_the_connection_goes_on(
 
 @pytest.mark.sqlite
 @pytest.mark.parametrize("begin", ["", '{"type":"append","id":1,"x":'])
-def test_arrays_in_arrays_are_a_bad_frame_too(ws: Socket, begin: str) -> None:
+def test_deeply_nested_arrays_are_a_bad_frame_too(ws: Socket, begin: str) -> None:
     ws.connection.send(begin + "[" * 5000)
     assert ws.receive()["status"] == 422
     assert ws.ask("unsubscribe", 2)["id"] == 2
@@ -501,7 +501,7 @@ def test_arrays_in_arrays_are_a_bad_frame_too(ws: Socket, begin: str) -> None:
 
 @pytest.mark.sqlite
 def test_an_error_has_the_id_that_its_frame_had(ws: Socket) -> None:
-    """Also where the rest of the frame is no good: a client that pipelines must know which one failed."""
+    """Also if the rest of the frame is bad: a client that pipelines must know which frame failed."""
     frames = [bad(type="dance"), bad(thread_id=...), bad(chunks=[{"content": 1}]), bad(extra=1), bad(index="first")]
     frames.append(bad(type="subscribe", chunks=..., known_content="\ud800"))
     frames = [{**frame, "id": f"id-{number}"} for number, frame in enumerate(frames)]
@@ -524,10 +524,10 @@ def test_too_large_a_frame_ends_only_its_own_connection(start_service: Callable[
         assert other.receive()["content"] == "x"
 
 
-# Nobody is hurt by a slow one
+# A slow client hurts no other
 
 
-def test_a_reader_that_never_reads_hurts_nobody(start_service: Callable[..., Service]) -> None:
+def test_a_reader_that_never_reads_hurts_no_one(start_service: Callable[..., Service]) -> None:
     service = start_service("--synchronous", "NORMAL")
     total, text = 45, "x" * (MIB - 64)  # more than the service may keep
     with api_client(service) as client, contextlib.ExitStack() as exits:
@@ -548,13 +548,13 @@ def test_a_reader_that_never_reads_hurts_nobody(start_service: Callable[..., Ser
         grown = service.memory() - before
         assert len(received) == total
         assert min(received) > len(text)
-        allowed = 45 if service.is_elsewhere else 30  # what goes to Redis and is heard from there takes some more
+        allowed = 45 if service.is_elsewhere else 30  # Redis sends every chunk back to the service
         assert grown < allowed * MIB, f"{grown / MIB:.0f} MiB more"
 
 
 @pytest.mark.sqlite
 def test_a_producer_that_never_reads_its_answers_is_slowed(start_service: Callable[..., Service]) -> None:
-    """Bounded: what it sent is not kept for the sake of an answer that it does not read."""
+    """The service does not keep what it sent for the sake of unread answers."""
     service = start_service("--synchronous", "NORMAL")
 
     def frame(number: int, identity: str, text: str) -> bytes:
@@ -574,7 +574,7 @@ def test_a_producer_that_never_reads_its_answers_is_slowed(start_service: Callab
             while rest and select.select([], [deaf], [], 1)[1]:
                 rest = rest[deaf.send(rest) :]
             if rest:
-                break  # it is not read on, which is one way to be bounded
+                break  # the service reads no more of it, which is a bound too
             sent += 1
         if sent == len(frames):
             wait_until(lambda: client.get("/threads/t").json()["messageCount"] == 61)
@@ -594,7 +594,7 @@ def test_told_to_stop_it_closes_with_1012_and_exits_with_0(start_service: Callab
         os.kill(service.pid, signal.SIGTERM)
         for connection in (ws, idle):
             with pytest.raises(ConnectionClosed) as closed:
-                connection.receive()  # no end event before it: the client is to come back
+                connection.receive()  # without an end event, so that the client comes back
             assert closed.value.rcvd.code == 1012
         assert service.process.wait(5) == 0
         service.end()

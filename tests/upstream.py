@@ -1,15 +1,15 @@
-"""An upstream for the relay: a real server that streams a recorded answer, byte for byte, and can be cut anywhere.
+"""An upstream for the relay: a real server that streams a recorded answer, and can cut it anywhere.
 
 It runs in a thread of the test's process, so that clients in other processes (Node, a browser) can reach it::
 
     with Upstream() as upstream:
-        upstream.answer(CHAT)                      # whatever is asked for, from now on
-        upstream.answer(CHAT.held(2), at="/v1/x")  # what is asked for there; it waits after two events …
-        upstream.go_on()                           # … for this, once for each pause
-        upstream.asked, upstream.left              # what it was asked, and how often its client went too early
+        upstream.answer(CHAT)                      # answers every request from now on
+        upstream.answer(CHAT.held(2), at="/v1/x")  # answers requests there; it waits after two events …
+        upstream.go_on()                           # … until this call, one for each pause
+        upstream.asked, upstream.left              # its requests, and how many clients left early
 
-A recording has its own path (``CHAT.path``), so that a test can be the same for all of them. A test file has
-``upstream, service = shared_upstream(), relaying()``: both for all of its tests, and the relay's URL is
+A recording has its own path (``CHAT.path``), so that one test can go through all recordings. A test file has
+``upstream, service = shared_upstream(), relaying()``, which all of its tests share. The URL of the relay is
 ``relay_url(service)``.
 """
 
@@ -27,13 +27,13 @@ from typing import Any, Self
 import pytest
 from conftest import Service
 
-PAUSE = b""  # among pieces: wait for go_on()
+PAUSE = b""  # a piece that waits for go_on()
 EVENTS = {"Content-Type": "text/event-stream; charset=utf-8"}
 
 
 @dataclass(frozen=True)
 class Recording:
-    """An answer: its pieces are sent one by one, and its body ends well, or is broken off."""
+    """An answer. The upstream sends its pieces one by one, and ends its body well or breaks it off."""
 
     pieces: tuple[bytes, ...]
     path: str = "/events"
@@ -42,22 +42,22 @@ class Recording:
     status: int = 200
     headers: dict[str, str] = field(default_factory=lambda: dict(EVENTS))
     is_broken: bool = False
-    has_head: bool = True  # without it the connection is closed before anything is said
+    has_head: bool = True  # without a head, the upstream closes the connection at once
 
     def held(self, after: int) -> Recording:
-        """It waits after so many pieces, before the next."""
+        """Return the recording with a pause after so many pieces."""
         return dataclasses.replace(self, pieces=(*self.pieces[:after], PAUSE, *self.pieces[after:]))
 
     def held_everywhere(self) -> Recording:
         return dataclasses.replace(self, pieces=tuple(piece for event in self.pieces for piece in (PAUSE, event)))
 
     def broken(self, after: int, more: int = 0) -> Recording:
-        """It is broken off after so many pieces, and so many bytes of the next."""
+        """Return the recording broken off after so many pieces, and so many bytes of the next."""
         rest = self.pieces[after][:more] if more else b""
         return dataclasses.replace(self, pieces=(*self.pieces[:after], *filter(None, [rest])), is_broken=True)
 
     def ended(self, after: int, *more: bytes) -> Recording:
-        """It ends well after so many pieces, and then others."""
+        """Return the recording with a good end after so many pieces, and then these others."""
         return dataclasses.replace(self, pieces=(*self.pieces[:after], *more))
 
     def at(self, path: str) -> Recording:
@@ -65,12 +65,12 @@ class Recording:
 
     @property
     def data(self) -> list[str]:
-        """What its events have as data."""
+        """The data of its events."""
         return [line[6:].decode() for piece in self.pieces for line in piece.splitlines() if line.startswith(b"data: ")]
 
 
 def plain(status: int, document: Any, **headers: str) -> Recording:
-    """An answer that is no stream."""
+    """Return an answer that is not a stream."""
     said = {"Content-Type": "application/json", **{name.replace("_", "-"): text for name, text in headers.items()}}
     return Recording((json.dumps(document).encode(),), status=status, headers=said)
 
@@ -81,7 +81,7 @@ class Request:
     target: str
     headers: dict[str, str]  # by name in lower case
     body: bytes
-    lines: tuple[bytes, ...]  # the head, as it came
+    lines: tuple[bytes, ...]  # the raw head
 
     @property
     def json(self) -> Any:
@@ -92,7 +92,7 @@ class Upstream:
     def __init__(self) -> None:
         self.asked: list[Request] = []
         self.left = 0
-        self.paused = 0  # answers that wait to go on
+        self.paused = 0  # answers in a pause
         self._answers: dict[str, Recording] = {}
         self._loop = asyncio.new_event_loop()
         self._connections: set[asyncio.Task[None]] = set()
@@ -109,11 +109,11 @@ class Upstream:
         self._thread.join()
 
     def answer(self, recording: Recording, at: str = "") -> None:
-        """To every request, or to those whose target begins so."""
+        """Answer every request so, or those whose target begins with ``at``."""
         self._answers[at] = recording
 
     def forget(self) -> None:
-        """All of it, before another test."""
+        """Forget all requests and answers."""
         self._answers.clear()
         self.asked.clear()
         self.left = 0
@@ -148,13 +148,13 @@ class Upstream:
             while await self._request(reader, writer):
                 pass
         except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # its client has gone, between two requests or in one
+            pass  # its client has left
         finally:
             self._connections.discard(task)
             writer.close()
 
     async def _request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Answer one; whether another one may come."""
+        """Answer a request. Return True if another one may follow."""
         lines = tuple((await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")[:-2])
         method, target, _ = lines[0].decode("latin-1").split(" ")
         headers = {
@@ -193,7 +193,7 @@ class Upstream:
         return True
 
     async def _released(self, reader: asyncio.StreamReader) -> bool:
-        """Whether it may go on; not, where its client has gone meanwhile."""
+        """Wait for go_on(). Return False if the client has left meanwhile."""
         released, gone = asyncio.create_task(self._going_on.acquire()), asyncio.create_task(reader.read(1))
         self.paused += 1
         try:
@@ -207,7 +207,7 @@ class Upstream:
 
 
 def frames(*events: Any, named: bool = False) -> tuple[bytes, ...]:
-    """Events with JSON as their data; ``named`` by its type."""
+    """Return events with JSON data. With ``named``, the type of the data names the event."""
     return tuple(
         (f"event: {event['type']}\n" if named else "").encode() + b"data: %s\n\n" % json.dumps(event).encode()
         for event in events
@@ -372,7 +372,7 @@ RECORDINGS: dict[str, Recording] = {
 }
 
 
-# How each upstream says that its answer has failed.
+# How each upstream says that its answer failed.
 ERRORS = {
     "openai-chat": frames({"error": {"message": "overloaded", "type": "server_error", "code": None}})[0],
     "openai-responses": frames(
@@ -389,7 +389,7 @@ ERRORS = {
 
 
 def shared_upstream() -> Any:
-    """The fixture ``upstream`` of a file."""
+    """Return the fixture ``upstream`` of a file."""
 
     @pytest.fixture(scope="module")
     def upstream() -> Iterator[Upstream]:
@@ -401,12 +401,12 @@ def shared_upstream() -> Any:
 
 @pytest.fixture(autouse=True)
 def fresh(upstream: Upstream) -> None:
-    """Without what an earlier test had it answer."""
+    """Let the upstream forget the answers of an earlier test."""
     upstream.forget()
 
 
 def relaying(*flags: str, environment: dict[str, str] | None = None, base: str = "") -> Any:
-    """The fixture ``service`` of a file: one with its upstream, by the name of ``up``."""
+    """Return the fixture ``service`` of a file, which relays to ``upstream`` under the name ``up``."""
 
     @pytest.fixture(scope="module")
     def service(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> Iterator[Service]:

@@ -1,4 +1,4 @@
-"""HTTP as these tests need it: a service for a whole file, uploads sent bit by bit, streams read bit by bit."""
+"""HTTP for these tests: a service for a whole file, uploads sent piece by piece, streams read piece by piece."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ TEXT = {"Content-Type": "text/plain"}
 
 
 def serving(folder: Path, *flags: str, store: str = "") -> Service:
-    """A service for ``with``, with its database in this folder, or in another store."""
+    """Return a service for ``with``, with its database in this folder, or in another store."""
     return Service(folder / "chunks.db", *flags, store=store)
 
 
 def shared_service(*flags: str, fill: Callable[[httpx.Client], Any] = lambda client: None) -> Any:
-    """The fixture ``service`` of a file whose tests share one, and what that holds from the start."""
+    """Return a fixture ``service`` that all tests of a file share. ``fill`` writes what it holds from the start."""
 
     @pytest.fixture(scope="module")
     def service(tmp_path_factory: pytest.TempPathFactory, store: Callable[[], str]) -> Iterator[Service]:
@@ -43,7 +43,7 @@ def message_path(thread: str, message: str, call: str = "chunks") -> str:
 
 
 def contents(client: httpx.Client, thread: str) -> list[str]:
-    """The content of every chunk of a thread that can be read now; none, if there is no thread."""
+    """Return the content of every chunk of a thread, and none if the thread does not exist."""
     found: list[str] = []
     query = {}
     while chunks := (page := client.get(f"/threads/{thread}/chunks", params=query).json()).get("chunks"):
@@ -57,7 +57,7 @@ def generation(client: httpx.Client, thread: str) -> str:
 
 
 def problem(response: httpx.Response) -> tuple[int, dict[str, Any]]:
-    """The status and members of an error answer, which has the form that all of them have."""
+    """Check that the answer is a problem document, and return its status and its members."""
     assert response.headers["content-type"] == "application/problem+json"
     document = response.json()
     assert document["status"] == response.status_code
@@ -67,13 +67,13 @@ def problem(response: httpx.Response) -> tuple[int, dict[str, Any]]:
 
 
 class Connection:
-    """One request on a TCP connection of its own, on which nothing is waited for longer than TIMEOUT."""
+    """A request on a TCP connection of its own. Nothing waits longer than TIMEOUT."""
 
     def __init__(self, service: Service, method: str, path: str, headers: dict[str, str], body: bytes = b"") -> None:
         self.request = f"{method} /api{path}"
         self.http = HTTPConnection("127.0.0.1", service.port, timeout=TIMEOUT)
         self.http.connect()
-        self.socket = self.http.sock  # http.client forgets it once the answer has begun, where that ends with it
+        self.socket = self.http.sock  # http.client forgets it if the connection ends with the answer
         self.http.putrequest(method, f"/api{path}")
         for name, value in headers.items():
             self.http.putheader(name, value)
@@ -93,7 +93,7 @@ class Connection:
 
     @contextlib.contextmanager
     def waiting_for(self, what: str) -> Iterator[None]:
-        """Cut the connection where this takes longer than TIMEOUT, also where something else keeps coming."""
+        """Cut the connection if this takes longer than TIMEOUT, even if other bytes keep coming."""
         is_late = threading.Event()
         impatience = threading.Timer(TIMEOUT, cut, [self.socket, is_late])
         impatience.start()
@@ -115,19 +115,19 @@ class Connection:
         return self.response
 
     def rest(self) -> bytes:
-        """Up to the end, which the service decides."""
+        """Read up to the end of the answer."""
         with self.waiting_for("the end of the answer"):
             return self.response.read()
 
 
 def cut(end: socket.socket, is_late: threading.Event) -> None:
     is_late.set()
-    with contextlib.suppress(OSError):  # the service may have closed it just now
+    with contextlib.suppress(OSError):  # the service may have closed it
         end.shutdown(socket.SHUT_RDWR)
 
 
 class Upload(Connection):
-    """A POST whose body is sent as the test goes on, in chunked transfer encoding."""
+    """A POST whose body the test sends piece by piece, in chunked transfer encoding."""
 
     def __init__(self, service: Service, path: str, headers: dict[str, str]) -> None:
         super().__init__(service, "POST", path, {**headers, "Transfer-Encoding": "chunked"})
@@ -141,11 +141,11 @@ class Upload(Connection):
         return self.answer()
 
     def answer(self) -> tuple[int, dict[str, Any]]:
-        """What the service says, whether or not it has seen the end of the body."""
+        """Return the answer, which may come before the end of the body."""
         return self.begin_answer().status, json.loads(self.rest())
 
     def hang_up(self) -> None:
-        """Send no more, and wait until the service has closed its side too."""
+        """Close this side, and wait until the service has closed its own."""
         self.socket.shutdown(socket.SHUT_WR)
         with self.waiting_for("the end of the connection"):
             while self.socket.recv(65536):
@@ -153,7 +153,7 @@ class Upload(Connection):
 
 
 class Stream(Connection):
-    """A stream that is read as the test goes on, byte for byte."""
+    """A stream that the test reads line by line or frame by frame."""
 
     def __init__(self, service: Service, path: str, headers: dict[str, str] | None = None, body: Any = None) -> None:
         if body is None:
@@ -173,7 +173,7 @@ class Stream(Connection):
             return self.response.readline()
 
     def frame(self) -> bytes:
-        """Up to and with the next blank line; what there is, at the end of the stream."""
+        """Read up to and with the next blank line, or the rest of the stream."""
         lines = []
         with self.waiting_for("a frame"):
             while line := self.response.readline():
@@ -193,7 +193,7 @@ def websocket_address(service: Service, query: str = "") -> str:
 
 
 def masked(*frames: dict[str, Any] | bytes) -> bytes:
-    """Text frames as a client sends them (RFC 6455, 5.2), with a mask of zeros."""
+    """Return text frames as a client sends them (RFC 6455, 5.2), with a mask of zeros."""
     data = b""
     for frame in frames:
         text = frame if isinstance(frame, bytes) else json.dumps(frame).encode()
