@@ -173,9 +173,11 @@ class FileSource(SQLiteStore):
     async def open(self, told: Told) -> None:
         if not self.path.exists():
             raise StartupError(f"there is no {self.path}")
-        self.readers = [await self.opened("ro", self.exits) for _ in range(2)]
-        if not await self.readers[0].run(self.check_contents):
-            raise StartupError(f"{self.path} is not a database of resume-stream")
+        async with contextlib.AsyncExitStack() as exits:
+            self.readers = [await self.opened("ro", exits) for _ in range(2)]
+            if not await self.readers[0].run(self.check_contents):
+                raise StartupError(f"{self.path} is not a database of resume-stream")
+            self.exits = exits.pop_all()
 
 
 class FileTarget:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,8 +141,10 @@ def test_a_file_with_threads_of_its_own_is_refused_and_stays_as_it_was(
 
 
 def test_a_bad_source_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = threading.active_count()
     for source in (tmp_path / "none.db", __file__, f"unix://{tmp_path}/none.sock", "ftp://somewhere"):
         assert app.main(["copy", str(source), str(tmp_path / "target.db")]) == 1
         said = capsys.readouterr().err
         assert said.startswith("resume-stream: ")
         assert "Traceback" not in said
+    assert threading.active_count() == threads  # one that is left behind would keep the process from ending
