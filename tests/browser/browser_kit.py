@@ -16,7 +16,7 @@ import httpx
 import pytest
 from conftest import TIMEOUT, Service, api_client
 
-CHROMIUM = shutil.which("chromium")
+CHROMIUM = shutil.which("chromium-headless-shell")
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -28,7 +28,7 @@ FLAGS = [
 ]
 
 if CHROMIUM is None:
-    pytest.skip("no Chromium is installed (apt install chromium)", allow_module_level=True)
+    pytest.skip("no Chromium is installed (apt install chromium-headless-shell)", allow_module_level=True)
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (pip install playwright)")
 Browser, Page = sync_api.Browser, sync_api.Page
 
