@@ -1359,7 +1359,8 @@ class SQLiteStore(GroupCommit):
 
     async def expire(self, untouched_since: int) -> int:
         idle = "select thread_id from threads where thread_id is not null and touched_at <= ?1 and updated_at <= ?1"
-        found = await self.read(lambda db: db.execute(idle, (untouched_since,)).fetchmany(500), heavy=True)
+        # No more at a time: the appends that come meanwhile wait for the same commit.
+        found = await self.read(lambda db: db.execute(idle, (untouched_since,)).fetchmany(100), heavy=True)
         clearing = [self.write(Clear(thread_id, untouched_since)) for (thread_id,) in found]
         outcomes = await asyncio.gather(*clearing, return_exceptions=True)  # a producer may have touched some since
         return sum(isinstance(outcome, Change) for outcome in outcomes)
