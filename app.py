@@ -2537,7 +2537,7 @@ class Parts:
             mount(self)
         for setting, needed in (("secret", "tokens"), ("upstream", "relay")):
             if getattr(buffer.settings, setting) and _extra(needed) is None:
-                raise StartupError(f"{setting} is set, and nothing here knows of it; put extras/{needed}.py in place")
+                raise StartupError(f"{setting} is set, and nothing here knows of it; put extras/{needed} in place")
 
     def router(self, path: str, handlers: Sequence[Any]) -> Router:
         return Router(

@@ -526,7 +526,7 @@ def test_silence_and_the_number_of_relays_have_limits(tmp_path: Path, upstream: 
             assert len(upstream.asked) == 1
             assert b'"code":"producer_timeout"' in reading.rest()
         assert relay.ended(*reading.ids) == ("aborted", "producer_timeout")
-        assert upstream.left == 1
+        wait_until(lambda: upstream.left == 1, "the upstream's connection is closed")
         # A stream that begins with silence has its headers, and signs of life, before its first event.
         upstream.answer(CHAT.held(0))
         with relay.reading(CHAT) as reading:
