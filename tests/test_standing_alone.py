@@ -200,8 +200,8 @@ def test_it_refuses_pages_of_other_origins(start_alone: Callable[..., Alone]) ->
 
 
 @pytest.mark.parametrize(
-    ("flags", "file"), [(("--upstream", "a=http://127.0.0.1:1"), "relay.py"), (("--secret", "s" * 32), "tokens.py")]
+    ("flags", "extra"), [(("--upstream", "a=http://127.0.0.1:1"), "relay"), (("--secret", "s" * 32), "tokens")]
 )
-def test_it_says_what_it_cannot_do_alone(start_alone: Callable[..., Alone], flags: tuple[str, str], file: str) -> None:
-    with pytest.raises(RuntimeError, match=f"put extras/{file}"):
+def test_it_says_what_it_cannot_do_alone(start_alone: Callable[..., Alone], flags: tuple[str, str], extra: str) -> None:
+    with pytest.raises(RuntimeError, match=f"put extras/{extra} in place"):
         start_alone(*flags)
