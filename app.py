@@ -136,7 +136,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         for name in SETTINGS:
             msgspec.structs.force_setattr(self, name, _checked_setting(name, getattr(self, name)))
         if self.cleanup_interval < 0.01:
-            raise ValueError("a cleanup_interval of 0 cannot be; it would never pause; give it 1s or more")
+            raise ValueError("the cleanup_interval is so short that it would never pause; give it 1s or more")
         if 0 < (size := len(self.secret.encode())) < 32:
             raise ValueError(
                 f"the secret has {size} bytes, and HS256 asks for 32 or more (RFC 7518, 3.2); make one"
@@ -565,7 +565,8 @@ class UnsupportedMediaType(Problem, status=415, kind="Unsupported media type"): 
 class InvalidContent(Problem, status=422, kind="Invalid content"):
     @classmethod
     def json(cls, text: bytes | bytearray, error: Exception, where: str = "The body") -> Self:
-        if not isinstance(error, msgspec.ValidationError) and re.search(rb"\\u[dD][89a-fA-F]", text):
+        pairs = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\\\", re.DOTALL)
+        if not isinstance(error, msgspec.ValidationError) and re.search(rb"\\u[dD][89a-fA-F]", pairs.sub(b"", text)):
             return cls(
                 f"{where} has a lone surrogate, which is not valid Unicode; send both halves of the pair in one chunk."
             )
@@ -576,7 +577,7 @@ class Unavailable(Problem, status=503, kind="Unavailable", headers={"Retry-After
 
 
 class BadRows(Unavailable, status=503, kind="Unavailable", headers={"Retry-After": "1"}):
-    """The rows that one write or read found are to blame, and not the file, the disk, or another process."""
+    """The rows of one thread may be the cause, so the writes of a commit are tried one by one."""
 
 
 class DatabaseFull(Problem, status=507, kind="Database full"): ...
@@ -721,7 +722,7 @@ class GroupCommit:
 
     async def all_committed(self) -> None:
         if self._committing is not None:
-            await self._committing
+            await asyncio.shield(self._committing)
 
     @property
     def has_room(self) -> bool:
@@ -777,8 +778,8 @@ class GroupCommit:
         except Exception as error:
             outcomes = [self.refused(error)] * len(batch)
         else:
-            asked = [asked for _, asked, _ in batch]
-            changes = [(known, when) for known, when in zip(outcomes, asked, strict=True) if isinstance(known, Change)]
+            pairs = zip(batch, outcomes, strict=True)
+            changes = [(outcome, asked) for (_, asked, _), outcome in pairs if isinstance(outcome, Change)]
             self._told(changes, time.perf_counter() - began)
         for (_, _, waiting), outcome in zip(batch, outcomes, strict=True):
             if waiting.done():
@@ -791,15 +792,13 @@ class GroupCommit:
 
 # SQLite
 
-_DATABASE_ERRORS = (sqlite3.Error, OSError, UnicodeDecodeError)
-
 
 def database_problem(error: Exception) -> Problem:
     """Return the Problem for an error of SQLite (https://www.sqlite.org/rescode.html)."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code == 0 and not isinstance(error, OSError):
         code = sqlite3.SQLITE_CORRUPT  # Python itself finds text that is not UTF-8, and has no code for it
-    if code == sqlite3.SQLITE_INTERRUPT:
+    if code == sqlite3.SQLITE_INTERRUPT or "closed database" in str(error):
         return Stopping()
     if code == sqlite3.SQLITE_FULL:
         return DatabaseFull("The disk or the size limit (max_db) is full; free space and retry.")
@@ -863,16 +862,16 @@ def _page_of(
 ) -> tuple[State, Page]:
     found = _row_of(db, thread_id, message_id)
     begin, end = (after, found.last_seq) if message_id is None else (max(after, found.before), found.last or 0)
-    rows = db.execute(
+    rows = (
         "select seq, message, event, content, timestamp, last from entries"
         " where thread = ?1 and seq between ?2 and ?3 and last >= ?2 and first <= ?3"
-        " and (?4 is null or message = ?4) order by last",
-        (found.thread, begin + 1, end, found.message),
+        " and (?4 is null or message = ?4) order by last"
     )
     messages: dict[int, tuple[str, Status, str | None] | None] = {}  # a join would open every pack
     entries: list[Entry] = []
     size, is_full = 0, False
-    for seq, message, event, content, timestamp, _ in rows:
+    # The cursor has no name: an error's traceback would keep it, and with it this snapshot.
+    for seq, message, event, content, timestamp, _ in db.execute(rows, (found.thread, begin + 1, end, found.message)):
         if message not in messages:
             of_it = "select message_id, status, reason from messages where message = ?"
             messages[message] = db.execute(of_it, (message,)).fetchone()
@@ -1122,7 +1121,7 @@ class Database(aiosqlite.Connection):
             raise Stopping
         try:
             return await cast("Callable[..., Awaitable[_T]]", self._execute)(work, self._conn)
-        except _DATABASE_ERRORS as error:
+        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
             raise database_problem(error) from error
 
 
@@ -1154,10 +1153,7 @@ def _renew_generations(db: sqlite3.Connection) -> None:
     latest, lowest = db.execute("select latest_generation, (select min(generation) from threads) from clock").fetchone()
     shift = max(latest, now_ms()) + 1 - (lowest or 0)
     db.execute("update threads set generation = generation + ?", (shift,))
-    db.execute(
-        "update clock set is_copy = 0, latest_generation = coalesce((select max(generation) from threads), ?)",
-        (latest,),
-    )
+    db.execute("update clock set latest_generation = coalesce((select max(generation) from threads), ?)", (latest,))
 
 
 def checkpoint(db: sqlite3.Connection) -> bool:
@@ -1171,11 +1167,11 @@ def checkpoint(db: sqlite3.Connection) -> bool:
 
 
 def _shrink(db: sqlite3.Connection) -> bool:
-    """Give some free pages back to the disk. Return False if none are left. Without free pages, take no lock."""
+    """Give some free pages back to the disk. Return False if no more can be. Without free pages, take no lock."""
     (free,) = db.execute("pragma freelist_count").fetchone()
     if free:  # a script, because execute() steps such a pragma only once, which gives one page back
         db.executescript("pragma incremental_vacuum(256)")
-    return cast(int, free) > 256
+    return 0 < cast(int, db.execute("pragma freelist_count").fetchone()[0]) < cast(int, free)
 
 
 class SQLiteStore(GroupCommit):
@@ -1202,9 +1198,8 @@ class SQLiteStore(GroupCommit):
             self.descriptor = exits.enter_context(sole_owner(self.path))
             try:
                 await self.check()
-                was_killed = self.wal.exists() and self.wal.stat().st_size > 0
                 self.writer = await self.opened("rw", exits)
-                await self.writer.run(partial(self.prepare, was_killed))
+                await self.writer.run(self.prepare)
                 self.readers = [await self.opened("ro", exits) for _ in range(2)]
             except (Problem, sqlite3.Error, OSError) as error:
                 raise StartupError(f"{self.path} cannot be opened: {error.__cause__ or error}") from error
@@ -1243,7 +1238,7 @@ class SQLiteStore(GroupCommit):
             )
         return True
 
-    def prepare(self, was_killed: bool, db: sqlite3.Connection) -> None:
+    def prepare(self, db: sqlite3.Connection) -> None:
         if not self.check_contents(db):
             db.execute("pragma auto_vacuum = incremental")  # has no effect inside a transaction
             db.executescript(f"begin immediate; {Path(__file__).with_name('schema.sql').read_text()}; commit;")
@@ -1252,16 +1247,25 @@ class SQLiteStore(GroupCommit):
         db.execute("pragma secure_delete = on")
         ((page_size,),) = db.execute("pragma page_size").fetchall()
         if self.settings.max_db:
-            db.execute(f"pragma max_page_count = {self.settings.max_db // page_size}")
+            db.execute(f"pragma max_page_count = {max(self.settings.max_db // page_size, 1)}")
         with db:
             db.execute("begin immediate")
-            (is_copy,) = db.execute("select is_copy from clock").fetchone()
-            if is_copy or (was_killed and self.settings.synchronous == "NORMAL"):
+            (is_doubtful,) = db.execute("select is_doubtful from clock").fetchone()
+            if is_doubtful:
                 _renew_generations(db)
+            if is_doubtful != (is_normal := self.settings.synchronous == "NORMAL"):
+                db.execute("update clock set is_doubtful = ?", (is_normal,))
+        if is_normal:
+            checkpoint(db)  # the doubt reaches the disk before a commit that a power cut may take
 
     async def close(self) -> None:
-        await self.all_committed()
-        await self.exits.aclose()
+        try:
+            await self.all_committed()
+            if self.settings.synchronous == "NORMAL":
+                with logged_problems("note that the end is clean"):
+                    await self.change(lambda db: db.execute("update clock set is_doubtful = 0"))
+        finally:
+            await self.exits.aclose()
 
     def stop(self) -> None:
         """A keeper may interrupt long reads here."""
@@ -1305,7 +1309,7 @@ class SQLiteStore(GroupCommit):
         return await self.writer.run(work)
 
     def wal_size(self) -> int:
-        return os.stat(self.wal).st_size
+        return self.wal.stat().st_size if self.wal.exists() else 0
 
     async def probe(self) -> None:
         """Write by a pragma, because SQLite writes no page for an update that changes nothing."""
@@ -1343,7 +1347,7 @@ class SQLiteStore(GroupCommit):
     async def measure(self) -> tuple[int, int, int]:
         active = "select count(*) from messages where status = 'active'"
         ((count,),) = await self.read(lambda db: db.execute(active).fetchall())
-        return self.path.stat().st_size, self.wal.stat().st_size, count
+        return self.path.stat().st_size, self.wal_size(), count
 
     # Upkeep
 
@@ -1391,43 +1395,38 @@ class SQLiteStore(GroupCommit):
 # Extras
 # ---------------------------------------------------------------------------------------------
 
-_EXTRAS = (
-    *("logs", "tokens", "metrics", "page", "websocket", "live", "producing", "raw", "operate", "copy", "clients"),
-    *("openapi", "relay", "limits", "express"),
-)
+_EXTRAS = "logs tokens metrics page websocket live producing raw operate copy clients openapi relay limits express"
 _STORES = {"redis": "redis_store", "rediss": "redis_store", "unix": "redis_store"}  # by the scheme of the address
-
-_KEEPERS = ("guard", "hot", "packs", "erasure", "elsewhere")  # each has KEEPER, a mixin of SQLiteStore
-_ATTENDANTS = ("live", "producing", "guard", "clock", "elsewhere")  # each has attend(buffer)
+_KEEPERS = "guard hot packs erasure elsewhere"  # each has KEEPER, a mixin of SQLiteStore
+_ATTENDANTS = "live producing guard clock elsewhere"  # each has attend(buffer)
 
 
 def _extra(name: str) -> ModuleType | None:
     """Import an extra, or return None if its file is not there."""
     try:
-        return importlib.import_module(f"resume_stream.extras.{name}")
+        module = importlib.import_module(f"resume_stream.extras.{name}")
+        return module if module.__file__ else None  # a folder without files, such as one with __pycache__ alone
     except ModuleNotFoundError as error:
         if error.name not in ("resume_stream.extras", f"resume_stream.extras.{name}"):
             raise
         return None
 
 
-def _seams(seam: str, names: Sequence[str]) -> list[Any]:
+def _seams(seam: str, names: str) -> list[Any]:
     """Return what each of these extras adds to this seam."""
-    return [getattr(extra, seam) for extra in map(_extra, names) if hasattr(extra, seam)]
+    return [getattr(extra, seam) for extra in map(_extra, names.split()) if hasattr(extra, seam)]
 
 
 def store_for(settings: Settings) -> Store:
     """Return the store that the settings name: the SQLite file, or the one of ``--store``. Raise StartupError."""
     scheme, found, _ = settings.store.partition("://")
     if not settings.store:
-        kept: SQLiteStore = type("Store", (*_seams("KEEPER", _KEEPERS), SQLiteStore), {})(settings)
-        return kept
+        return cast(Store, type("Store", (*_seams("KEEPER", _KEEPERS), SQLiteStore), {})(settings))
     if not found or scheme not in _STORES:
         raise StartupError(f"--store is no address of a store; it begins with {', '.join(_STORES)}, and then ://")
     if (extra := _extra(_STORES[scheme])) is None:
-        raise StartupError(f"--store is set, and nothing here knows of it; put extras/{_STORES[scheme]} in place")
-    store: Store = extra.store_for(settings)
-    return store
+        raise StartupError(f"{scheme}:// takes extras/{_STORES[scheme]}; put it in place")
+    return cast(Store, extra.store_for(settings))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1453,6 +1452,8 @@ class Tail:
 
     def learn(self, state: State, or_as_new: bool = False) -> None:
         """Take over a state that somebody read, unless a newer change is known."""
+        if 0 < state.generation <= self.gone:
+            return  # it was cleared meanwhile
         if state.generation > self.generation > 0:
             self.clear(self.generation)
         self.gone = max(self.gone, state.generation - 1)
@@ -1652,7 +1653,7 @@ def _check_event(event: str) -> None:
     if not 1 <= len(event) <= _MAX_NAME or _CONTROL_CHARACTER.search(event) or is_ours:
         raise InvalidContent(
             f"{event!r:.80} cannot be an event; use 1 to {_MAX_NAME} characters, no control characters, and none of"
-            f" the service's own names ({', '.join(sorted(_RESERVED_EVENTS))})."
+            f" the service's own names ({', '.join(sorted(_RESERVED_EVENTS))}, {RELAYED}…)."
         )
     utf8_size(event)
 
@@ -1706,7 +1707,7 @@ class ChunkBuffer:
     async def __aenter__(self) -> Self:
         """Open the store. Raise StartupError."""
         await self._store.open(self._take)
-        self._entered = True
+        self._entered, self.stopping, self.tail_type = True, False, Tail  # it may have been entered before
         self._started_ms = now_ms()
         for attend in _seams("attend", _ATTENDANTS):
             attend(self)
@@ -1719,8 +1720,10 @@ class ChunkBuffer:
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self.store.close()
+        try:
+            await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            await self.store.close()
 
     def stop(self) -> None:
         """End every stream now, without an end event, so that clients reconnect elsewhere or later."""
@@ -1857,9 +1860,8 @@ class ChunkBuffer:
         sequence number) takes its place. ``idle_timeout`` is seconds; ``poll_interval`` has no effect. The stream ends
         after a MessageEnd, Signal.GONE, or Signal.TIMEOUT. Raise NotFound, BadRequest, Unavailable.
         """
-        if after is not None:
-            known_content = None
-        place = await self.locate(thread_id, message_id, after=after, known_content=known_content)
+        known = known_content if after is None else None
+        place = await self.locate(thread_id, message_id, after=after, known_content=known)
         if place.finished:
             return
         async with aclosing(self.follow(place, idle_timeout=idle_timeout, heartbeat=0)) as items:
@@ -2068,7 +2070,9 @@ class ChunkBuffer:
                 untouched_since = now_ms() - round(self.settings.ttl * 1000)
                 while untouched_since >= self.clock_set_at() and (expired := await self.store.expire(untouched_since)):
                     self.tell("expired", expired)
+            with logged_problems("erase"):
                 is_erased = await self.store.erase()
+            with logged_problems("upkeep"):
                 await self.store.upkeep()
             await asyncio.sleep(interval if is_erased else min(interval, BUSY_TIMEOUT))
 

@@ -8,11 +8,12 @@ pragma application_id = 0x72737472; -- "rstr"
 pragma user_version = 3;
 
 -- One row. It makes each thread's generation higher than every earlier one,
--- whatever the clock does and whatever was deleted. In a copy, all threads get
--- new generations before the service serves it.
+-- whatever the clock does and whatever was deleted. If the file is doubtful (a
+-- copy, or commits may be lost after a power cut), all threads get new
+-- generations before the service serves it.
 create table clock (
     latest_generation integer not null,
-    is_copy           integer not null,
+    is_doubtful       integer not null,
     owed              integer not null -- 1: cleared text has left traces to erase
 ) strict;
 
@@ -143,7 +144,7 @@ when old.status = 'active' and new.status <> 'active'
 begin
     update threads
     set last_seq = last_seq + 1,
-        updated_at = cast((julianday('now') - 2440587.5) * 86400000 as integer)
+        updated_at = cast(round((julianday('now') - 2440587.5) * 86400000) as integer)
     where thread = new.thread;
 
     insert into chunks (thread, seq, message, timestamp)

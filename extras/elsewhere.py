@@ -58,8 +58,8 @@ class WatchfulFile(SQLiteStore):
 
     _watched: AbstractSet[str] = frozenset()
 
-    def prepare(self, was_killed: bool, db: sqlite3.Connection) -> None:
-        super().prepare(was_killed, db)
+    def prepare(self, db: sqlite3.Connection) -> None:
+        super().prepare(db)
         self._version = data_version(db)
 
     def watch(self, thread_ids: AbstractSet[str]) -> None:

@@ -92,8 +92,8 @@ class GuardedStore(SQLiteStore):
             )
         return super().check_contents(db)
 
-    def prepare(self, was_killed: bool, db: sqlite3.Connection) -> None:
-        super().prepare(was_killed, db)
+    def prepare(self, db: sqlite3.Connection) -> None:
+        super().prepare(db)
         self._names = str(self.path), str(self.wal)  # as strings, which os.stat() takes faster
         self._inodes = [os.stat(name).st_ino for name in self._names]
 

@@ -105,20 +105,20 @@ class LiveTail(Tail):
         self._pages: dict[int, LivePage] = {}  # by their first sequence number
         self._kept = 0  # approximate bytes of these
         self._runs: dict[int, Run] = {}  # up to the newest page, by the sequence number before their first
-        self._loads: dict[tuple[int, str | None], asyncio.Task[tuple[State, Page]]] = {}
+        self._loads: dict[tuple[int, int, str | None], asyncio.Task[tuple[State, Page]]] = {}
         self._woken: deque[Callable[[], None]] = deque()
         self._to_send = 0  # approximate bytes that came since all readers were called
         self.all.add(self)
 
     async def load(self, store: Store, place: Place, seq: int) -> tuple[State, Page]:
         """Let all readers at the same place share one read of the store, and one encoding of its page."""
-        key = (seq, place.message_id)
+        key = (place.generation, seq, place.message_id)
         if (loading := self._loads.get(key)) is None:
             loading = self._loads[key] = asyncio.create_task(self._load(store, place, seq))
             loading.add_done_callback(partial(self._loaded, key))
         return await asyncio.shield(loading)
 
-    def _loaded(self, key: tuple[int, str | None], loading: asyncio.Task[tuple[State, Page]]) -> None:
+    def _loaded(self, key: tuple[int, int, str | None], loading: asyncio.Task[tuple[State, Page]]) -> None:
         if self._loads.get(key) is loading:
             del self._loads[key]
         if not loading.cancelled():

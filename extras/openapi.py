@@ -403,5 +403,5 @@ def explain_not_found(response: Response[Any]) -> Response[Any]:
     """Litestar's own 404 has no body."""
     if response.status_code != HTTPStatus.NOT_FOUND:
         return response
-    problem = NotFound("There is no such page; try the API at /schema/swagger, its document is /schema/openapi.json.")
+    problem = NotFound("There is no such page; the document of the API is /schema/openapi.json.")
     return Response(problem.document, media_type="application/problem+json", status_code=problem.status_code)

@@ -201,7 +201,7 @@ def copied(source: sqlite3.Connection, target: Path) -> Iterator[Path]:
         with contextlib.closing(sqlite3.connect(partial_copy)) as copy:
             source.backup(copy, pages=1000, progress=progress)
             with copy:
-                copy.execute("update clock set is_copy = 1")
+                copy.execute("update clock set is_doubtful = 1")
             copy.execute("pragma journal_mode = delete")  # so that the copy is one file
         yield partial_copy
     except (sqlite3.Error, OSError) as error:

@@ -14,7 +14,7 @@ from litestar.response import File
 from litestar.response.file import ASGIFileResponse
 from litestar.static_files import create_static_files_router
 
-from ..app import NotFound, Parts
+from ..app import NotFound, Parts, StartupError
 
 STATIC = Path(__file__).parent.with_name("static")
 SWAGGER = Path(cast(ModuleSpec, find_spec("swagger_ui")).origin or "").with_name("static")
@@ -35,6 +35,9 @@ SWAGGER_HEADERS = {
 
 
 def mount(parts: Parts) -> None:
+    """Raise StartupError if what the page needs is not there."""
+    if not STATIC.is_dir() or find_spec(".websocket", __package__) is None:
+        raise StartupError("extras/page.py takes the folder static and extras/websocket.py; put them in place")
     files = create_static_files_router("/static", [STATIC], after_request=with_page_headers)
     parts.pages += [page, files, swagger_file]
     parts.headers["/schema"] = SWAGGER_HEADERS

@@ -243,7 +243,7 @@ async def agent_stream(
         )
     place = await buffer.locate(thread_id, message_id, after=str(opened.seq))
     recording = record(buffer, thread_id, message_id, source, index=opened.chunk_count)
-    # An agent's own stream does not count in max_readers.
+    # An agent's own stream is never refused because of max_readers.
     async with aclosing(buffer.follow(place, idle_timeout=0, heartbeat=1, limited=False)) as items:
         async for item in items:
             if isinstance(item, Page):

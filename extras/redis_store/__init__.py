@@ -15,11 +15,15 @@ The rooms, from the lowest: ``scripts.py`` has the Lua, ``records.py`` translate
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from ...app import Settings, StartupError, Store
 
 
 def store_for(settings: Settings) -> Store:
     """Return the store at the address in ``settings.store``. Raise StartupError if that is no address of a Redis."""
+    if find_spec("..elsewhere", __package__) is None:
+        raise StartupError("--store takes extras/elsewhere.py, to hear of other processes; put it in place")
     try:
         from .store import RedisStore
     except ModuleNotFoundError as error:

@@ -60,6 +60,8 @@ class Source:
                     await self._filled.wait()
         if not self._pieces and self._reading.done():
             self._reading.result()
+            if self._events.is_in_event:
+                raise Failed(LOST)
             return None
         found: list[Chunk] = []
         try:
@@ -95,6 +97,11 @@ class Events:
         self._max_chunk = max_chunk
         self._rest = bytearray()
         self._is_first, self._after_cr = True, False
+
+    @property
+    def is_in_event(self) -> bool:
+        """True if an event has begun whose end has not come."""
+        return any(line and not line.startswith(b":") for line in self._rest.split(b"\n"))
 
     def feed(self, piece: bytes) -> Iterator[Chunk]:
         """Yield the events that are complete now. Raise Failed after those before the failure."""
