@@ -31,6 +31,7 @@ from resume_stream.app import (
     create_app,
     router,
 )
+from resume_stream.extras import live
 
 pytestmark = pytest.mark.anyio
 STORES = ("sqlite", "redis")
@@ -668,3 +669,74 @@ async def test_a_text_in_place_of_a_list_of_chunks_is_refused(buffer: ChunkBuffe
         await buffer.add_chunks("t", "run", "abc")
     assert "put it in a list" in refused.value.detail
     assert (await buffer.get_active_threads()).threads == []
+
+
+@contextlib.asynccontextmanager
+async def held_page(buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[asyncio.Event]:
+    """Hold back the answer of the next read of a page until the body ends. The event is set once it is there."""
+    is_read, may_go, read = asyncio.Event(), asyncio.Event(), buffer.store.page
+
+    async def hold(*arguments: Any) -> Any:
+        answer = await read(*arguments)
+        if not is_read.is_set():
+            is_read.set()
+            await may_go.wait()
+        return answer
+
+    monkeypatch.setattr(buffer.store, "page", hold)
+    yield is_read
+    may_go.set()
+
+
+async def test_a_read_that_began_before_a_clear_does_not_bring_the_thread_back(
+    buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await buffer.add_chunks("t", "m", ["old"])
+    async with held_page(buffer, monkeypatch) as is_read:
+        late = Reading(follow(buffer, "t"))
+        await is_read.wait()
+        await buffer.clear_thread_buffer("t")
+        waiting = await attached(buffer, follow(buffer, "t", follow=True))
+    assert await late == [Signal.GONE]
+    await buffer.add_chunks("t", "m", ["new"])
+    await waiting.has((1, "new"))
+    await waiting.cancel()
+
+
+async def test_a_reader_does_not_share_the_read_of_one_that_waits_for_the_thread(
+    buffer: ChunkBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "x" * live.LIVE_BYTES  # so much that no page stays in memory for long
+    async with held_page(buffer, monkeypatch) as is_read:
+        early = Reading(follow(buffer, "t", "m", follow=True))
+        await is_read.wait()
+        for _ in range(3):
+            await buffer.add_chunks("t", "m", [text])
+        late = await attached(buffer, follow(buffer, "t", "m"))
+        await buffer.complete_message("t", "m")
+    assert await early == await late == [(1, text), (2, text), (3, text), (4, "completed")]
+
+
+@pytest.mark.filterwarnings("ignore:The base_url 'http.//localhost' might cause issues")
+async def test_an_app_can_be_started_again(tmp_path: Any) -> None:
+    again = create_app(Settings(db=str(tmp_path / "chunks.db")))
+    for number in range(2):
+        async with AsyncTestClient(again, base_url="http://localhost") as client:
+            answer = await client.post("/api/threads/t/messages/m/chunks", json={"content": "x"})
+            assert (answer.status_code, answer.json()["seq"]) == (201, number + 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (rb'{"content":"\ud83d"}', "lone surrogate"),
+        (rb'{"content":"\ud83d\u0041"}', "lone surrogate"),
+        (rb'{"content":"\ude00\ud83d"}', "lone surrogate"),
+        (rb'[{"content":"\ud83d\ude00"}', "truncated"),
+        (rb'{"content":"\ud83d\ude00",}', "is not a chunk"),
+        (rb'{"content":"\\ud83d",}', "is not a chunk"),
+    ],
+)
+def test_only_a_lone_surrogate_is_called_one(body: bytes, says: str) -> None:
+    with pytest.raises(app.InvalidContent, match=says):
+        app.chunks_from_json(body)

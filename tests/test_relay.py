@@ -404,6 +404,18 @@ def test_the_body_is_broken_off_if_the_dialect_has_no_error_event(relay: Relay, 
     assert relay.ask(OTHER, Last_Event_ID=last).status_code == 204
 
 
+def test_a_good_end_in_the_middle_of_an_event_is_a_cut(relay: Relay, upstream: Upstream) -> None:
+    upstream.answer(OTHER.ended(1, b"data: tw"))
+    with relay.reading(OTHER) as reading:
+        assert reading.broken_rest().endswith(b"data: one\n\n")
+    assert relay.ended(*reading.ids) == ("aborted", "upstream_lost")
+
+
+def test_a_comment_at_the_end_is_no_event(relay: Relay, upstream: Upstream) -> None:
+    upstream.answer(OTHER.ended(1, b": goodbye"))
+    assert relay.ask(OTHER).content.endswith(b"data: one\n\n")
+
+
 @WITH_ERRORS
 def test_the_upstreams_own_error_ends_the_message_with_its_words(
     relay: Relay, upstream: Upstream, dialect: str

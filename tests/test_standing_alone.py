@@ -205,3 +205,35 @@ def test_it_refuses_pages_of_other_origins(start_alone: Callable[..., Alone]) ->
 def test_it_says_what_it_cannot_do_alone(start_alone: Callable[..., Alone], flags: tuple[str, str], extra: str) -> None:
     with pytest.raises(RuntimeError, match=f"put extras/{extra} in place"):
         start_alone(*flags)
+
+
+@pytest.mark.parametrize(
+    ("extra", "flags", "says"),
+    [
+        ("page.py", (), "extras/page.py takes the folder static and extras/websocket.py"),
+        ("redis_store", ("--store", "redis://127.0.0.1:1"), "--store takes extras/elsewhere.py"),
+    ],
+)
+def test_an_extra_says_what_else_it_takes(tmp_path: Path, extra: str, flags: tuple[str, str], says: str) -> None:
+    service = Alone(tmp_path, *flags)
+    (tmp_path / "extras").mkdir()
+    (shutil.copytree if (ROOT / "extras" / extra).is_dir() else shutil.copy)(
+        ROOT / "extras" / extra, tmp_path / "extras" / extra
+    )
+    with pytest.raises(RuntimeError, match=says):
+        service.start()
+
+
+def test_what_is_left_of_a_removed_extra_does_not_count(tmp_path: Path) -> None:
+    service = Alone(tmp_path, "--upstream", "a=http://127.0.0.1:1")
+    (tmp_path / "extras" / "relay" / "__pycache__").mkdir(parents=True)
+    with pytest.raises(RuntimeError, match="put extras/relay in place"):
+        service.start()
+
+
+def test_the_commands_of_the_client_are_there_if_it_is(tmp_path: Path) -> None:
+    service = Alone(tmp_path)
+    (tmp_path / "extras").mkdir()
+    shutil.copy(ROOT / "extras" / "clients.py", tmp_path / "extras")
+    with service, api_client(service) as client:
+        assert append(client, "t", "m", "x").status_code == 201

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import math
+import os
 import re
 import resource
+import shutil
 import sqlite3
 import threading
 import time
@@ -18,7 +21,7 @@ from typing import Any
 import httpx
 import pytest
 from buffers import attached, history, impatient, on_writer, transactions_in
-from conftest import TIMEOUT, Service, append, until
+from conftest import ROOT, TIMEOUT, Service, append, until
 from resume_stream import app
 from resume_stream.app import ChunkBuffer, Problem, Settings, StartupError
 from resume_stream.extras import clock, erasure, guard
@@ -715,3 +718,97 @@ async def test_an_erasure_that_was_interrupted_is_finished_after_a_restart(make_
         await until(lambda: marks_in(db) == {2}, "the cleared thread is erased")
         assert [thread.thread_id for thread in (await buffer.get_threads()).threads] == ["live"]
         assert query(db, "select count(*) from chunks") == [(1,)]
+
+
+async def test_after_an_unreadable_text_reads_see_what_is_committed(buffer: ChunkBuffer, tmp_path: Path) -> None:
+    await buffer.add_chunks("bad", "m", ["a", "b"])
+    await buffer.add_chunks("good", "m", ["1"])
+    execute(tmp_path / "chunks.db", "update chunks set content = cast(x'ff41' as text) where seq = 1 and thread = 1")
+    gc.disable()  # as it would end the read by chance
+    try:
+        with pytest.raises(app.BadRows):
+            await buffer.get_chunks("bad")
+        await buffer.add_chunks("good", "m", ["2"])
+        assert [chunk.content for chunk in (await buffer.get_chunks("good")).chunks] == ["1", "2"]
+    finally:
+        gc.enable()
+
+
+async def test_a_clear_ends_if_the_file_cannot_shrink(tmp_path: Path) -> None:
+    db = tmp_path / "chunks.db"
+    execute(db, (ROOT / "schema.sql").read_text())  # without incremental vacuum
+    async with ChunkBuffer(Settings(db=str(db))) as buffer, asyncio.timeout(TIMEOUT):
+        await buffer.add_chunks("t", "m", ["x" * 1_000_000])
+        await buffer.clear_thread_buffer("t")
+        assert query(db, "pragma freelist_count")[0][0] > 0
+
+
+@pytest.mark.parametrize("wal", ["none", "empty"])
+async def test_after_a_power_cut_with_synchronous_normal_a_cursor_is_told_to_begin_anew(
+    tmp_path: Path, wal: str
+) -> None:
+    settings = Settings(db=str(tmp_path / "chunks.db"), synchronous="NORMAL")
+    after_the_cut = tmp_path / "cut.db"
+    async with ChunkBuffer(settings) as buffer:
+        await buffer.add_chunks("t", "m", ["kept"])
+        await on_writer(buffer, app.checkpoint)
+        await buffer.add_chunks("t", "m", ["lost"])
+        cursor = (await buffer.get_chunks("t")).cursor
+        shutil.copy(tmp_path / "chunks.db", after_the_cut)  # what is in the WAL is not on the disk
+        if wal == "empty":
+            shutil.copyfile(os.devnull, f"{after_the_cut}-wal")
+    async with ChunkBuffer(Settings(db=str(after_the_cut), synchronous="NORMAL")) as buffer:
+        await buffer.add_chunks("t", "m", ["another"])
+        assert (await buffer.locate("t", after=cursor)).reset
+
+
+async def test_a_cancelled_close_still_closes_and_answers(tmp_path: Path) -> None:
+    db, threads = tmp_path / "chunks.db", set(threading.enumerate())
+    buffer = ChunkBuffer(Settings(db=str(db)))
+    await buffer.__aenter__()
+    await buffer.add_chunks("t", "m", ["a"])
+    with contextlib.closing(sqlite3.connect(db, isolation_level=None)) as other:
+        other.execute("begin immediate")
+        appending = asyncio.create_task(buffer.add_chunks("t", "m", ["b"]))
+        await asyncio.sleep(0)
+        closing = asyncio.create_task(buffer.__aexit__(None, None, None))
+        await asyncio.wait([closing], timeout=0.1)
+        closing.cancel()
+        other.execute("rollback")
+        await asyncio.wait([closing])
+    async with asyncio.timeout(TIMEOUT):
+        await asyncio.wait([appending])
+    await until(lambda: threads.issuperset(threading.enumerate()), "all threads have ended")
+    async with ChunkBuffer(Settings(db=str(db))) as again:
+        assert (await again.get_accumulated_content("t")).content in ("a", "ab")
+
+
+async def test_a_read_that_waits_while_the_buffer_closes_is_told_so(tmp_path: Path) -> None:
+    async with ChunkBuffer(Settings(db=str(tmp_path / "chunks.db"))) as buffer:
+        await buffer.add_chunks("t", "m", ["a"])
+        closing = asyncio.create_task(buffer.store.close())
+        reads: list[asyncio.Task[Any]] = []
+        while not closing.done():
+            reads.append(asyncio.create_task(buffer.get_chunks("t")))
+            await asyncio.sleep(0)
+        answers = await asyncio.gather(*reads, return_exceptions=True)
+        assert {type(answer) for answer in answers} <= {app.ChunkPage, app.Stopping}
+
+
+async def test_an_end_is_never_before_what_it_ends(buffer: ChunkBuffer, tmp_path: Path) -> None:
+    for number in range(50):
+        await buffer.add_chunks(f"t{number}", "m", ["a"], complete=True)
+    late = "select count(*) from threads where updated_at < created_at"
+    assert query(tmp_path / "chunks.db", late) == [(0,)]
+
+
+async def test_erasing_goes_on_though_expiry_fails(tmp_path: Path) -> None:
+    db = tmp_path / "chunks.db"
+    async with ChunkBuffer(Settings(db=str(db), ttl=1e6, cleanup_interval=0.05)) as buffer:
+        await buffer.add_chunks("bad", "m", ["a"])
+        await buffer.add_chunks("cleared", "m", ["b"])
+        execute(db, "update threads set thread_id = null where thread_id = 'cleared'")
+        execute(
+            db, "update threads set thread_id = cast(x'ff' as text), touched_at = 0, updated_at = 0 where thread = 1"
+        )
+        await until(lambda: query(db, "select content from chunks") == [("a",)], "the cleared thread is erased")
