@@ -2732,7 +2732,7 @@ def _listening(settings: Settings) -> list[socket.socket]:
 async def _serve(settings: Settings) -> None:
     if not (settings.secret or settings.allow_anonymous or settings.uds or _is_loopback(settings.host)):
         raise StartupError(
-            f"{settings.host} can be reached from other machines; set a secret, or say --allow-anonymous"
+            f"{settings.host} can be reached from other machines; set a secret, or allow_anonymous (--allow-anonymous)"
         )
     async with contextlib.AsyncExitStack() as exits:
         # Listen first: if the port is taken, no database is left behind.
