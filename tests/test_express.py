@@ -435,7 +435,7 @@ def test_an_append_with_a_token_is_answered_the_same(guarded: Pair) -> None:
 COMBINED = [name for name in CHANGES if "text/plain" not in name and name != "two content types"]
 
 
-@generated(100)
+@generated(70)
 @given(
     changes=st.lists(st.lists(st.sampled_from(COMBINED), max_size=2), min_size=1, max_size=7),
     same_message=st.booleans(),
@@ -456,7 +456,7 @@ def test_requests_are_answered_the_same_in_any_order_and_however_they_are_cut(
     pair.both(stored, thread)
 
 
-@generated(80)
+@generated(60)
 @given(
     sizes=st.lists(st.integers(0, 3), min_size=1, max_size=5),
     retries=st.lists(
@@ -692,7 +692,7 @@ APPEND = st.tuples(st.just("append"), st.sampled_from("ab"), st.integers(0, 3), 
 STEPS = st.one_of(APPEND, APPEND, READ, READ, st.tuples(st.just("abort"), st.sampled_from("ab")), st.just(("clear",)))
 
 
-@generated(40)
+@generated(30)
 @given(steps=st.lists(STEPS, min_size=2, max_size=READERS))
 def test_readers_are_told_the_same_whatever_happens_to_their_thread(pair: Pair, steps: list[tuple[Any, ...]]) -> None:
     thread = thread_name()
