@@ -192,7 +192,7 @@ class Chunk(Record, frozen=True, forbid_unknown_fields=True):
 
 
 class StoredChunk(Record, frozen=True):
-    """A chunk in its place. ``timestamp`` is the time of its commit, in ms since 1970."""
+    """A chunk in its place. ``timestamp`` is the time at which its transaction began, in ms since 1970."""
 
     content: str
     timestamp: int
@@ -607,7 +607,7 @@ _CHUNK_OVERHEAD = 64  # bytes that a waiting chunk counts besides its text
 _MAX_CHUNKS = 10_000  # in one append
 _PENDING_BYTES = 8 * 1024**2  # waiting for a commit; beyond it producers wait
 PAGE_ROWS = 512
-PAGE_BYTES = 256 * 1024
+PAGE_BYTES = 256 * 1024  # of a page's text, counted in characters
 _MESSAGES = 1_000  # most messages on one page of a thread's status
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's lock
 _WAL_BYTES = 16 * 1024**2  # beyond this size a checkpoint also truncates the WAL
@@ -862,7 +862,7 @@ def _page_of(
 ) -> tuple[State, Page]:
     found = _row_of(db, thread_id, message_id)
     begin, end = (after, found.last_seq) if message_id is None else (max(after, found.before), found.last or 0)
-    rows = (
+    query = (
         "select seq, message, event, content, timestamp, last from entries"
         " where thread = ?1 and seq between ?2 and ?3 and last >= ?2 and first <= ?3"
         " and (?4 is null or message = ?4) order by last"
@@ -871,7 +871,7 @@ def _page_of(
     entries: list[Entry] = []
     size, is_full = 0, False
     # The cursor has no name: an error's traceback would keep it, and with it this snapshot.
-    for seq, message, event, content, timestamp, _ in db.execute(rows, (found.thread, begin + 1, end, found.message)):
+    for seq, message, event, content, timestamp, _ in db.execute(query, (found.thread, begin + 1, end, found.message)):
         if message not in messages:
             of_it = "select message_id, status, reason from messages where message = ?"
             messages[message] = db.execute(of_it, (message,)).fetchone()
@@ -1440,7 +1440,7 @@ class Tail:
     def __init__(self) -> None:
         self.generation, self.last_seq, self.version = 0, -1, 0  # 0: no such thread; -1: not known whether there is one
         self.active = True
-        self.doubts = 0  # times that another process may have changed the thread
+        self.doubts = 0  # how often another process may have changed the thread
         self.gone = 0  # generations up to this one are cleared or expired
         self.users = 0
         self.followers = 0  # the users that read
@@ -1529,9 +1529,9 @@ class Step(enum.Enum):
 class Reader:
     """A reader of a thread or message. ``step()`` returns the next thing to send.
 
-    Make it before any work is done for it: it raises Unavailable if there are ``max_readers``, unless it is not
-    ``limited``. Times are seconds and default to the settings; 0 turns ``idle_timeout`` or ``heartbeat`` off;
-    ``expires`` is seconds since 1970. A reader that waits takes its next step when it is ``due``, by the loop's clock.
+    Making it raises Stopping, and Unavailable if there are ``max_readers``, unless it is not ``limited``. Times are
+    seconds and default to the settings; 0 turns ``idle_timeout`` or ``heartbeat`` off; ``expires`` is seconds since
+    1970. A reader that waits takes its next step when it is ``due``, by the loop's clock.
     """
 
     __slots__ = (
@@ -1571,7 +1571,7 @@ class Reader:
         return min(self._expires, self._idle, self._beat)
 
     def step(self) -> Page | Signal | Step:
-        """Return what to send or do next. The caller has sent the step before. Raise Unauthorized once it expires."""
+        """Return what to send or do next. Call it once the step before is sent. Raise Unauthorized once it expires."""
         tail, place, now = self.tail, self.place, self._now()
         if self._has_page:
             self._has_page, self._idle, self._beat = False, now + self._idle_timeout, now + self._heartbeat
@@ -2619,7 +2619,7 @@ _ERROR_ANSWERS: ExceptionHandlersMap = dict.fromkeys((HTTPException, Exception),
 
 
 class Gate:
-    """Refuses pages of other origins, and without a secret foreign names that may resolve to loopback."""
+    """Refuses pages of other origins. Without a secret it refuses a Host that is no loopback name, too."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app

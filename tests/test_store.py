@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 import pytest
-from buffers import attached, history, impatient, on_writer, transactions_in
+from buffers import attached, history, impatient, on_writer, store_of, transactions_in
 from conftest import ROOT, TIMEOUT, Service, append, until
 from resume_stream import app
 from resume_stream.app import ChunkBuffer, Problem, Settings, StartupError
@@ -685,6 +685,20 @@ async def test_a_reader_of_the_file_only_delays_the_erasure(
         assert (await buffer.get_accumulated_content("live")).content == marked(2) * 500 + marked(3)
 
 
+async def test_a_clear_waits_until_a_reader_of_the_file_lets_go(make_buffer: Any, tmp_path: Path) -> None:
+    db = tmp_path / "chunks.db"
+    async with make_buffer() as buffer:
+        await buffer.add_chunks("doomed", "m", [marked(1) * 500])
+        with contextlib.closing(sqlite3.connect(f"file:{db}?mode=ro", uri=True, isolation_level=None)) as person:
+            person.execute("begin")
+            person.execute("select count(*) from chunks").fetchone()
+            clearing = asyncio.create_task(buffer.clear_thread_buffer("doomed"))
+            done, _ = await asyncio.wait([clearing], timeout=0.5)
+            assert not done
+        await clearing
+        assert marks_in(db) == set()
+
+
 async def test_text_is_erased_while_other_messages_are_streaming(buffer: ChunkBuffer, tmp_path: Path) -> None:
     texts = await fill_with_marks(buffer)  # their messages stay active
     live = {number for number in texts if number % 2}
@@ -783,16 +797,18 @@ async def test_a_cancelled_close_still_closes_and_answers(tmp_path: Path) -> Non
         assert (await again.get_accumulated_content("t")).content in ("a", "ab")
 
 
-async def test_a_read_that_waits_while_the_buffer_closes_is_told_so(tmp_path: Path) -> None:
-    async with ChunkBuffer(Settings(db=str(tmp_path / "chunks.db"))) as buffer:
-        await buffer.add_chunks("t", "m", ["a"])
-        closing = asyncio.create_task(buffer.store.close())
-        reads: list[asyncio.Task[Any]] = []
-        while not closing.done():
-            reads.append(asyncio.create_task(buffer.get_chunks("t")))
-            await asyncio.sleep(0)
-        answers = await asyncio.gather(*reads, return_exceptions=True)
-        assert {type(answer) for answer in answers} <= {app.ChunkPage, app.Stopping}
+async def test_a_read_that_waits_while_its_connection_closes_is_told_so(buffer: ChunkBuffer) -> None:
+    connection, is_running, may_go = store_of(buffer).readers[0], threading.Event(), threading.Event()
+    before = asyncio.create_task(connection.run(lambda db: (is_running.set(), may_go.wait(TIMEOUT))))
+    await until(is_running.is_set, "a read runs")
+    closing = asyncio.create_task(connection.close())
+    await asyncio.sleep(0)
+    waiting = asyncio.create_task(connection.run(lambda db: db.execute("select 1").fetchone()))
+    await asyncio.sleep(0)
+    may_go.set()
+    with pytest.raises(app.Stopping):
+        await waiting
+    await asyncio.gather(before, closing)
 
 
 async def test_an_end_is_never_before_what_it_ends(buffer: ChunkBuffer, tmp_path: Path) -> None:
